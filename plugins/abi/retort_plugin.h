@@ -2,15 +2,15 @@
  * retort_plugin.h: the binary interface between the retort runner (the host) and a backend plugin.
  * SPDX-License-Identifier: MIT OR Apache-2.0
  *
- * This header is the source of truth. It is valid C11 and C++17 and needs nothing but <stddef.h> and <stdint.h>.
- * A plugin is a shared object that exports exactly one symbol, `retort_plugin_v1`, which returns a table of functions.
- * Everything that is not a metric or a progress tick crosses as JSON text; the messages are described below.
+ * This header is the source of truth. It is valid C11 and C++17 and needs nothing but <stddef.h> and <stdint.h>. A plugin is
+ * a shared object that exports exactly one symbol, `retort_plugin_v1`, which returns a table of functions. Everything except
+ * metrics and progress crosses as JSON text; the messages are described below.
  *
  * THE LIFE OF A PLUGIN
  *
- *   The host loads the plugin in a child process ("worker") of its own, one plugin per process, with
- *   dlopen(RTLD_NOW | RTLD_LOCAL), and never unloads it: the worker leaves with _exit once the answer is on its way.
- *   Threads and thread-local destructors of the plugin therefore need no tidying, and atexit handlers do not run.
+ *   The host loads the plugin in a child process of its own (a "worker"), one plugin per process, with
+ *   dlopen(RTLD_NOW | RTLD_LOCAL), and never unloads it: the worker calls _exit once the answer has been sent.
+ *   The plugin therefore need not clean up threads and thread-local destructors, and atexit handlers do not run.
  *   A crash, an abort or a hang ends the worker, never the runner. The process contains faults; it is not a sandbox:
  *   plugins are trusted code.
  *
@@ -23,7 +23,7 @@
  *
  *   - Each side fills in `struct_size` (sizeof its table as it was compiled) and `abi_minor` (RETORT_ABI_MINOR as it
  *     was compiled), and never reads a member that does not lie wholly within the other side's struct_size.
- *     RETORT_HAS(table, member) asks that, and that the member is not NULL.
+ *     RETORT_HAS(table, member) checks this, and that the member is not NULL.
  *   - A table smaller than that of minor version 0 is refused as truncated.
  *   - A plugin that cannot work without something newer raises `min_host_minor`; the host refuses to load it when its
  *     own minor version is lower. Otherwise any pair of minor versions works together.
@@ -44,7 +44,9 @@
  *     {"code": "...", "message": "...", "chain": ["cause", ...], "retryable": false, "pointer": "/lr", "hint": "..."}
  *
  *   Only code and message are required. Codes: invalid_options, missing_input, bad_data, out_of_memory, numerical, io,
- *   cancelled, unsupported, panic, internal. Exceptions, panics and longjmp never unwind across the boundary.
+ *   cancelled, worker_lost, workers_differ, unsupported, panic, internal. Exceptions, panics and longjmp never unwind
+ *   across the boundary. worker_lost: a process of a training lost contact with another one, and the
+ *   training may be tried again. workers_differ: the processes of a training no longer hold the same weights.
  *
  * CALLBACKS
  *
@@ -170,8 +172,8 @@ typedef struct retort_plugin {
     const void *ext;         /* NULL */
 
     /*
-     * What the plugin is. Pure: the same text at every call, no device is touched, nothing is written. The host keeps
-     * the answer for as long as the plugin's file is the same.
+     * Describes the plugin. Pure: it returns the same text at every call, touches no device and writes nothing. The host
+     * caches the answer until the plugin's file changes.
      *
      *   {"name": "candle", "version": "0.1.0", "summary": "...", "license": "MIT", "devices": ["cpu", "cuda"],
      *    "dtypes": ["f32"], "families": ["llamagen"], "libraries": ["libtorch 2.13.0 in /opt/libtorch/lib"],
@@ -179,12 +181,13 @@ typedef struct retort_plugin {
      *                "schema": {...}}]}
      *
      * A schema is a JSON Schema (2020-12) of the stage's options: an object schema with additionalProperties false and
-     * defaults. On strings, "x-retort-artifact": ["teacher", ...] marks the name of another stage whose output has one
-     * of these kinds, and "x-retort-file": "file" | "dir" | "images" | "weights" marks a path (images: a folder, of which
-     * only image files, tables and archives of them count; weights: a file, or the folder or index of several).
-     * `revision` is raised when the same options would give a different result than before. `divisible` (false if left
-     * out) says that several processes can share the work: see `run`. `together` (false if left out) says besides that
-     * these work on the same thing and wait for each other.
+     * defaults. On strings, "x-retort-artifact": ["teacher", ...] marks the name of another stage whose output has one of
+     * these kinds, and "x-retort-file": "file" | "dir" | "images" | "weights" marks a path (images: a folder, of which only
+     * image files, tables and archives of them count; weights: a file, or the folder or index of several).
+     * "x-retort-same-result": true, on any schema, says that another value of that option gives the same output, so that its
+     * result can be reused. Raise `revision` when the same options give a different result than before. `divisible` (default
+     * false) says that several processes can share the work: see `run`. `together` (default false) also says that these
+     * processes work on the same result and wait for each other.
      */
     int32_t (*describe)(retort_sink out, retort_sink err);
 
@@ -196,8 +199,8 @@ typedef struct retort_plugin {
     int32_t (*probe)(const retort_host *host, retort_sink out, retort_sink err);
 
     /*
-     * Checks a stage's options beyond their schema; touches no device, reads no artifact. stage_json is a job as in
-     * `run` without work_dir and inputs. Findings, an empty array when there is nothing to say:
+     * Checks a stage's options beyond their schema; touches no device, reads no artifact. stage_json is a job as in `run`
+     * without work_dir and inputs. Writes findings, an empty array if there are none:
      *
      *   [{"severity": "error" | "warning", "pointer": "/schedule/warmup", "message": "...", "hint": "..."}]
      *
@@ -218,20 +221,22 @@ typedef struct retort_plugin {
      *
      *   {"output": 1, "summary": {...}}
      *
+     * The summary, and the facts about an artifact, are at most 4 MiB of JSON each; larger ones fail the stage.
+     *
      * A stage of a divisible kind may be divided among processes that run at the same time, in the same work_dir. Their
      * jobs have one more member:
      *
      *   "part": {"index": 0, "of": 3}
      *
-     * Each does its part of the work (of numbered pieces those whose number modulo `of` is `index`), leaves what it makes
-     * in work_dir, commits no artifact and returns {"output": 0}. When all have, the job without a part is run: it finds
-     * what they have made, makes what is missing and commits the artifact. Parts write different files, or lock a file
-     * that they share. The artifact does not depend on `of`.
+     * Each does its part of the work (of numbered pieces those whose number modulo `of` is `index`), leaves what it makes in
+     * work_dir, commits no artifact and returns {"output": 0}. When all have succeeded, the job runs without a part: it finds
+     * their output, makes what is missing and commits the artifact. Parts write different files, or lock a file that they
+     * share. The artifact does not depend on `of`.
      *
-     * Where the kind has `together`, no part is begun without the others, on this machine or on several nodes of one job,
-     * and the environment of each has MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE: there they meet. Part 0
-     * alone reports metrics and progress. A part that fails because another is gone says so by "retryable": true; the other's end is the reason
-     * then. What the last decimals of the artifact are may depend on `of`.
+     * If the kind has `together`, all parts are started at the same time, on this machine or on several nodes of one job. The
+     * environment of each has MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE, by which they find each other. Only
+     * part 0 reports metrics and progress. A part that fails because another is gone sets "retryable": true; the end of the
+     * other is then the recorded reason. The last decimals of the artifact may depend on `of`.
      */
     int32_t (*run)(const retort_host *host, retort_str stage_json, retort_sink result, retort_sink err);
 } retort_plugin;

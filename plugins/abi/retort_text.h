@@ -3,8 +3,8 @@
  * to read a job. Optional: a plugin with a JSON library of its own needs retort_plugin.h alone.
  * SPDX-License-Identifier: MIT OR Apache-2.0
  *
- * A value of a job is found by its JSON pointer (RFC 6901; `~` escapes are not known): "/options/rounds". What is not
- * there, or is of another type, is answered with the value that the caller gives. Valid C11 and C++17, all inline.
+ * A value of a job is found by its JSON pointer (RFC 6901; `~` escapes are not known): "/options/rounds". If it is missing or
+ * has another type, the caller's default is returned. Valid C11 and C++17, all inline.
  */
 #ifndef RETORT_TEXT_H
 #define RETORT_TEXT_H

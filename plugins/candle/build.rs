@@ -1,5 +1,5 @@
-//! With the feature `cuda`: compiles the kernels for GPUs to PTX, which the driver compiles further for the GPU it has,
-//! and notes for which toolkit and GPUs that is. Without the feature there is nothing to do.
+//! With the feature `cuda`: compiles the kernels for GPUs to PTX, which the driver compiles for its GPU, and records the
+//! toolkit and the compute capability. Without the feature it does nothing.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -39,6 +39,6 @@ fn main() {
     let version = version.unwrap_or_else(|| panic!("{nvcc} --version names no release"));
     println!("cargo::rustc-env=RETORT_CUDA_VERSION={}", version.trim());
     println!("cargo::rustc-env=RETORT_CUDA_CAPABILITY={capability}");
-    // A symbol that nobody defines is found here, not when somebody loads the plugin.
+    // Undefined symbols are an error at link time, not when the plugin is loaded.
     println!("cargo::rustc-link-arg-cdylib=-Wl,-z,defs");
 }

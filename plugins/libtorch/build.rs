@@ -1,5 +1,5 @@
-//! Compiles what tch lacks (`src/aten.cpp`, `src/collective.cpp`) and notes where libtorch lies, so that the plugin finds
-//! it at run time without LD_LIBRARY_PATH.
+//! Compiles the functions that tch lacks (`src/aten.cpp`, `src/collective.cpp`) and records the path of libtorch, so that the
+//! plugin finds it at run time without LD_LIBRARY_PATH.
 
 use std::path::{Path, PathBuf};
 
@@ -18,11 +18,11 @@ fn main() {
     println!("cargo::rustc-env=RETORT_LIBTORCH_LIB={}", lib.display());
     println!("cargo::rustc-env=RETORT_LIBTORCH_VERSION={}", version(root));
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
-    // What compares both plugins links both; each has an entry, and neither is called.
+    // Programs that compare both plugins link both; each has an entry symbol, and neither is called.
     println!("cargo::rustc-link-arg-tests=-Wl,--allow-multiple-definition");
     println!("cargo::rustc-link-arg-benches=-Wl,--allow-multiple-definition");
     println!("cargo::rustc-link-arg-examples=-Wl,--allow-multiple-definition");
-    // Some dependencies mark functions for export; the plugin shows its own entry alone.
+    // Some dependencies mark functions for export; the plugin exports only its entry symbol.
     println!("cargo::rustc-link-arg-cdylib=-Wl,--exclude-libs,ALL");
     // libtorch's loops over its threads are OpenMP's, expanded where they are used.
     println!("cargo::rustc-link-arg=-L{}", lib.display());
@@ -35,7 +35,7 @@ fn main() {
         .include(root.join("include"))
         .file("src/aten.cpp")
         .compile("retort_aten");
-    // C++20, as c10d's headers are. The last folder has what they miss where Gloo's own headers are not there.
+    // C++20, as c10d's headers are. The last folder stands in for Gloo's own headers if they are missing.
     cc::Build::new()
         .cpp(true)
         .std("c++20")
@@ -47,7 +47,7 @@ fn main() {
         .compile("retort_collective");
 }
 
-/// The OpenMP that libtorch brings along, or the system's, which it uses then: a process must not have two.
+/// The OpenMP bundled with libtorch, or else the system's, which libtorch then uses: a process must not have two.
 fn openmp(lib: &Path) -> String {
     let files = lib.read_dir().into_iter().flatten().flatten();
     let names = files.filter_map(|file| file.file_name().into_string().ok());

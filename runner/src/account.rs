@@ -1,6 +1,6 @@
-//! Explanations of runs, for the command line and pages: their differences, why their stages ran.
+//! Explanations of runs, for the command line and pages: how they differ, why their stages ran.
 //!
-//! In: what the store knows. Out: facts and sentences. Deliberately absent: how they are shown.
+//! In: records of the store. Out: facts and sentences. Deliberately absent: presentation.
 
 pub mod comparison;
 pub mod plot;

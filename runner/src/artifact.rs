@@ -1,8 +1,8 @@
 //! Artifacts: directories of files, named by their content.
 //!
-//! In: a staging directory that a plugin has filled. Out: `artifacts/<hash>`, complete or not there at all: files are
-//! synced and hashed before one `rename` makes them visible. The hash is BLAKE3 over the sorted list of (relative path,
-//! size, hash of the file). Deliberately absent: records about artifacts (the store's), and what the files mean.
+//! In: a staging directory filled by a plugin. Out: `artifacts/<hash>`, complete or absent: files are synced and hashed
+//! before one `rename` makes them visible. The hash is BLAKE3 over the sorted list of (relative path, size, hash of the
+//! file). Deliberately absent: records about artifacts (the store's), and the files' meaning.
 
 mod layout;
 #[cfg(test)]
@@ -23,7 +23,7 @@ use crate::input;
 
 pub use layout::{Layout, Staging, WorkDir, open_lock};
 
-/// An artifact: its content and what is known about it.
+/// An artifact: its content and its metadata.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ArtifactRecord {
     /// Hex BLAKE3 of its content; names its directory.
@@ -51,21 +51,21 @@ pub struct ArtifactFile {
     pub hash: String,
 }
 
-/// What to do about an artifact that is damaged.
+/// Advice for a damaged artifact.
 pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
     made it makes it again";
 
-/// What to do about a file that its disk cannot read.
+/// Advice for a file that the disk cannot read.
 pub const DISK: &str = "its disk is failing: the kernel's messages (`dmesg`) say which one; copy what can still be read to another, \
     and fetch or make the rest again";
 
-/// Whether a message has the system's number of what a failing disk says (EIO).
+/// Whether a message contains the error number of a failing disk (EIO).
 pub fn is_of_disk(message: &str) -> bool {
     message.contains("(os error 5)")
 }
 
-/// [`DISK`], where that is what fails; [`REPAIR`], where a message is about a file within an artifact: nobody writes there, so
-/// something has damaged it.
+/// [`DISK`] if the disk fails; [`REPAIR`] if a message is about a file within an artifact: nobody writes there, so it has
+/// been damaged.
 pub fn repair_of(message: &str) -> Option<&'static str> {
     if is_of_disk(message) {
         return Some(DISK);
@@ -90,20 +90,20 @@ pub struct Contents {
     pub files: Vec<ArtifactFile>,
 }
 
-/// Why files could not be made an artifact, or be hashed.
+/// Why files could not be published as an artifact, or hashed.
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
     /// The file system refuses.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried: `read`, `sync`.
+        /// The failed operation: `read`, `sync`.
         action: &'static str,
         /// On what.
         path: PathBuf,
         /// Why not.
         source: io::Error,
     },
-    /// A directory entry that is neither file nor directory.
+    /// A directory entry that is neither a file nor a directory.
     #[error("{} is a {kind}: an artifact holds files and directories only", path.display())]
     Kind {
         /// The entry.
@@ -111,7 +111,7 @@ pub enum ArtifactError {
         /// What it is.
         kind: &'static str,
     },
-    /// A name that other systems could not read.
+    /// A name that is not UTF-8.
     #[error("the name of {} is not UTF-8", path.display())]
     Name {
         /// The entry.
@@ -122,7 +122,7 @@ pub enum ArtifactError {
     Empty,
 }
 
-/// A difference between an artifact's record and what lies on the disk.
+/// A difference between an artifact's record and its files on disk.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Damage {
     /// Path within the artifact.
@@ -131,10 +131,10 @@ pub struct Damage {
     pub problem: String,
 }
 
-/// Makes the files in `staging` an artifact under `artifacts`, and returns what it holds. Afterwards `staging` is gone.
+/// Publishes the files in `staging` as an artifact under `artifacts`, and returns its contents. Afterwards `staging` is gone.
 ///
 /// # Errors
-/// [`ArtifactError`]; then nothing is visible under `artifacts`, and `staging` is as it was.
+/// [`ArtifactError`]; then nothing is visible under `artifacts`, and `staging` is unchanged.
 pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactError> {
     let contents = seal(staging)?;
     let place = artifacts.join(&contents.hash);
@@ -147,7 +147,7 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
             fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
             return Ok(contents);
         }
-        // It was damaged: the intact one replaces it.
+        // The existing one was damaged: the intact one replaces it.
         let aside = Draft::folder(&place).map_err(failed("make", &place))?;
         let damaged = aside.path().join("damaged");
         fs::rename(&place, damaged).map_err(failed("move", &place))?;
@@ -156,7 +156,7 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
     Ok(contents)
 }
 
-/// Hashes the files in `staging`, syncs them and makes them read-only: what [`publish`] may then make visible.
+/// Prepares `staging` for [`publish`]: hashes the files, syncs them and makes them read-only.
 ///
 /// # Errors
 /// [`ArtifactError`].
@@ -172,7 +172,7 @@ pub fn seal(staging: &Path) -> Result<Contents, ArtifactError> {
     Ok(contents)
 }
 
-/// Publishes a sealed directory under its hash, unless another process just did. Afterwards `staging` is gone.
+/// Publishes a sealed directory under its hash, unless another process has just done so. Afterwards `staging` is gone.
 ///
 /// # Errors
 /// [`ArtifactError::Io`].
@@ -180,7 +180,7 @@ pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), Artif
     make_dir(artifacts)?;
     let place = artifacts.join(hash);
     let moved = match fs::rename(staging, &place) {
-        // The artifacts lie on another disk.
+        // The artifacts are on another disk.
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
             let moved = carry(staging, &place)?;
             if moved.is_ok() {
@@ -205,8 +205,8 @@ pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), Artif
     sync(artifacts)
 }
 
-/// Copies the files of an artifact to the disk of its place, and moves them there once they are all written. What the
-/// move comes to is the inner result.
+/// Copies the files of an artifact to the target's disk, and renames them once all are written. The inner result is that of
+/// the rename.
 fn carry(staging: &Path, place: &Path) -> Result<io::Result<()>, ArtifactError> {
     let draft = Draft::folder(place).map_err(failed("make", place))?;
     copy_files(staging, draft.path())?;
@@ -230,7 +230,7 @@ fn copy_files(from: &Path, to: &Path) -> Result<(), ArtifactError> {
     Ok(())
 }
 
-/// What a directory holds. Empty directories do not count.
+/// The contents of a directory, ignoring empty directories.
 ///
 /// # Errors
 /// [`ArtifactError`]: something cannot be read, is a link or a device, or has a name that is not UTF-8.
@@ -256,16 +256,16 @@ pub fn contents(dir: &Path) -> Result<Contents, ArtifactError> {
 pub fn list_hash(files: &[ArtifactFile]) -> String {
     let mut hasher = blake3::Hasher::new();
     for file in files {
-        // No path holds a NUL, and the numbers are text: no two lists write the same bytes.
+        // Paths contain no NUL, and the numbers are text, so different lists give different bytes.
         hasher.update(format!("{}\0{}\0{}\n", file.path, file.size, file.hash).as_bytes());
     }
     hasher.finalize().to_hex().to_string()
 }
 
-/// Whether a record is one that a commit could have made: an artifact is its list of files, the hash says so.
+/// Checks that a commit could have made this record: the hash must match the list of files.
 ///
 /// # Errors
-/// What it is instead, in words.
+/// What is wrong, in words.
 pub fn check_list(hash: &str, size: u64, files: &[ArtifactFile]) -> Result<(), String> {
     let brief =
         |text: &str| -> String { text.chars().take(80).flat_map(char::escape_debug).collect() };
@@ -285,7 +285,13 @@ pub fn check_list(hash: &str, size: u64, files: &[ArtifactFile]) -> Result<(), S
         .iter()
         .try_fold(0_u64, |sum, file| sum.checked_add(file.size));
     if sum != Some(size) || i64::try_from(size).is_err() {
-        return Err(format!("the files of artifact {hash} are not of its size"));
+        let sum = sum.map_or_else(
+            || "more than can be counted".to_owned(),
+            |sum| sum.to_string(),
+        );
+        return Err(format!(
+            "artifact {hash} is recorded with {size} bytes, but the sizes of its files add up to {sum}"
+        ));
     }
     let in_order = files.windows(2).all(|pair| pair[0].path < pair[1].path);
     match !files.is_empty() && in_order && list_hash(files) == hash {
@@ -296,14 +302,14 @@ pub fn check_list(hash: &str, size: u64, files: &[ArtifactFile]) -> Result<(), S
     }
 }
 
-/// Whether a path leads to something within a directory: relative, without `..`, written in the one way there is, and
-/// without characters that play tricks with terminals.
+/// Whether a path stays within a directory: relative, without `..`, in canonical form, and without characters that could
+/// mislead a terminal.
 pub fn is_inner_path(path: &str) -> bool {
     let normal = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
     path.len() <= 4096 && !path.chars().any(char::is_control) && path.split('/').all(normal)
 }
 
-/// Whether a text is a hash as directories and the history have it: 64 digits and letters from a to f.
+/// Whether a text is a hash in the form used by directories and the history: 64 digits and letters from a to f.
 pub fn is_hash(text: &str) -> bool {
     text.len() == 64
         && text
@@ -311,7 +317,7 @@ pub fn is_hash(text: &str) -> bool {
             .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// A name from the history as the name of a file: one that leads nowhere else, and another for every other name.
+/// Turns a name from the history into a safe file name; different names give different file names.
 pub fn file_name(name: &str) -> String {
     let is_plain = |c: char| !c.is_control() && !matches!(c, '/' | '\\');
     let plain: String = name
@@ -321,7 +327,7 @@ pub fn file_name(name: &str) -> String {
         .collect();
     match plain == name && !matches!(name, "" | "." | "..") {
         true => plain,
-        // Two names that became alike are told apart.
+        // A suffix keeps names apart that would become equal.
         false => format!(
             "{}-{}",
             plain.replace('.', "_"),
@@ -330,10 +336,10 @@ pub fn file_name(name: &str) -> String {
     }
 }
 
-/// Opens a file of an artifact in `dir`: a regular file within it, to which no link leads.
+/// Opens a file of an artifact in `dir`: a regular file inside it, without following links.
 ///
 /// # Errors
-/// It is not there, or it is something else.
+/// It is missing, or not a regular file.
 pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
     if !is_inner_path(path) {
         return Err(io::Error::other("its path leaves the artifact"));
@@ -351,7 +357,7 @@ pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
         _ => Err(io::Error::other("not a regular file")),
     };
     check(fs::symlink_metadata(&place)?)?;
-    // Without waiting and without following: something else may have been put there meanwhile.
+    // Without blocking and without following links: the path may have been replaced meanwhile.
     let file = File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
@@ -370,7 +376,7 @@ pub fn file_hash(path: &Path) -> Result<String, ArtifactError> {
     Ok(hash.to_hex().to_string())
 }
 
-/// Compares an artifact in `dir` with its record, byte by byte. Empty: it is as it was made.
+/// Compares an artifact in `dir` with its record, byte by byte. The result is empty if it is intact.
 pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
     let damage = |path: &str, problem: String| Damage {
         path: path.to_owned(),
@@ -382,7 +388,7 @@ pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
     let mut found = Vec::new();
     for file in &record.files {
         let hash = open_inner(dir, &file.path).and_then(|found| {
-            // One of another size is another file, however long it is.
+            // A file of another size is not hashed, however long it is.
             if found.metadata()?.len() != file.size {
                 return Ok(None);
             }
@@ -416,7 +422,7 @@ pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
     found
 }
 
-/// Shows every file below `dir`: its path within `root`, where it lies, its size.
+/// Calls back with every file below `dir`: its path within `root`, its location, its size.
 fn walk(
     root: &Path,
     dir: &Path,
@@ -472,7 +478,7 @@ fn sync(path: &Path) -> Result<(), ArtifactError> {
         .map_err(failed("sync", path))
 }
 
-/// Makes a directory of the store where it is missing. Something else in its place is named.
+/// Creates a directory of the store if it is missing. If something else is in its place, the error says so.
 fn make_dir(path: &Path) -> Result<(), ArtifactError> {
     fs::create_dir_all(path).map_err(|error| {
         let kind = match fs::metadata(path) {

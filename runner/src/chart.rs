@@ -1,7 +1,7 @@
 //! Curves as a picture: braille dots for a terminal, SVG for everything else.
 //!
-//! In: curves, each a list of samples with their least, mean and greatest value. Out: text. The mean is a line, the
-//! range around it a band. What is not finite leaves a gap. Deliberately absent: where curves come from.
+//! In: curves, each a list of samples with their least, mean and greatest value. Out: text. The mean is a line, the range
+//! around it a band. Non-finite values leave a gap. Deliberately absent: the source of curves.
 
 use std::fmt::Write as _;
 
@@ -11,11 +11,11 @@ use crate::terminal;
 /// Curves over one axis.
 #[derive(Debug, Clone, Default)]
 pub struct Chart {
-    /// What the horizontal axis is: `step`, `seconds`.
+    /// The quantity on the horizontal axis: `step`, `seconds`.
     pub axis: String,
-    /// Whether the vertical axis is logarithmic; then values that are not positive leave gaps.
+    /// Whether the vertical axis is logarithmic; then non-positive values leave gaps.
     pub log: bool,
-    /// Whether the horizontal axis is; then places that are not positive are left out.
+    /// Whether the horizontal axis is logarithmic; then non-positive positions are left out.
     pub log_x: bool,
     /// The curves.
     pub curves: Vec<Curve>,
@@ -26,14 +26,14 @@ pub struct Chart {
 pub struct Curve {
     /// Its name.
     pub label: String,
-    /// Its samples, by their places.
-    pub samples: Vec<Sample>,
-    /// The weight of what came before in an average that is drawn over them; 0 draws none. For SVG.
+    /// Its samples, by position.
+    pub samples: Vec<ColumnSummary>,
+    /// The smoothing factor of a moving average drawn over them; 0 draws none. For SVG.
     pub smoothing: f64,
 }
 
 impl Curve {
-    /// An exponential average of the means, without a bias at its beginning; what is not finite is left out.
+    /// An exponential average of the means, bias-corrected; non-finite values are left out.
     fn smoothed(&self) -> Option<Vec<f64>> {
         let weight = self.smoothing.min(0.99);
         let (mut sum, mut total) = (0.0, 0.0);
@@ -49,7 +49,7 @@ impl Curve {
     }
 }
 
-/// Whether a series is one of those that people look at first.
+/// Whether a series is among the most important ones.
 pub fn is_wanted(name: &str) -> bool {
     let last = name.rsplit('/').next().unwrap_or(name);
     ["loss", "error", "accuracy", "entropy"]
@@ -57,9 +57,9 @@ pub fn is_wanted(name: &str) -> bool {
         .any(|word| last.contains(word))
 }
 
-/// What is known at one place.
+/// The values at one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sample {
+pub struct ColumnSummary {
     /// The place.
     pub x: f64,
     /// The least value.
@@ -70,37 +70,37 @@ pub struct Sample {
     pub max: f64,
 }
 
-/// The range of what is drawn.
+/// The drawn range.
 #[derive(Debug, Clone, Copy)]
-struct Frame {
+struct PlotRange {
     x: (f64, f64),
     y: (f64, f64),
 }
 
-impl Frame {
-    /// Where a value of the horizontal axis is in an SVG.
+impl PlotRange {
+    /// The x coordinate in an SVG.
     fn svg_x(self, value: f64) -> f64 {
         LEFT + (value - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - LEFT - RIGHT)
     }
 
-    /// Where a value of the vertical axis is in an SVG.
+    /// The y coordinate in an SVG.
     fn svg_y(self, value: f64) -> f64 {
         HEIGHT - BOTTOM - (value - self.y.0) / (self.y.1 - self.y.0) * (HEIGHT - TOP - BOTTOM)
     }
 
-    /// A place as a path in an SVG names it.
+    /// A point in the syntax of SVG paths.
     fn svg(self, x: f64, y: f64) -> String {
         format!("{:.1} {:.1}", self.svg_x(x), self.svg_y(y))
     }
 
     /// The means of a piece of a curve, as a path.
-    fn svg_means(self, run: &[Sample]) -> String {
+    fn svg_means(self, run: &[ColumnSummary]) -> String {
         let points = run.iter().map(|sample| self.svg(sample.x, sample.mean));
         points.collect::<Vec<_>>().join("L")
     }
 }
 
-/// The size of an SVG without its legend, the margins around what is drawn, and the height of a line of the legend.
+/// The size of an SVG without its legend, the margins around the plot, and the height of a legend line.
 const WIDTH: f64 = 880.0;
 const HEIGHT: f64 = 480.0;
 const LEFT: f64 = 78.0;
@@ -109,7 +109,7 @@ const TOP: f64 = 16.0;
 const BOTTOM: f64 = 52.0;
 const LINE: f64 = 20.0;
 
-/// Terminal colours (SGR) and the same for SVG, told apart by people who see few colours too.
+/// Terminal colours (SGR) and their SVG equivalents, distinguishable for colour-blind people.
 const COLORS: [(&str, &str); 6] = [
     ("34", "#0072b2"),
     ("33", "#d55e00"),
@@ -120,8 +120,7 @@ const COLORS: [(&str, &str); 6] = [
 ];
 
 impl Chart {
-    /// The chart for a terminal: so many columns and rows in all, names of curves below. Nothing when there is nothing
-    /// to draw.
+    /// The chart for a terminal with this many columns and rows, and names of curves below. None if there is nothing to draw.
     pub fn terminal(&self, columns: usize, rows: usize, color: bool) -> String {
         self.drawn(columns, rows, color, Self::draw)
     }
@@ -136,15 +135,15 @@ impl Chart {
         columns: usize,
         rows: usize,
         color: bool,
-        draw: fn(&Self, &Curve, usize, Frame, &mut Canvas),
+        draw: fn(&Self, &Curve, usize, PlotRange, &mut Canvas),
     ) -> String {
-        let Some(frame) = self.frame() else {
+        let Some(range) = self.plot_range() else {
             return String::new();
         };
         let height = rows.max(4);
         let label = |row: usize| {
             let part = 1.0 - row as f64 / (height - 1) as f64;
-            number(self.value(frame.y.0 + part * (frame.y.1 - frame.y.0)))
+            number(self.value(range.y.0 + part * (range.y.1 - range.y.0)))
         };
         let labelled = [0, height / 2, height - 1];
         let margin = labelled
@@ -155,7 +154,7 @@ impl Chart {
         let width = columns.saturating_sub(margin + 2).max(10);
         let mut canvas = Canvas::new(width, height);
         for (number, curve) in self.curves.iter().enumerate() {
-            draw(self, curve, number, frame, &mut canvas);
+            draw(self, curve, number, range, &mut canvas);
         }
         let mut text = String::new();
         for row in 0..height {
@@ -167,7 +166,7 @@ impl Chart {
             let side = if label.is_empty() { '│' } else { '┤' };
             let _ = writeln!(text, "{label:>margin$} {side}{}", canvas.line(row, color));
         }
-        let (first, last) = (number(self.place(frame.x.0)), number(self.place(frame.x.1)));
+        let (first, last) = (number(self.place(range.x.0)), number(self.place(range.x.1)));
         let _ = writeln!(text, "{:margin$} └{}", "", "─".repeat(width));
         let between = width.saturating_sub(first.chars().count());
         let _ = writeln!(text, "{:margin$}  {first}{last:>between$}", "");
@@ -192,14 +191,14 @@ impl Chart {
              font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
             HEIGHT + legend
         );
-        let Some(frame) = self.frame() else {
+        let Some(range) = self.plot_range() else {
             return svg + "</svg>\n";
         };
-        self.svg_axes(frame, &mut svg);
+        self.svg_axes(range, &mut svg);
         for (place, curve) in self.curves.iter().enumerate() {
             let color = COLORS[place % COLORS.len()].1;
-            self.svg_curve(curve, color, frame, &mut svg);
-            self.svg_average(curve, color, frame, &mut svg);
+            self.svg_curve(curve, color, range, &mut svg);
+            self.svg_average(curve, color, range, &mut svg);
             let at = HEIGHT + LINE * place as f64;
             let _ = writeln!(
                 svg,
@@ -214,10 +213,10 @@ impl Chart {
         svg + "</svg>\n"
     }
 
-    /// The marks of both axes, and what the horizontal one shows.
-    fn svg_axes(&self, frame: Frame, svg: &mut String) {
-        for tick in marks(frame.y, 6, self.log) {
-            let (at, text) = (frame.svg_y(tick), number(self.value(tick)));
+    /// The ticks of both axes, and the label of the horizontal one.
+    fn svg_axes(&self, range: PlotRange, svg: &mut String) {
+        for tick in marks(range.y, 6, self.log) {
+            let (at, text) = (range.svg_y(tick), number(self.value(tick)));
             let _ = writeln!(
                 svg,
                 "<path d=\"M{LEFT} {at:.1}H{:.1}\" stroke=\"#ddd\"/><text x=\"{:.1}\" y=\"{:.1}\" \
@@ -227,11 +226,11 @@ impl Chart {
                 at + 4.0
             );
         }
-        for tick in marks(frame.x, 8, self.log_x) {
+        for tick in marks(range.x, 8, self.log_x) {
             let _ = writeln!(
                 svg,
                 "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-                frame.svg_x(tick),
+                range.svg_x(tick),
                 HEIGHT - BOTTOM + 18.0,
                 number(self.place(tick))
             );
@@ -246,20 +245,20 @@ impl Chart {
     }
 
     /// A curve: the band between its least and greatest values, and its means in it.
-    fn svg_curve(&self, curve: &Curve, color: &str, frame: Frame, svg: &mut String) {
+    fn svg_curve(&self, curve: &Curve, color: &str, range: PlotRange, svg: &mut String) {
         for run in self.runs(curve) {
-            let there = run.iter().map(|sample| frame.svg(sample.x, sample.max));
+            let there = run.iter().map(|sample| range.svg(sample.x, sample.max));
             let back = run
                 .iter()
                 .rev()
-                .map(|sample| frame.svg(sample.x, sample.min));
+                .map(|sample| range.svg(sample.x, sample.min));
             let band: Vec<String> = there.chain(back).collect();
             let _ = writeln!(
                 svg,
                 "<path d=\"M{}Z\" fill=\"{color}\" fill-opacity=\"0.2\"/>\
                  <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" {} stroke-linecap=\"round\"/>",
                 band.join("L"),
-                frame.svg_means(&run),
+                range.svg_means(&run),
                 match curve.smoothing > 0.0 {
                     true => "stroke-width=\"1\" stroke-opacity=\"0.35\"",
                     false => "stroke-width=\"1.5\"",
@@ -269,14 +268,14 @@ impl Chart {
     }
 
     /// The moving average of a curve, if it has one.
-    fn svg_average(&self, curve: &Curve, color: &str, frame: Frame, svg: &mut String) {
+    fn svg_average(&self, curve: &Curve, color: &str, range: PlotRange, svg: &mut String) {
         let Some(means) = curve.smoothed() else {
             return;
         };
         let samples = curve.samples.iter().zip(means);
         let average = Curve {
             samples: samples
-                .map(|(sample, mean)| Sample {
+                .map(|(sample, mean)| ColumnSummary {
                     x: sample.x,
                     min: mean,
                     mean,
@@ -290,15 +289,15 @@ impl Chart {
                 svg,
                 "<path class=\"average\" d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\" \
                  stroke-linecap=\"round\"/>",
-                frame.svg_means(&run)
+                range.svg_means(&run)
             );
         }
     }
 
-    fn draw(&self, curve: &Curve, color: usize, frame: Frame, canvas: &mut Canvas) {
+    fn draw(&self, curve: &Curve, color: usize, range: PlotRange, canvas: &mut Canvas) {
         let (right, bottom) = (canvas.width * 2 - 1, canvas.height * 4 - 1);
-        let x = |value: f64| (value - frame.x.0) / (frame.x.1 - frame.x.0) * right as f64;
-        let y = |value: f64| (frame.y.1 - value) / (frame.y.1 - frame.y.0) * bottom as f64;
+        let x = |value: f64| (value - range.x.0) / (range.x.1 - range.x.0) * right as f64;
+        let y = |value: f64| (range.y.1 - value) / (range.y.1 - range.y.0) * bottom as f64;
         for run in self.runs(curve) {
             for sample in &run {
                 let at = x(sample.x);
@@ -312,20 +311,20 @@ impl Chart {
     }
 
     /// Each sample as a square of four dots.
-    fn draw_dots(&self, curve: &Curve, color: usize, frame: Frame, canvas: &mut Canvas) {
+    fn draw_dots(&self, curve: &Curve, color: usize, range: PlotRange, canvas: &mut Canvas) {
         let (right, bottom) = (canvas.width * 2 - 2, canvas.height * 4 - 2);
         for sample in self.runs(curve).into_iter().flatten() {
-            let x = (sample.x - frame.x.0) / (frame.x.1 - frame.x.0) * right as f64;
-            let y = (frame.y.1 - sample.mean) / (frame.y.1 - frame.y.0) * bottom as f64;
+            let x = (sample.x - range.x.0) / (range.x.1 - range.x.0) * right as f64;
+            let y = (range.y.1 - sample.mean) / (range.y.1 - range.y.0) * bottom as f64;
             for (dx, dy) in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] {
                 canvas.dot(x.round() + dx, y.round() + dy, color);
             }
         }
     }
 
-    /// What is drawn of a curve: pieces without gaps, on the axis' scale.
-    fn runs(&self, curve: &Curve) -> Vec<Vec<Sample>> {
-        let scaled = curve.samples.iter().map(|sample| Sample {
+    /// A curve's drawn pieces, without gaps, on the axis' scale.
+    fn runs(&self, curve: &Curve) -> Vec<Vec<ColumnSummary>> {
+        let scaled = curve.samples.iter().map(|sample| ColumnSummary {
             x: if self.log_x {
                 sample.x.log10()
             } else {
@@ -350,17 +349,17 @@ impl Chart {
         runs
     }
 
-    fn frame(&self) -> Option<Frame> {
-        let samples: Vec<Sample> = self
+    fn plot_range(&self) -> Option<PlotRange> {
+        let samples: Vec<ColumnSummary> = self
             .curves
             .iter()
             .flat_map(|curve| self.runs(curve))
             .flatten()
             .collect();
-        let range = |low: &dyn Fn(&Sample) -> f64, high: &dyn Fn(&Sample) -> f64| {
+        let range = |low: &dyn Fn(&ColumnSummary) -> f64, high: &dyn Fn(&ColumnSummary) -> f64| {
             let least = samples.iter().map(low).fold(f64::INFINITY, f64::min);
             let most = samples.iter().map(high).fold(f64::NEG_INFINITY, f64::max);
-            // One value alone still needs a range around it.
+            // A single value still needs a range.
             let widened = if most > least {
                 0.0
             } else {
@@ -368,13 +367,13 @@ impl Chart {
             };
             (least - widened, most + widened)
         };
-        (!samples.is_empty()).then(|| Frame {
+        (!samples.is_empty()).then(|| PlotRange {
             x: range(&|sample| sample.x, &|sample| sample.x),
             y: range(&|sample| sample.min, &|sample| sample.max),
         })
     }
 
-    /// What stands at a place of the axis.
+    /// The value at a position of the axis.
     fn place(&self, scaled: f64) -> f64 {
         if self.log_x {
             10_f64.powf(scaled)
@@ -412,7 +411,7 @@ impl Canvas {
         }
     }
 
-    /// A straight line between two places, in dots.
+    /// A straight line between two positions, in dots.
     fn stroke(&mut self, from: (f64, f64), to: (f64, f64), color: usize) {
         let (dx, dy) = (to.0 - from.0, to.1 - from.1);
         let count = dx.abs().max(dy.abs()).ceil().max(1.0);
@@ -451,7 +450,7 @@ fn paint(text: &str, curve: usize, color: bool) -> String {
     terminal::paint(text, COLORS[curve % COLORS.len()].0, color)
 }
 
-/// Where an axis has marks: at round numbers, of which a logarithmic axis has the logarithms.
+/// Positions of an axis's ticks: round numbers, or their logarithms on a logarithmic axis.
 fn marks(range: (f64, f64), count: usize, log: bool) -> Vec<f64> {
     if !log {
         return ticks(range, count);
@@ -480,7 +479,7 @@ fn marks(range: (f64, f64), count: usize, log: bool) -> Vec<f64> {
     }
 }
 
-/// About so many round numbers within a range.
+/// About this many round numbers within a range.
 fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
     let rough = (high - low) / count as f64;
     let power = 10_f64.powf(rough.log10().floor());
@@ -516,7 +515,7 @@ mod tests {
     use super::*;
 
     fn chart(values: &[f64], log: bool) -> Chart {
-        let samples = (0..).zip(values).map(|(x, &value)| Sample {
+        let samples = (0..).zip(values).map(|(x, &value)| ColumnSummary {
             x: f64::from(x),
             min: value,
             mean: value,
@@ -579,7 +578,7 @@ mod tests {
         assert!(!chart.svg().contains("average"));
         chart.curves[0].smoothing = 0.5;
         let means = chart.curves[0].smoothed().unwrap();
-        // (0.25 * 1 + 0.5 * 3) / 0.75, and a gap where nothing was.
+        // (0.25 * 1 + 0.5 * 3) / 0.75, and a gap at the missing value.
         assert!((means[0] - 1.0).abs() < 1e-12 && (means[1] - 7.0 / 3.0).abs() < 1e-12);
         assert!(means[2].is_nan() && means[3] < 3.0);
         let svg = chart.svg();

@@ -1,8 +1,8 @@
-//! The command line: what can be typed, and one file per command under `cli/`.
+//! The command line: its arguments, with one file per command under `cli/`.
 //!
 //! A command gets its parsed arguments and a [`Context`], prints data with [`output::print`], other text with
-//! [`output::say`], and returns an [`Error`] that carries its exit code. Deliberately absent: everything a command
-//! does that is not reading arguments or printing.
+//! [`output::say`], and returns an [`Error`] that carries its exit code. Deliberately absent: anything except reading
+//! arguments and printing.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,6 +36,7 @@ pub mod runs;
 pub mod sample;
 pub mod schema;
 pub mod show;
+pub mod spooled;
 pub mod sweep;
 pub mod transfer;
 pub mod trust;
@@ -47,7 +48,7 @@ pub mod worker;
 use crate::plan::Plan;
 use crate::plan::decision::{self, Role};
 use crate::settings::Overrides;
-use crate::store::{Access, Memory, Store};
+use crate::store::{Access, HashTrust, Store};
 use crate::table::Style;
 use crate::terminal;
 
@@ -229,7 +230,7 @@ pub struct SelectionArgs {
 }
 
 impl SelectionArgs {
-    /// The part that each stage of a plan has.
+    /// The role of each stage of a plan.
     pub fn roles(&self, plan: &Plan) -> Result<Vec<Role>, Error> {
         let (from, until) = (self.from.as_deref(), self.until.as_deref());
         Ok(decision::select(plan, from, until, &self.force)?)
@@ -246,10 +247,10 @@ pub struct RehashArgs {
 
 impl RehashArgs {
     /// Whether to trust hashes of earlier commands.
-    pub fn memory(&self) -> Memory {
+    pub fn trust(&self) -> HashTrust {
         match self.rehash {
-            true => Memory::Distrusted,
-            false => Memory::Trusted,
+            true => HashTrust::Distrusted,
+            false => HashTrust::Trusted,
         }
     }
 }
@@ -295,12 +296,12 @@ pub enum Format {
     Md,
 }
 
-/// What every command needs besides its own arguments.
+/// The context of every command besides its own arguments.
 #[derive(Debug, Clone)]
 pub struct Context {
     /// Directory of the store.
     pub store: PathBuf,
-    /// Directories of all stores that were named: only `ui` takes more than one.
+    /// Directories of all named stores: only `ui` takes more than one.
     pub stores: Vec<PathBuf>,
     /// Directories to search for plugins first.
     pub plugin_dirs: Vec<PathBuf>,
@@ -313,7 +314,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Paths go to workers and into the store as text: others are refused at once.
+    /// Paths are passed to workers and the store as text, so others are refused at once.
     fn check_names(&self, command: &Command) -> Result<(), Error> {
         let recipes: Vec<&PathBuf> = match command {
             Command::Run(args) => vec![&args.recipe.recipe],
@@ -342,13 +343,13 @@ impl Context {
         Ok(())
     }
 
-    /// The home directory: what `~/` in paths of recipes stands for.
+    /// The home directory: the meaning of `~/` in recipes' paths.
     pub fn home(&self) -> Option<PathBuf> {
         let home = PathBuf::from(std::env::var_os("HOME")?);
         home.is_absolute().then_some(home)
     }
 
-    /// What environment variables set for running stages, and where the user's file is.
+    /// The settings from environment variables, and the path of the user's file.
     pub fn given(&self) -> Overrides {
         let variable =
             |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
@@ -374,7 +375,7 @@ impl Context {
         output::wants_color(self.color, &std::io::stderr())
     }
 
-    /// Tables as wide as the terminal, as wide as they need in a pipe.
+    /// Tables as wide as the terminal, or of any width in a pipe.
     pub fn table_style(&self) -> Style {
         let size = terminal_size::terminal_size_of(std::io::stdout());
         let width = size.map(|(terminal_size::Width(columns), _)| columns);
@@ -384,7 +385,7 @@ impl Context {
         }
     }
 
-    /// The store for reading, if there is one yet.
+    /// The store for reading, if it exists.
     pub fn known_store(&self, runtime: &tokio::runtime::Runtime) -> Result<Option<Store>, Error> {
         match self.store.join("history.db").exists() {
             true => Ok(Some(
@@ -394,7 +395,7 @@ impl Context {
         }
     }
 
-    /// A runtime for the store and the executor: they are the only async code. One thread.
+    /// A single-threaded runtime for the store and the executor, the only async code.
     pub fn runtime(&self) -> Result<tokio::runtime::Runtime, Error> {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -405,17 +406,17 @@ impl Context {
     }
 }
 
-/// Parses the arguments, runs the command, maps its error to an exit code.
+/// Parses the arguments, runs the command, and maps its error to an exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are data (0), the rest is usage (2); a closed pipe is nobody's fault.
+            // Help and version are data (exit code 0), anything else is wrong usage (2); a closed pipe is not an error.
             let text = error.render().to_string();
             if terminal::show(&text) == text {
                 let _ = error.print();
             } else {
-                // It quotes an argument that could play tricks with the terminal.
+                // It quotes an argument that could mislead the terminal.
                 output::say(text.trim_end());
             }
             return ExitCode::from(
@@ -438,8 +439,8 @@ pub fn main() -> ExitCode {
         color: cli.global.color,
     };
     output::start_tracing(&context);
-    // A limit on the size of files is an error of writing, with a name and a place, and no end without a word.
-    // SAFETY: a plain system call; workers inherit it.
+    // Makes the limit on the size of files a write error, which has a message, instead of a silent kill. SAFETY: a plain
+    // system call; workers inherit it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     if let Err(error) = context.check_names(&cli.command) {
         error.show(&context);

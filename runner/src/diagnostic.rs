@@ -1,10 +1,10 @@
-//! Errors in a recipe: what, where, and how to fix them.
+//! Errors in users' texts (recipes, filters, settings): what, where, and how to fix them.
 //!
-//! In: findings with a place in the recipe or in an argument of the command line. Out: text with `file:line:column` and
-//! the marked line, safe for a terminal and of bounded length whatever was written. Deliberately absent: finding
-//! anything, and exit codes.
+//! In: findings with a position in a text or in a command-line argument. Out: text with `file:line:column` and the marked
+//! line, escaped for terminals and of bounded length for any input. Deliberately absent: finding anything, and exit codes.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ const SHOWN: usize = 20;
 /// Characters of a message or a hint that are shown.
 const MOST_WORDS: usize = 1500;
 
-/// Characters of a line that are shown before its mark, and from its mark on.
+/// Characters of a line that are shown before the mark, and from the mark on.
 const AROUND: (usize, usize) = (80, 120);
 
 /// One finding.
@@ -32,20 +32,23 @@ pub struct Finding {
     pub severity: Severity,
     /// What is at fault.
     pub cause: Cause,
-    /// Where, if it is in the recipe's text.
+    /// The position, if it is in the text.
     pub position: Option<Position>,
-    /// Where, if it came with the command line.
+    /// How many characters are marked from there on; None: the YAML key or value that begins there.
+    #[serde(skip)]
+    pub marked: Option<usize>,
+    /// The position, if it is in a command-line argument.
     #[serde(default)]
     pub argument: Option<Argument>,
-    /// JSON pointer from the recipe's root, empty where the whole recipe is meant.
+    /// JSON pointer from the recipe's root, empty for the whole recipe.
     pub pointer: String,
-    /// What is wrong and what was expected.
+    /// The error and the expectation.
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
 }
 
-/// A place in an argument of the command line.
+/// A position in a command-line argument.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Argument {
     /// The argument: `--set seed=3`.
@@ -58,31 +61,32 @@ pub struct Argument {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cause {
-    /// What is written in the recipe, or was given by `--set`.
+    /// The recipe, or a `--set`.
     Recipe,
     /// A plugin that the recipe asks for.
     Plugin,
 }
 
-/// All findings about one recipe.
+/// All findings about one text: a recipe, a filter, a file with settings.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{} is not a valid recipe", .path.display())]
+#[error("{} is not valid", .path.display())]
 pub struct Report {
-    /// The recipe's file, as people named it.
+    /// The text's file, as typed, or a description.
     pub path: PathBuf,
-    /// Its text; empty where it could not be read.
+    /// The text; empty if it could not be read.
     pub text: String,
     /// The findings.
     pub findings: Vec<Finding>,
 }
 
 impl Finding {
-    /// An error in the recipe, without a place yet.
+    /// An error in the recipe, without a position yet.
     pub fn error(pointer: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Error,
             cause: Cause::Recipe,
             position: None,
+            marked: None,
             argument: None,
             pointer: pointer.into(),
             message: message.into(),
@@ -90,7 +94,7 @@ impl Finding {
         }
     }
 
-    /// A warning about the recipe, without a place yet.
+    /// A warning about the recipe, without a position yet.
     pub fn warning(pointer: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Warning,
@@ -104,19 +108,30 @@ impl Finding {
         self
     }
 
+    /// Sets the position: bytes of a text.
+    pub fn at_bytes(mut self, text: &str, bytes: Range<usize>) -> Self {
+        let start = text.floor_char_boundary(bytes.start);
+        let end = text.floor_char_boundary(bytes.end).max(start);
+        self.position = Some(yaml::end_of(&text[..start]));
+        self.marked = Some(text[start..end].chars().count());
+        self
+    }
+
     /// Says what to do.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// Shown as rustc does: title, place, marked line, hint.
+    /// Formatted as by rustc: title, position, marked line, hint.
     pub fn render(&self, path: &Path, text: &str, color: bool) -> String {
         let (name, severity) = match self.severity {
             Severity::Error => ("error", "1;31"),
             Severity::Warning => ("warning", "1;33"),
         };
         let side = |text: &str| paint(text, "1;34", color);
+        let excerpt = self.excerpt(path, text);
+        let margin = excerpt.margin();
         let mut shown = format!(
             "{}{}",
             paint(name, severity, color),
@@ -126,33 +141,8 @@ impl Finding {
                 color
             )
         );
-        let (source, path, position) = match &self.argument {
-            Some(argument) => (
-                argument.text.as_str(),
-                "command line".to_owned(),
-                Some(argument.position),
-            ),
-            None => (text, path.display().to_string(), self.position),
-        };
-        let marked = position.and_then(|at| {
-            let line = yaml::lines(source).nth(at.line.checked_sub(1)?)?;
-            Some((at, Marked::token(line, at.column)))
-        });
-        let margin = marked
-            .as_ref()
-            .map_or(0, |(at, _)| at.line.to_string().len());
-        let place = position.map_or_else(String::new, |at| format!(":{}:{}", at.line, at.column));
-        let _ = write!(
-            shown,
-            "\n{:margin$}{} {}{place}",
-            "",
-            side("-->"),
-            clean(&path)
-        );
-        if let Some((at, marked)) = &marked {
-            shown.push('\n');
-            shown.push_str(&marked.frame(at.line, severity, color));
-        }
+        shown.push('\n');
+        shown.push_str(&excerpt.draw(severity, color));
         if let Some(hint) = &self.hint {
             let indentation = " ".repeat(margin + 9);
             let _ = write!(
@@ -168,9 +158,67 @@ impl Finding {
         }
         shown
     }
+
+    /// Only the position and the marked line, without colours.
+    pub fn place_in(&self, path: &Path, text: &str) -> String {
+        self.excerpt(path, text).draw("", false)
+    }
+
+    fn excerpt(&self, path: &Path, text: &str) -> Excerpt {
+        let (source, path, position) = match &self.argument {
+            Some(argument) => (
+                argument.text.as_str(),
+                "command line".to_owned(),
+                Some(argument.position),
+            ),
+            None => (text, path.display().to_string(), self.position),
+        };
+        let marked = position.and_then(|at| {
+            let mut lines = yaml::lines(source);
+            let line = lines.nth(at.line.checked_sub(1)?);
+            // Something missing at the end of a text may be on an empty line.
+            let line = line.or_else(|| self.marked.map(|_| ""))?;
+            let marked = match self.marked {
+                Some(characters) => Marked::span(line, at.column, characters),
+                None => Marked::token(line, at.column),
+            };
+            Some((at.line, marked))
+        });
+        let place = position.map_or_else(String::new, |at| format!(":{}:{}", at.line, at.column));
+        Excerpt {
+            place: format!("{}{place}", clean(&path)),
+            marked,
+        }
+    }
 }
 
-/// A message that may be of any length, cut; further lines are indented.
+/// A finding's position, and the line with its number.
+struct Excerpt {
+    place: String,
+    marked: Option<(usize, Marked)>,
+}
+
+impl Excerpt {
+    /// Characters of the line's number.
+    fn margin(&self) -> usize {
+        self.marked
+            .as_ref()
+            .map_or(0, |(number, _)| number.to_string().len())
+    }
+
+    fn draw(&self, severity: &str, color: bool) -> String {
+        let margin = self.margin();
+        let arrow = paint("-->", "1;34", color);
+        let mut shown = format!("{:margin$}{arrow} {}", "", self.place);
+        if let Some((number, marked)) = &self.marked {
+            shown.push('\n');
+            shown.push_str(&marked.frame(*number, severity, color));
+        }
+        shown
+    }
+}
+
+/// A message of any length, truncated; further lines are indented.
 fn brief(message: &str, indentation: &str) -> String {
     let cut = match message.char_indices().nth(MOST_WORDS) {
         Some((end, _)) => format!("{}...", &message[..end]),
@@ -179,8 +227,8 @@ fn brief(message: &str, indentation: &str) -> String {
     cut.replace('\n', &format!("\n{indentation}"))
 }
 
-/// A line as it is shown, and where its mark stands, in columns of a terminal.
-pub struct Marked {
+/// A line as shown, and the mark's position in terminal columns.
+struct Marked {
     line: String,
     before: usize,
     width: usize,
@@ -192,15 +240,15 @@ impl Marked {
         Self::new(line, column, token_length)
     }
 
-    /// Marks so many characters from a column of a line on; at least one.
-    pub fn span(line: &str, column: usize, characters: usize) -> Self {
+    /// Marks this many characters from a column of a line on; at least one.
+    fn span(line: &str, column: usize, characters: usize) -> Self {
         Self::new(line, column, |rest| {
             let end = rest.char_indices().nth(characters.max(1));
             end.map_or(rest.len(), |(end, _)| end)
         })
     }
 
-    /// The line behind its number, and below it the carets, in the colour of a severity.
+    /// The line with its number, and the carets below it, in the colour of a severity.
     fn frame(&self, number: usize, severity: &str, color: bool) -> String {
         let Self {
             line,
@@ -219,12 +267,7 @@ impl Marked {
         )
     }
 
-    /// The same of a text that is one line, in which the mark is at a column, without colours.
-    pub fn under(&self, place: &str, column: usize) -> String {
-        format!(" --> {place}:1:{column}\n{}", self.frame(1, "", false))
-    }
-
-    /// `length`: bytes of what is marked, of what begins there. Of a long line only what is near is shown.
+    /// `length` returns the marked bytes of the text from there. Of a long line only the surroundings are shown.
     fn new(line: &str, column: usize, length: impl FnOnce(&str) -> usize) -> Self {
         let skipped = column.saturating_sub(1);
         let start = line
@@ -273,7 +316,7 @@ impl Report {
             .count()
     }
 
-    /// Whether nothing but plugins is at fault.
+    /// Whether only plugins are at fault.
     pub fn only_plugins(&self) -> bool {
         self.errors() > 0
             && self
@@ -283,7 +326,7 @@ impl Report {
                 .all(|finding| finding.cause == Cause::Plugin)
     }
 
-    /// The findings in the order of their places, the first of them in full.
+    /// The findings in order of position, the first ones in full.
     pub fn render(&self, color: bool) -> String {
         let mut findings: Vec<&Finding> = self.findings.iter().collect();
         findings.sort_by_key(|finding| (finding.position.is_none(), finding.position));
@@ -299,8 +342,7 @@ impl Report {
     }
 }
 
-/// Bytes of the key or value at the beginning of `text`: what the carets stand under. At least one character, where
-/// there is one.
+/// Bytes of the key or value at the beginning of `text`, to be marked by carets. At least one character, if there is one.
 fn token_length(text: &str) -> usize {
     let Some(first) = text.chars().next() else {
         return 0;
@@ -325,7 +367,7 @@ fn token_length(text: &str) -> usize {
         .max(first.len_utf8())
 }
 
-/// Expects these findings: line, column, part of what is said with its hint; in the order of their places.
+/// Expects these findings: line, column, part of the message with its hint; in order of position.
 #[cfg(test)]
 #[track_caller]
 pub fn expect(findings: &[Finding], expected: &[(usize, usize, &str)]) {

@@ -1,11 +1,11 @@
 //! Temporary files and folders: made beside their target under a unique name, and renamed once they are complete.
 //!
-//! What a command is told to write takes the place of a file once it is whole; only what is no file, such as
-//! `/dev/stdout`, is written as it is.
+//! A command's output replaces an existing file only when it is complete; anything that is not a regular file, such as
+//! `/dev/stdout`, is written directly.
 //!
-//! Nothing else is overwritten or removed: the name is created exclusively, whatever lies
-//! beside it. What is not finished is removed. A process that is killed leaves its draft: it is known by its name and by a lock
-//! that nobody holds ([`abandoned`]). Deliberately absent: artifacts, which have a staging of their own.
+//! Nothing else is overwritten or removed: the temporary name is created exclusively. Unfinished drafts are removed. A killed
+//! process leaves its draft behind, recognisable by its name and by a lock that nobody holds ([`abandoned`]). Deliberately
+//! absent: artifacts, which have their own staging.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -23,24 +23,24 @@ use retort_checkpoint::regular;
 pub struct Draft {
     path: PathBuf,
     target: PathBuf,
-    /// Folders that were made for it.
+    /// Folders created for it.
     folders: CreatedPaths,
     /// Locked while this process works on it.
     _held: File,
 }
 
-/// What stands in the name of a draft behind that of its target, in front of [`own_machine`] and eight more digits.
+/// The part of a draft's name between the target's name and [`own_machine`] with eight more digits.
 const MARK: &str = ".retort-";
-/// Bytes of a target's name that are taken over.
+/// Bytes of a target's name that are kept in the draft's name.
 const LONGEST_NAME: usize = 200;
 
-/// Files and folders that this process has made, removed when dropped unless they are kept. Of a folder in which
-/// something else lies by then, nothing is removed.
+/// Files and folders created by this process, removed when dropped unless they are kept. A folder with other contents is not
+/// removed.
 #[derive(Debug, Default)]
 pub struct CreatedPaths(Vec<PathBuf>);
 
 impl CreatedPaths {
-    /// Makes a folder where there is none, and those that it lies in.
+    /// Creates a folder and its parents if they are missing.
     ///
     /// # Errors
     /// It cannot be made.
@@ -65,7 +65,7 @@ impl CreatedPaths {
         Ok(())
     }
 
-    /// Writes a file, and makes its folder. One that was there stays as it was until the whole of the new one is written.
+    /// Writes a file, and creates its folder. An existing file is kept until the new one is complete.
     ///
     /// # Errors
     /// It cannot be made or written.
@@ -79,7 +79,7 @@ impl CreatedPaths {
         self.finish(draft, &file)
     }
 
-    /// Begins a file, whose folder is made: [`Self::finish`] puts it into its place.
+    /// Begins a file, and creates its folder: [`Self::finish`] renames it to its target.
     ///
     /// # Errors
     /// It cannot be made.
@@ -90,7 +90,7 @@ impl CreatedPaths {
         Draft::file(&place(path)?)
     }
 
-    /// Puts a file that was begun into its place, where one that was there stayed as it was until now.
+    /// Renames the finished file to its target, replacing an existing one.
     ///
     /// # Errors
     /// It cannot be written.
@@ -124,7 +124,7 @@ impl Drop for CreatedPaths {
 }
 
 impl Draft {
-    /// An empty folder that is to be `target`, whose parents are made where they are missing.
+    /// An empty folder that will become `target`; missing parents are created.
     ///
     /// # Errors
     /// It cannot be made.
@@ -133,7 +133,7 @@ impl Draft {
         Self::new(target, make).map(|(draft, _)| draft)
     }
 
-    /// An empty file that is to be `target`, open for writing.
+    /// An empty file that will become `target`, open for writing.
     ///
     /// # Errors
     /// It cannot be made.
@@ -157,14 +157,14 @@ impl Draft {
                 Ok(made) => {
                     match made.try_lock() {
                         Ok(()) if is_of(&path, &made) => {}
-                        // Between the two calls another process has taken it for one that was left, and removes it.
+                        // Between the two calls another process has taken it for an abandoned one, and removes it.
                         Ok(()) => continue,
-                        // Or only looks at it: it is empty.
+                        // Or only examines it: it is empty.
                         Err(TryLockError::WouldBlock) => {
                             let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir(&path));
                             continue;
                         }
-                        // A file system without locks: nobody can lock it to take it for one that was left.
+                        // On a file system without locks nobody can take it for abandoned.
                         Err(TryLockError::Error(_)) => {}
                     }
                     let draft = Self {
@@ -187,10 +187,10 @@ impl Draft {
         &self.path
     }
 
-    /// Moves it to its place. A file takes the place of another; a folder only that of an empty one.
+    /// Renames it to its target. A file may replace another; a folder only an empty one.
     ///
     /// # Errors
-    /// It cannot be moved; then it is removed.
+    /// It cannot be renamed; then it is removed.
     pub fn finish(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.target)?;
         std::mem::take(&mut self.folders).keep();
@@ -198,21 +198,19 @@ impl Draft {
     }
 }
 
-/// Whether an open file is the one of this name.
+/// Whether an open file is the one with this name.
 fn is_of(path: &Path, file: &File) -> bool {
     let of = |found: &fs::Metadata| (found.dev(), found.ino());
     matches!((fs::symlink_metadata(path), file.metadata()), (Ok(there), Ok(open)) if of(&there) == of(&open))
 }
 
-/// Eight digits of this machine's name. Locks need not reach from one machine to another, so that drafts of others are left
-/// alone.
+/// Eight digits of this machine's name. Locks may not work across machines, so drafts of other machines are left alone.
 fn own_machine() -> String {
     let name = fs::read("/proc/sys/kernel/hostname").unwrap_or_default();
     blake3::hash(&name).to_hex()[..8].to_owned()
 }
 
-/// Drafts in a folder that processes of this user on this machine have left which were killed: with the lock on each, which is
-/// held now.
+/// Drafts in a folder left by killed processes of this user on this machine, each with its lock, now held.
 fn left_in(folder: &Path) -> Vec<(PathBuf, File)> {
     let mark = format!("{MARK}{}", own_machine());
     let has_name = |name: &[u8]| {
@@ -246,7 +244,7 @@ fn left_in(folder: &Path) -> Vec<(PathBuf, File)> {
         .collect()
 }
 
-/// The drafts in a folder that a process which was killed has left there.
+/// The drafts that killed processes left in a folder.
 pub fn abandoned(folder: &Path) -> Vec<PathBuf> {
     left_in(folder).into_iter().map(|(path, _)| path).collect()
 }
@@ -261,10 +259,10 @@ pub fn tidy(folder: &Path) {
     }
 }
 
-/// The place of a file that is to be replaced, or made: where a link leads, because a link stays one.
+/// The path of a file to be replaced or created: for a link its target, so that the link is kept.
 ///
 /// # Errors
-/// Something lies there that is no file, and would be gone.
+/// Something other than a file is there, and would be lost.
 pub fn place(target: &Path) -> io::Result<PathBuf> {
     match fs::metadata(target) {
         Ok(found) => {
@@ -276,7 +274,7 @@ pub fn place(target: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Where something will be written that somebody named: a file, or a pipe or a device, which is open from now on.
+/// An output path given by a user: a file, or a pipe or device, which is opened right away.
 #[derive(Debug)]
 pub struct Target {
     path: PathBuf,
@@ -284,11 +282,11 @@ pub struct Target {
 }
 
 impl Target {
-    /// Looks whether it can be written. A pipe or a device is opened, but nobody waits for a reader. No folder is made: one
-    /// that is not there is a mistake in the name.
+    /// Checks that it is writable. A pipe or a device is opened without waiting for a reader. No folder is created: a missing
+    /// one is a mistake in the name.
     ///
     /// # Errors
-    /// It is a directory or a pipe that nobody reads, or its folder is not there.
+    /// It is a directory or a pipe without a reader, or its folder is missing.
     pub fn open(path: &Path) -> io::Result<Self> {
         let found = match fs::metadata(path) {
             Ok(found) => Some(found.file_type()),
@@ -313,13 +311,13 @@ impl Target {
         })
     }
 
-    /// Writes it: what was there stays as it was until the whole of it is written.
+    /// Writes it; an existing file is kept until the new one is complete.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write(self, bytes: &[u8]) -> io::Result<()> {
         if let Some(mut special) = self.special {
-            // There is a reader, who takes what comes at his pace.
+            // There is a reader, which may be slow.
             return special.write_all(bytes);
         }
         let (draft, mut file) = Draft::file(&self.path)?;
@@ -329,7 +327,7 @@ impl Target {
     }
 }
 
-/// Opens what is no file for writing.
+/// Opens a pipe or device for writing.
 fn special(path: &Path, kind: fs::FileType) -> io::Result<File> {
     if kind.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());
@@ -353,7 +351,7 @@ fn special(path: &Path, kind: fs::FileType) -> io::Result<File> {
     Ok(opened)
 }
 
-/// Writes a file that somebody named, as [`Target`] does.
+/// Writes to a user's output path through [`Target`].
 ///
 /// # Errors
 /// Those of [`Target::open`] and [`Target::write`].
@@ -363,7 +361,7 @@ pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // Where it was finished there is nothing of this name any more.
+        // If it was finished, nothing with this name exists any more.
         let _ = match fs::symlink_metadata(&self.path) {
             Ok(found) if found.is_dir() => fs::remove_dir_all(&self.path),
             Ok(_) => fs::remove_file(&self.path),
@@ -490,7 +488,7 @@ mod tests {
             (names(&at("mine")), names(&at("a/b"))),
             (vec!["new".into(), "old".into()], vec!["c".into()])
         );
-        // A draft that is given up leaves no folders either.
+        // An abandoned draft leaves no folders either.
         drop(Draft::file(&at("x/y/z")).unwrap());
         drop(Draft::folder(&at("x/y/z")).unwrap());
         assert_eq!(names(root.path()), ["a", "mine"]);
@@ -502,7 +500,7 @@ mod tests {
         let at = |name: &str| root.path().join(name);
         let used = Draft::folder(&at("used")).unwrap();
         let (file, open) = Draft::file(&at("written")).unwrap();
-        // As a process leaves them that was killed.
+        // As left by a killed process.
         let digits = format!("{}89abcdef", own_machine());
         let dead = ["d", "f"].map(|name| at(&format!(".{name}.retort-{digits}")));
         fs::create_dir_all(dead[0].join("deep")).unwrap();
@@ -514,7 +512,7 @@ mod tests {
             at(&format!(".d.retort-{}", &digits[1..])),
             at(&format!(".d.retort-{digits}0")),
             at(&format!(".d.{digits}")),
-            // Of another machine, whose locks need not be seen here.
+            // Of another machine, whose locks may not be visible here.
             at(&format!(".d.retort-{:08x}89abcdef", !0u32)),
             at(".d.1234-5f"),
         ];

@@ -1,14 +1,14 @@
-//! Times as people write them: `90s`, `2h 30m`.
+//! Durations as people write them: `90s`, `2h 30m`.
 
 use std::time::Duration;
 
-/// The longest time that is taken: clocks overflow beyond some hundred years.
+/// The longest accepted duration: clocks overflow beyond some hundred years.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// Reads a time.
+/// Parses a duration.
 ///
 /// # Errors
-/// It is none, or longer than ten years.
+/// It is invalid, or longer than ten years.
 pub fn parse(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(time) if time > LONGEST => Err("it is longer than ten years".to_owned()),

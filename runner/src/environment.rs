@@ -1,7 +1,7 @@
-//! A run's environment: useful when the same recipe gives another result, or another speed.
+//! A run's environment: useful when the same recipe gives a different result or speed.
 //!
-//! Everything here is optional: what cannot be found out is left out. Devices are not here; stages name theirs.
-//! No other program is run: what lies around a recipe may be somebody else's.
+//! Everything here is optional: unknown values are left out. Devices are recorded with stages. No other program is run,
+//! because the recipe's directory may belong to somebody else.
 
 use std::path::Path;
 
@@ -41,7 +41,7 @@ pub fn collect(recipe_dir: &Path) -> Value {
     Value::Object(facts)
 }
 
-/// The name of this machine; empty where the system does not tell.
+/// The name of this machine; empty if unknown.
 pub fn host_name() -> String {
     line_of("/proc/sys/kernel/hostname").unwrap_or_default()
 }
@@ -72,7 +72,7 @@ fn memory() -> Option<u64> {
     Some(total.strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The value behind `name:` on the first line that has it.
+/// The value after `name:` on the first line that has it.
 fn field(text: &str, name: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;

@@ -1,9 +1,9 @@
 //! Running a plan: which stage runs when, what is reused, and when to stop.
 //!
-//! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
-//! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
-//! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: events go to a
-//! [`Listener`], and the user's signals come from [`Control`].
+//! In: a plan, the role of each of its stages ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
+//! stage is reused is decided when its inputs exist. There is one event loop on one thread; worker processes do the work
+//! ([`attempt`]). Deliberately absent: planning, and the terminal: events go to a [`Listener`], and the user's signals come
+//! from [`Control`].
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -17,7 +17,7 @@ use crate::executor::spec::RunContext;
 use crate::input::FileSnapshot;
 use crate::plan::Plan;
 use crate::plan::decision::Role;
-use crate::store::{AttemptState, Memory, RunState, Store};
+use crate::store::{AttemptState, HashTrust, RunState, Store};
 
 pub mod attempt;
 pub mod control;
@@ -51,8 +51,7 @@ use scheduler::Scheduler;
 /// A failed stage is not an error but part of the report.
 ///
 /// # Errors
-/// [`ExecutorError`]. The run, if it had begun, is recorded as failed where the store still takes it, and no worker is
-/// left behind.
+/// [`ExecutorError`]. The run, if it had begun, is recorded as failed if the store allows it, and no worker is left behind.
 pub async fn execute(
     plan: &Plan,
     roles: &[Role],
@@ -77,7 +76,7 @@ pub async fn execute(
     }
 }
 
-/// Runs a plan beside others, under the same control.
+/// Runs a plan concurrently with others, under the same control.
 ///
 /// # Errors
 /// As [`execute`].
@@ -112,7 +111,7 @@ async fn carry_out(
         let Some(known) = known.filter(|known| known.kind == given.kind) else {
             return Err(ExecutorError::NoArtifact { name, hash });
         };
-        // An imported run may have no files here.
+        // An imported run's files may be missing here.
         if !layout.artifact(&hash).exists() {
             return Err(ExecutorError::NoArtifact { name, hash });
         }
@@ -142,7 +141,7 @@ async fn carry_out(
             judged: Mutex::new(None),
             reached: Notify::new(),
             cluster: options.cluster.clone(),
-            board: options.board.clone(),
+            posted_jobs: options.posted_jobs.clone(),
         });
         let mut scheduler = Scheduler::open(plan, roles, sources, &run, context, options).await?;
         (scheduler.context.listener)(Event::RunBegan { run: run.clone() });
@@ -194,7 +193,7 @@ async fn carry_out(
     })
 }
 
-/// Leaves the jobs of a run to the cluster.
+/// Detaches from a run's jobs, which the cluster continues.
 async fn detach(mut scheduler: Scheduler<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
     // This cancels nothing.
     scheduler.workers.shutdown().await;
@@ -220,7 +219,7 @@ async fn detach(mut scheduler: Scheduler<'_>, began: Instant) -> Result<RunRepor
     })
 }
 
-/// The files that options name, by stage, for the stages that may run.
+/// The files named by options, by stage, for the stages that may run.
 async fn sources(
     plan: &Plan,
     roles: &[Role],
@@ -239,7 +238,7 @@ async fn sources(
                 Some(snapshot) => snapshot.clone(),
                 None => {
                     store
-                        .snapshot(&file.path, file.kind, Memory::Trusted)
+                        .snapshot(&file.path, file.kind, HashTrust::Trusted)
                         .await?
                 }
             };

@@ -1,12 +1,12 @@
-//! The language of `--where`: which runs are meant.
+//! The language of `--where`, which selects runs.
 //!
 //! ```text
 //! metrics.fd.last < 3 and params.distill.steps >= 2000
 //! status = failed or (not tag = baseline and started > 2026-01-01)
 //! ```
 //!
-//! In: text. Out: a [`Filter`] whose parts know where they stand in the text, or a [`FilterError`] that points at the
-//! place. What a field means, and whether it exists, is the store's business (`store/select.rs`).
+//! In: text. Out: a [`Filter`] whose parts know their position in the text, or a [`FilterError`] with a position. The meaning
+//! and existence of fields is the store's business (`store/select.rs`).
 //!
 //! ```text
 //! expr       = all { "or" all }
@@ -16,13 +16,17 @@
 //! operator   = "=" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "~" | "!~"
 //! ```
 //!
-//! A field without a comparison asks whether a run has it. `~` asks whether a text contains another; `*` and `?` in
-//! that make it a pattern for the whole. Names and values with other characters stand in quotes, also in part:
-//! `metrics."odd name".last`.
+//! A field without a comparison tests whether a run has it. `~` tests whether a text contains another; `*` and `?` in that
+//! make it a pattern for the whole text. Names and values with other characters are quoted, entirely or partly: `metrics."odd
+//! name".last`.
 
 use std::ops::Range;
+use std::path::Path;
 
-use crate::diagnostic::Marked;
+use crate::diagnostic::{Finding, Report};
+
+/// The file name in error positions.
+const NAME: &str = "filter";
 
 /// A filter, as text and parsed.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,7 +37,7 @@ pub struct Filter {
     pub expr: Expr,
 }
 
-/// The name of a field, as written and as understood.
+/// The name of a field, as written and parsed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Name {
     /// As written.
@@ -62,7 +66,7 @@ pub enum Expr {
 /// A name, and where it stands.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Field {
-    /// Its parts, as the dots divide them.
+    /// Its parts, separated by dots.
     pub parts: Vec<String>,
     /// Where it stands: bytes of the text.
     pub at: Range<usize>,
@@ -89,18 +93,18 @@ pub enum Operator {
     Unlike,
 }
 
-/// The operand, and its place.
+/// The operator, and its position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Value {
     /// As written, without quotes.
     pub text: String,
-    /// Whether it stood in quotes: then it is a text whatever it looks like.
+    /// Whether it was quoted: then it is always a text.
     pub quoted: bool,
     /// Where it stands: bytes of the text.
     pub at: Range<usize>,
 }
 
-/// Something is wrong with a filter.
+/// An error in a filter.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
 pub struct FilterError {
@@ -122,7 +126,7 @@ impl Field {
 }
 
 impl Value {
-    /// The number it stands for, if it does.
+    /// Its number, if it is one.
     pub fn number(&self) -> Option<f64> {
         if self.quoted {
             return None;
@@ -130,7 +134,7 @@ impl Value {
         match self.text.to_ascii_lowercase().as_str() {
             "inf" | "+inf" | "infinity" => Some(f64::INFINITY),
             "-inf" | "-infinity" => Some(f64::NEG_INFINITY),
-            // Rust reads more words as numbers than people write.
+            // Rust parses more words as numbers than people write.
             text if text.contains(|c: char| c.is_ascii_digit()) => {
                 text.replace('_', "").parse().ok()
             }
@@ -138,7 +142,7 @@ impl Value {
         }
     }
 
-    /// Whether it is a word that stands for something: `nan`, `true`, ...
+    /// Whether it is a word with a special meaning: `nan`, `true`, ...
     pub fn is_word(&self, word: &str) -> bool {
         !self.quoted && self.text.eq_ignore_ascii_case(word)
     }
@@ -167,21 +171,34 @@ impl FilterError {
         self
     }
 
-    /// The text with the place marked below it.
+    /// The position, and the marked text.
     pub fn marked(&self) -> String {
-        let text = self.text.as_str();
-        let start = text.floor_char_boundary(self.at.start);
-        let end = text.floor_char_boundary(self.at.end).max(start);
-        let column = text[..start].chars().count() + 1;
-        let characters = text[start..end].chars().count();
-        Marked::span(text, column, characters).under("filter", column)
+        self.finding().place_in(Path::new(NAME), &self.text)
+    }
+
+    fn finding(&self) -> Finding {
+        let finding = Finding::error("", self.message.as_str());
+        Finding {
+            hint: self.hint.clone(),
+            ..finding.at_bytes(&self.text, self.at.clone())
+        }
+    }
+}
+
+impl From<FilterError> for Report {
+    fn from(error: FilterError) -> Self {
+        Self {
+            path: NAME.into(),
+            findings: vec![error.finding()],
+            text: error.text,
+        }
     }
 }
 
 /// Reads a filter.
 ///
 /// # Errors
-/// [`FilterError`]: where the text stops to make sense, and what was expected there.
+/// [`FilterError`]: where the text becomes invalid, and what was expected there.
 pub fn parse(text: &str) -> Result<Filter, FilterError> {
     let expr = read(text).map_err(|error| error.in_text(text))?;
     Ok(Filter {
@@ -222,6 +239,7 @@ fn read(text: &str) -> Result<Expr, FilterError> {
         tokens: &tokens,
         end: text.len(),
         depth: 0,
+        terms: 0,
     };
     let expr = parser.expr()?;
     match parser.tokens.first() {
@@ -296,7 +314,7 @@ fn tokens(text: &str) -> Result<Vec<Token>, FilterError> {
     Ok(tokens)
 }
 
-/// A word that begins at `start`, and its length: up to a space or operator, quoted parts aside.
+/// A word that begins at `start`, and its length: up to a space or operator outside quotes.
 fn word(text: &str, start: usize) -> Result<(Vec<NamePart>, usize), FilterError> {
     let mut parts = vec![NamePart::default()];
     let mut characters = text[start..].char_indices();
@@ -328,7 +346,12 @@ struct Parser<'t> {
     /// Length of the text.
     end: usize,
     depth: usize,
+    /// Conditions and values so far.
+    terms: usize,
 }
+
+/// Maximum conditions and values of a filter: SQLite allows a thousand.
+const MOST_TERMS: usize = 500;
 
 impl<'t> Parser<'t> {
     fn expr(&mut self) -> Result<Expr, FilterError> {
@@ -371,7 +394,21 @@ impl<'t> Parser<'t> {
         })
     }
 
+    /// Counts another condition or value.
+    fn count(&mut self) -> Result<(), FilterError> {
+        self.terms += 1;
+        match self.terms > MOST_TERMS {
+            true => {
+                let message = format!("more than {MOST_TERMS} conditions and values");
+                Err(FilterError::new(message, self.here())
+                    .hint("ask in several pieces, or by `retort query`"))
+            }
+            false => Ok(()),
+        }
+    }
+
     fn comparison(&mut self) -> Result<Expr, FilterError> {
+        self.count()?;
         let field = self.field()?;
         if let Some(Token {
             kind: Kind::Operator(operator),
@@ -391,6 +428,7 @@ impl<'t> Parser<'t> {
         self.expect(&Kind::Open, "`(`")?;
         let mut values = vec![self.value()?];
         while self.takes(&Kind::Comma) {
+            self.count()?;
             values.push(self.value()?);
         }
         self.expect(&Kind::Close, "`,` or `)`")?;
@@ -424,7 +462,7 @@ impl<'t> Parser<'t> {
         })
     }
 
-    /// Takes the next token if it is a word, but no keyword.
+    /// Takes the next token if it is a word but not a keyword.
     fn word(&mut self) -> Option<(&'t [NamePart], Range<usize>)> {
         let (token, rest) = self.tokens.split_first()?;
         match &token.kind {
@@ -436,7 +474,7 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// Where the next token stands, or the end.
+    /// The position of the next token, or the end.
     fn here(&self) -> Range<usize> {
         self.tokens
             .first()
@@ -491,7 +529,7 @@ fn is_word(parts: &[NamePart], word: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// A filter in brief, with all parentheses.
+    /// A filter in compact form, with all parentheses.
     fn brief(expr: &Expr) -> String {
         let join = |parts: &[Expr], word: &str| {
             let parts: Vec<String> = parts.iter().map(brief).collect();

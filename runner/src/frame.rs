@@ -1,34 +1,30 @@
-//! Frames: the messages between the runner and a worker, and how they lie on the wire.
+//! Frames: the messages between the runner and a worker, and their wire format.
 //!
-//! A frame is a length (u32, little endian) and that many bytes of JSON. They travel over a socket of their own, so
-//! that nothing a plugin prints can be taken for one. Both sides are the same binary: there is no version to agree on.
-//! Deliberately absent: sockets; what the messages cause.
+//! A frame is a length (u32, little endian) and that many bytes of JSON. They use a separate socket, so that nothing a plugin
+//! prints can be mistaken for one. Both sides are the same binary, so there is no version to negotiate. Deliberately absent:
+//! sockets, and the handling of messages.
 
 use retort_abi::{Description, Device, Diagnostic, Failure, StageJob, StageResult};
+use retort_checkpoint::json;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::store::ArtifactRecord;
+use crate::store::{ArtifactRecord, HEAVIEST_VALUE};
 
 /// Longest frame that is sent or accepted, in bytes.
 pub const LIMIT: usize = 64 << 20;
-/// Most memory that a message may take once it is read, as [`weight`] reckons.
-const HEAVIEST: usize = 256 << 20;
-/// Messages up to this length are read without being weighed first.
-const LIGHT: usize = 256 << 10;
-
 /// From the runner to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToWorker {
-    /// Load a plugin and make one call; the first frame, and only that.
+    /// Load a plugin and make one call; always the first frame, and only that.
     Start(Box<Task>),
     /// Stop at the next checkpoint.
-    CancelAtCheckpoint,
+    StopAtCheckpoint,
     /// Stop at once.
-    CancelNow,
+    StopNow,
 }
 
 /// What a worker is to do.
@@ -36,7 +32,7 @@ pub enum ToWorker {
 pub struct Task {
     /// The plugin's shared object.
     pub plugin: PathBuf,
-    /// Hex BLAKE3 that the file must have: what runs is what was planned. `None`: whatever is there.
+    /// Hex BLAKE3 that the file must have, so that the planned plugin runs. `None`: any file.
     pub hash: Option<String>,
     /// What to ask of it.
     pub call: Call,
@@ -52,7 +48,7 @@ pub enum Call {
     Probe,
     /// Its own checks of the options of several stages.
     Validate(Vec<StageJob>),
-    /// The same of options that may be anything, going on after failures.
+    /// The same with arbitrary options, continuing after failures.
     Provoke(Vec<StageJob>),
     /// Run a stage.
     Run {
@@ -62,7 +58,7 @@ pub enum Call {
         staging: PathBuf,
         /// Directory of committed artifacts.
         artifacts: PathBuf,
-        /// How long to listen for calls that come after the end, before the process leaves.
+        /// How long to listen for late calls before the process exits.
         linger: Duration,
     },
 }
@@ -71,7 +67,7 @@ pub enum Call {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromWorker {
-    /// The plugin is loaded; what goes wrong from here on is the call's.
+    /// The plugin is loaded; later errors belong to the call.
     Loaded,
     /// The plugin could not be loaded.
     NotLoaded {
@@ -80,15 +76,22 @@ pub enum FromWorker {
         /// What to do.
         hint: Option<String>,
     },
+    /// A heartbeat, independent of the stage.
+    Heartbeat,
+    /// From its supervisor: no more heartbeats.
+    Silent {
+        /// How long it has been silent.
+        seconds: u64,
+    },
     /// Lines for the log.
     Log(Vec<Line>),
     /// Points of metric series.
     Metrics(Vec<Points>),
     /// The stage's progress.
     Progress(Progress),
-    /// An artifact lies in its place.
+    /// An artifact has been published.
     Artifact {
-        /// The id by which the plugin knows it.
+        /// The plugin's id for it.
         id: u64,
         /// What it is.
         record: Box<ArtifactRecord>,
@@ -131,7 +134,7 @@ pub struct Line {
     pub at: i64,
 }
 
-/// Points of a metric series, column by column: there may be very many.
+/// Points of a metric series, column by column, because there may be very many.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(try_from = "Columns")]
 pub struct Points {
@@ -139,14 +142,14 @@ pub struct Points {
     pub series: String,
     /// Step of each.
     pub steps: Vec<u64>,
-    /// Value of each; JSON has neither NaN nor infinity, so their bits travel.
+    /// The bits of each value, because JSON has neither NaN nor infinity.
     #[serde(with = "bits")]
     pub values: Vec<f64>,
     /// When: milliseconds since 1970.
     pub at: Vec<i64>,
 }
 
-/// [`Points`] as they arrive: columns that may be of different lengths.
+/// [`Points`] as received: columns may have different lengths.
 #[derive(Deserialize)]
 struct Columns {
     series: String,
@@ -204,15 +207,15 @@ pub struct Progress {
 /// Why a frame is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// The length makes no sense.
+    /// The length is invalid.
     #[error("a frame of {length} bytes is longer than the {LIMIT} allowed")]
     TooLong {
         /// As claimed.
         length: usize,
     },
-    /// It is short, and would not be in memory.
-    #[error("a message of {length} bytes would take more than {} MiB of memory", HEAVIEST >> 20)]
-    TooHeavy {
+    /// It is short, but would be large in memory.
+    #[error("a message of {length} bytes would take more than {} MiB of memory", HEAVIEST_VALUE >> 20)]
+    TooManyElements {
         /// Its length.
         length: usize,
     },
@@ -237,46 +240,21 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     Ok(bytes)
 }
 
-/// A message, of its JSON.
+/// Parses a message from JSON.
 ///
 /// # Errors
-/// [`FrameError::TooHeavy`], [`FrameError::Malformed`].
-pub fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T, FrameError> {
-    let length = json.len();
-    if length > LIGHT && weight(json) > HEAVIEST {
-        return Err(FrameError::TooHeavy { length });
-    }
-    serde_json::from_slice(json).map_err(FrameError::Malformed)
-}
-
-/// Bytes that JSON may take in memory, roughly: a number of one digit becomes a value in a list that has room for twice as
-/// many, a text has its own place, an object with one entry has room for four.
-fn weight(json: &[u8]) -> usize {
-    const VALUE: usize = 2 * size_of::<serde_json::Value>();
-    let (mut weight, mut quoted, mut escaped) = (json.len(), false, false);
-    for &byte in json {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => {
-                quoted = !quoted;
-                weight += 16;
-            }
-            _ if quoted => {}
-            b',' => weight += VALUE,
-            b'[' => weight += 128,
-            b'{' => weight += 640,
-            _ => {}
-        }
-    }
-    weight
+/// [`FrameError::TooManyElements`], [`FrameError::Malformed`].
+pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, FrameError> {
+    let length = text.len();
+    json::check_weight(text, HEAVIEST_VALUE).map_err(|_| FrameError::TooManyElements { length })?;
+    serde_json::from_slice(text).map_err(FrameError::Malformed)
 }
 
 /// Bytes received so far, from which whole frames are taken.
 #[derive(Debug, Default)]
 pub struct Inbox {
     bytes: Vec<u8>,
-    /// Bytes of `bytes` that have been taken.
+    /// Bytes of `bytes` already consumed.
     taken: usize,
 }
 
@@ -293,7 +271,7 @@ impl Inbox {
     /// Takes the next whole frame, if there is one.
     ///
     /// # Errors
-    /// [`FrameError`]; what follows on this wire cannot be trusted.
+    /// [`FrameError`]; after that nothing on this socket can be trusted.
     pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let rest = &self.bytes[self.taken..];
         let Some((length, rest)) = rest.split_first_chunk::<4>() else {
@@ -380,11 +358,11 @@ mod tests {
                 format!("{{\"answer\":{{\"result\":{{\"output\":1,\"summary\":{summary}}}}}}}");
             let error = decode::<FromWorker>(text.as_bytes()).unwrap_err();
             assert!(
-                matches!(error, FrameError::TooHeavy { .. }),
+                matches!(error, FrameError::TooManyElements { .. }),
                 "{one}: {error}"
             );
         }
-        // As long, and all of it text.
+        // Equally long, but all text.
         let text = "[{,\\\"".repeat(6 << 20);
         let line = Line {
             level: 3,
@@ -397,7 +375,7 @@ mod tests {
             decode::<FromWorker>(&long).unwrap(),
             FromWorker::Log(vec![line])
         );
-        // What an artifact of a hundred thousand files is recorded as.
+        // The record of an artifact with a hundred thousand files.
         let file = r#"{"path":"a","size":1,"hash":"b"},"#.repeat(100_000);
         let text = format!("[{}]", file.trim_end_matches(','));
         assert_eq!(

@@ -1,33 +1,33 @@
-//! Files and folders that a stage's options name: their content, and whether it changes while it is used.
+//! Files and folders named by a stage's options: their content, and detection of changes while it is in use.
 //!
-//! In: a path and whether it is a file or a folder. Out: a [`FileSnapshot`]: a hash of the content, as of an artifact, and
-//! every file's metadata, by which a later check tells whether anything was written. Links are followed.
-//! Names that begin with a dot, and leftovers of file managers ([`is_hidden`]), are not data: they are ignored, and
-//! no loader reads them; nor is, in a folder of images, what is neither an image nor a list of them. What has been hashed
-//! is remembered ([`Folder`]) and not read again while the file system says that it is as it was. Deliberately absent:
-//! where that is remembered (the store), and what files mean.
+//! In: a path and whether it is a file or a folder. Out: a [`FileSnapshot`]: a hash of the content, as for an artifact, and
+//! every file's metadata, with which a later check detects changes. Links are followed. Names that begin with a dot, and
+//! files of file managers ([`is_hidden`]), are not data: they are ignored, and no loader reads them. In a folder of images,
+//! files that are neither images nor tables are ignored too. Hashes are cached ([`Folder`]), and files are not read again
+//! while the file system reports no change. Deliberately absent: the cache's storage (in the store), and the meaning of
+//! files.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, Metadata};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use retort_checkpoint::images::{self, MOST_FILES, is_hidden};
+use retort_checkpoint::images::{self, MOST_FILES, MOST_FOLDERS, is_hidden};
 use retort_checkpoint::regular::{self, Extent};
-use retort_checkpoint::shards::ShardPlace;
+use retort_checkpoint::sharded_weights::ShardPlace;
 use serde::{Deserialize, Serialize};
 
-/// A file written less than this before a check may be rewritten undetectably: file systems
-/// keep times in steps of up to two seconds.
+/// A file written less than this before a check could be rewritten undetected: file systems store times with a resolution of
+/// up to two seconds.
 const CLOCK_STEP: i128 = 2_000_000_000;
-/// Folders reached by links, at most: links that lead to the same folders again and again would never end.
-const MOST_LINKED: usize = 100_000;
-/// Links within links within a folder, at most.
+/// Maximum visits of folders that were visited before: links can multiply them.
+const MOST_AGAIN: usize = 1 << 14;
+/// Maximum nesting of links.
 const DEEPEST: usize = 128;
 /// Version of [`Folder`]'s bytes.
 const PACKED: u8 = 1;
@@ -51,7 +51,7 @@ pub enum FileKind {
     File,
     /// A directory, with everything in it.
     Dir,
-    /// A directory, with the files in it that a loader of images reads.
+    /// A directory, with only the files that an image loader reads.
     Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
@@ -86,13 +86,16 @@ pub enum InputError {
         /// Where it leads.
         target: PathBuf,
     },
-    /// A folder within itself, by a link; or links without end.
-    #[error("{} is in a cycle of links, or leads to {MOST_LINKED} or more folders", path.display())]
-    Loop {
+    /// A folder inside itself through a link, or endless links.
+    #[error(
+        "{} is in a cycle of links, or the last of {MOST_AGAIN} folders that links lead to again; remove the links",
+        path.display()
+    )]
+    LinkCycle {
         /// Where that was noticed.
         path: PathBuf,
     },
-    /// A network's weights in several files, of which something is missing.
+    /// A network's weights in several files, some of which are missing.
     #[error("{}: {message}", path.display())]
     Weights {
         /// What the option names.
@@ -102,7 +105,7 @@ pub enum InputError {
     },
     /// A mostly sparse file.
     #[error("{}", mostly_holes(path, *extent))]
-    Hollow {
+    Sparse {
         /// The file.
         path: PathBuf,
         /// What it takes.
@@ -113,13 +116,23 @@ pub enum InputError {
         "{} holds more than {most} files; put them into tar archives (`tar:`), or into several folders",
         path.display()
     )]
-    Many {
+    TooManyFiles {
         /// The folder.
         path: PathBuf,
-        /// The most that are looked at.
+        /// The limit.
         most: usize,
     },
-    /// A name that a digest cannot hold.
+    /// Too many folders.
+    #[error(
+        "{} holds more than {MOST_FOLDERS} folders, links followed; put the files into tar archives (`tar:`), or into fewer \
+         folders",
+        path.display()
+    )]
+    TooManyFolders {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A name that a digest cannot represent.
     #[error("the name of {} is not UTF-8", path.display())]
     Name {
         /// The entry.
@@ -128,7 +141,7 @@ pub enum InputError {
 }
 
 impl InputError {
-    /// It would take far too long to read.
+    /// Reading it would take far too long.
     pub fn interrupted(
         path: &Path,
         error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -137,7 +150,7 @@ impl InputError {
     }
 }
 
-/// A file's metadata that changes with the file.
+/// The metadata of a file that changes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileStamp {
     device: u64,
@@ -145,12 +158,12 @@ pub struct FileStamp {
     size: u64,
     /// Nanoseconds since 1970.
     modified: i64,
-    /// When anything about it was changed, which nobody can set.
+    /// The time of its last change of any kind (ctime), which nobody can set.
     changed: i64,
 }
 
 impl FileStamp {
-    /// Of a file that was looked at.
+    /// From a file's metadata.
     pub fn of(found: &Metadata) -> Self {
         // Up to the year 2262.
         let nanoseconds =
@@ -164,9 +177,10 @@ impl FileStamp {
         }
     }
 
-    /// Whether the file could be written after `now` and look as before.
+    /// Whether the file could be written after `now` without a visible change. Only the time of the last change tells: anybody
+    /// can set the other, even to a time in the future.
     fn is_young(&self, now: i128) -> bool {
-        now - i128::from(self.modified.max(self.changed)) < CLOCK_STEP
+        now - i128::from(self.changed) < CLOCK_STEP
     }
 
     fn bytes(&self) -> [u8; 56] {
@@ -180,7 +194,7 @@ impl FileStamp {
     }
 }
 
-/// The files that a path stands for, as they are at a moment.
+/// The files behind a path at one time.
 #[derive(Debug)]
 pub struct Listing {
     path: PathBuf,
@@ -192,33 +206,33 @@ pub struct Listing {
     now: i128,
 }
 
-/// What is compared of two listings.
+/// The compared aspects of two listings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ListingHashes {
-    /// Names, places, sizes and times of writing.
+    /// Names, locations, sizes and modification times.
     content: blake3::Hash,
-    /// Owners, rights, and numbers of names.
+    /// Owners, permissions, and link counts.
     rights: blake3::Hash,
     /// Times of changes of any kind.
     changes: blake3::Hash,
 }
 
-/// The content of a file or folder at a moment.
+/// The content of a file or folder at one time.
 #[derive(Debug, Clone)]
 pub struct FileSnapshot {
     /// Hex BLAKE3 of a file; of a folder, of the list of its files.
     pub hash: String,
     traces: ListingHashes,
-    /// Whether something may have been written since without a trace.
+    /// Whether something may have been written since then undetected.
     young: bool,
 }
 
-/// What is remembered of the files of one folder, or of one file that is named itself: in the order of names.
+/// The cached hashes of one folder's files, or of a single file, in order of names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Folder(BTreeMap<String, ([u8; 56], [u8; 32])>);
 
 impl Listing {
-    /// Looks at a file or at everything in a folder; reads no content.
+    /// Lists a file or everything in a folder without reading content.
     ///
     /// # Errors
     /// [`InputError`].
@@ -226,7 +240,7 @@ impl Listing {
         Self::of_few(path, kind, MOST_FILES)
     }
 
-    /// The same of at most so many files.
+    /// The same with a limit on the number of files.
     fn of_few(path: &Path, kind: FileKind, most: usize) -> Result<Self, InputError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -292,8 +306,8 @@ impl Listing {
         })
     }
 
-    /// Under which names the files are remembered: the folders that hold them, or the file itself. Without those that
-    /// the store could not name.
+    /// The cache keys of the files: the folders that contain them, or the file itself. Names that the store cannot represent
+    /// are left out.
     pub fn folders(&self) -> Vec<String> {
         let mut folders: Vec<String> = Vec::new();
         for ListedFile { name, .. } in &self.files {
@@ -309,7 +323,7 @@ impl Listing {
         folders
     }
 
-    /// Where a file of this name lies.
+    /// The path of a file with this name.
     fn at(&self, name: &str) -> PathBuf {
         match name {
             "" => self.path.clone(),
@@ -323,7 +337,7 @@ impl Listing {
         Some((self.at(inner).into_os_string().into_string().ok()?, own))
     }
 
-    /// Hashes the files that are not remembered as they are. Returns the snapshot, and what is to be remembered anew.
+    /// Hashes the files without a valid cached hash. Returns the snapshot, and new cache entries.
     ///
     /// # Errors
     /// [`InputError`].
@@ -344,7 +358,7 @@ impl Listing {
             let is_young = stamp.is_young(self.now);
             let hash = match known {
                 Some(hash) => hash,
-                // What it holds decides nothing, and to read it would take long.
+                // Its content affects nothing, and reading it would take long.
                 None if self.kind == FileKind::Images && images::is_too_long(name, stamp.size) => {
                     blake3::hash(b"")
                 }
@@ -366,11 +380,11 @@ impl Listing {
                     .insert(own.to_owned(), (stamp.bytes(), *hash.as_bytes()));
             }
             let hex = hash.to_hex();
-            // No path holds a NUL, and the numbers are text: no two lists write the same bytes.
+            // Paths contain no NUL, and the numbers are text, so different lists give different bytes.
             list.update(format!("{name}\0{}\0{hex}\n", stamp.size).as_bytes());
             single = hex.to_string();
         }
-        // Files that are gone are forgotten with the next ones that are new.
+        // Missing files are dropped from the cache when new ones are added.
         for (folder, files) in &mut anew {
             let here = |own: &String| {
                 let name = self.inside(folder, own);
@@ -393,7 +407,7 @@ impl Listing {
         Ok((snapshot, anew))
     }
 
-    /// The name that a remembered file would have here.
+    /// The name of a cached file in this listing.
     fn inside(&self, folder: &str, own: &str) -> String {
         let inner = Path::new(folder)
             .strip_prefix(&self.path)
@@ -409,14 +423,15 @@ impl Listing {
         self.files.iter().map(|file| file.stamp.size).sum()
     }
 
-    /// Whether nothing has been written since the snapshot. A file with other permissions, or with another hard link,
-    /// is unchanged; one that was written is not, even with equal content again: a reader may have seen other content.
+    /// Whether nothing has been written since the snapshot. A file with different permissions or another hard link counts as
+    /// unchanged. A file that was written counts as changed, even if its content is equal again: a reader may have seen other
+    /// content.
     pub fn is_as(&self, snapshot: &FileSnapshot) -> bool {
         let (now, then) = (&self.traces, &snapshot.traces);
         now.content == then.content && (now.changes == then.changes || now.rights != then.rights)
     }
 
-    /// The file that was changed last, to be named where something has changed.
+    /// The most recently changed file, to be named in a message.
     pub fn newest(&self) -> PathBuf {
         let newest = self.files.iter().max_by_key(|file| file.stamp.changed);
         match newest {
@@ -427,7 +442,7 @@ impl Listing {
 }
 
 impl FileSnapshot {
-    /// Whether a file was written so shortly before that another writing may have left no trace.
+    /// Whether a file was written so recently that another write could go undetected.
     pub fn is_young(&self) -> bool {
         self.young
     }
@@ -448,7 +463,7 @@ impl Folder {
         bytes
     }
 
-    /// What [`Folder::pack`] wrote; nothing where it is something else: then it is hashed anew.
+    /// Reads the output of [`Folder::pack`]; None for anything else, which is then hashed again.
     pub fn unpack(bytes: &[u8]) -> Self {
         let read = || {
             let mut rest = bytes.strip_prefix(&[PACKED])?;
@@ -470,19 +485,26 @@ impl Folder {
 /// BLAKE3 of an open file's bytes.
 ///
 /// # Errors
-/// It cannot be read.
+/// It cannot be read, or is longer than reported: some files are endless.
 pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
+    let length = file.metadata()?.len();
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file)?;
+    hasher.update_reader(file.take(length.saturating_add(1)))?;
+    if hasher.count() > length {
+        let message = format!(
+            "it has more than the {length} bytes that it is said to have; does another program write it?"
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
     Ok(hasher.finalize())
 }
 
-/// A file found in a walk through folders.
+/// A file found while walking folders.
 #[derive(Debug)]
 struct ListedFile {
     name: Box<str>,
     stamp: FileStamp,
-    /// Owner, rights, and number of names.
+    /// Owner, permissions, and link count.
     owner: [u8; 24],
 }
 
@@ -490,15 +512,17 @@ struct ListedFile {
 struct Walk {
     path: PathBuf,
     files: Vec<ListedFile>,
-    /// How many more files may come.
+    /// Remaining number of allowed files.
     room: usize,
     most: usize,
-    /// The folders that lead to this one.
+    /// The parent folders of this one.
     above: Vec<(u64, u64)>,
-    linked: usize,
-    /// Whether files that no loader of images reads are passed over.
+    /// All folders, and visits of those that were visited before.
+    seen: HashSet<(u64, u64)>,
+    again: usize,
+    /// Whether to skip files that no image loader reads.
     only_images: bool,
-    /// What all files that are to be read take, and the one of which most is missing.
+    /// The extent of all files to read, and the sparsest one.
     extent: Extent,
     hollow: Option<(PathBuf, Extent)>,
 }
@@ -511,7 +535,8 @@ impl Walk {
             room: most,
             most,
             above: Vec::new(),
-            linked: 0,
+            seen: HashSet::new(),
+            again: 0,
             only_images: false,
             extent: Extent::default(),
             hollow: None,
@@ -547,14 +572,14 @@ impl Walk {
         Ok(())
     }
 
-    /// Refuses files that would take far longer to read than what is on the disk explains.
+    /// Refuses files that would take far longer to read than their space on the disk explains.
     fn expect_content(&self) -> Result<(), InputError> {
         match &self.hollow {
             Some((path, extent))
                 if self.extent.is_hollow()
                     && regular::has_hole(path).map_err(failed("open", path))? =>
             {
-                Err(InputError::Hollow {
+                Err(InputError::Sparse {
                     path: path.clone(),
                     extent: *extent,
                 })
@@ -567,11 +592,22 @@ impl Walk {
         let found = fs::metadata(dir).map_err(failed("read", dir))?;
         let place = (found.dev(), found.ino());
         if self.above.contains(&place) || self.above.len() >= DEEPEST {
-            return Err(InputError::Loop {
+            return Err(InputError::LinkCycle {
                 path: dir.to_owned(),
             });
         }
         self.above.push(place);
+        self.again += usize::from(!self.seen.insert(place));
+        if self.again >= MOST_AGAIN {
+            return Err(InputError::LinkCycle {
+                path: dir.to_owned(),
+            });
+        }
+        if self.seen.len() > MOST_FOLDERS {
+            return Err(InputError::TooManyFolders {
+                path: self.path.clone(),
+            });
+        }
         for entry in fs::read_dir(dir).map_err(failed("read", dir))? {
             let entry = entry.map_err(failed("read", dir))?;
             let path = entry.path();
@@ -590,9 +626,9 @@ impl Walk {
                     target: fs::read_link(&path).unwrap_or_default(),
                     path: path.clone(),
                 },
-                // ELOOP, which std has no stable name for.
+                // ELOOP, which has no stable name in std.
                 _ if source.raw_os_error() == Some(libc::ELOOP) => {
-                    InputError::Loop { path: path.clone() }
+                    InputError::LinkCycle { path: path.clone() }
                 }
                 _ => failed("read", &path)(source),
             })?;
@@ -601,11 +637,14 @@ impl Walk {
                 inner => format!("{inner}/{own}"),
             };
             if !found.is_dir() {
-                // Those that are no images too: they are looked at.
-                self.room = self.room.checked_sub(1).ok_or_else(|| InputError::Many {
-                    path: self.path.clone(),
-                    most: self.most,
-                })?;
+                // Non-images too, because they are examined.
+                self.room = self
+                    .room
+                    .checked_sub(1)
+                    .ok_or_else(|| InputError::TooManyFiles {
+                        path: self.path.clone(),
+                        most: self.most,
+                    })?;
                 let counts = !self.only_images
                     || !found.is_file()
                     || images::is_data(&path, &name).map_err(failed("read", &path))?;
@@ -613,10 +652,6 @@ impl Walk {
                     self.file(&path, name, &found)?;
                 }
                 continue;
-            }
-            self.linked += usize::from(is_link);
-            if self.linked > MOST_LINKED {
-                return Err(InputError::Loop { path });
             }
             self.folder(&path, &name)?;
         }

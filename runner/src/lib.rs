@@ -1,8 +1,8 @@
 //! The retort runner: recipe -> plan -> stages executed in worker processes -> history.
 //!
-//! No tensors here: plugins do the computing, and a plugin is only ever loaded in a worker process. The
-//! modules are the glossary: a [`recipe`] is what a user wrote, a [`plan`] is that recipe with every default,
-//! device and reference settled. Only [`cli`] touches the terminal.
+//! No tensors here: plugins compute, and a plugin is loaded only in a worker process. The modules follow the glossary: a
+//! [`recipe`] is the user's text, a [`plan`] is that recipe with every default, device and reference resolved. Only [`cli`]
+//! touches the terminal.
 
 // A closed stdout or stderr must not panic: everything printed goes through `cli::output`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]

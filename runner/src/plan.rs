@@ -1,9 +1,9 @@
-//! Plans: recipes with everything settled.
+//! Plans: recipes with everything resolved.
 //!
-//! In: a [`crate::recipe::Recipe`] and the plugins' descriptions ([`Descriptions`]). Out: stages in an order
-//! in which they can run, with complete options, a device, a seed and the plugin's identity, and, once the hashes of
-//! inputs and files are known, the digest under which a stage's result is found again ([`digest`]). What would run
-//! and why is `plan/decision.rs`. Deliberately absent: running, and reading the store.
+//! In: a [`crate::recipe::Recipe`] and the plugins' descriptions ([`Descriptions`]). Out: stages in execution order, with
+//! complete options, a device, a seed and the plugin's identity, and, once the hashes of inputs and files are known, the
+//! digest that identifies a stage's result ([`digest`]). `plan/decision.rs` decides what would run and why. Deliberately
+//! absent: running, and reading the store.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use retort_abi::{Device, Severity, StageJob};
 use retort_checkpoint::regular::{self, Extent};
-use retort_checkpoint::sign;
+use retort_checkpoint::signature;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -34,11 +34,11 @@ mod tests;
 pub use build::Build;
 pub use digest::{Digest, digest};
 
-/// How long archives are checked before they are hashed: most faults are found by then, and if the check takes
-/// longer, as on a slow disk, it is not worth it.
+/// How long archives are checked before they are hashed: most faults are found by then, and a longer check, as on a slow
+/// disk, does not pay.
 const QUICK: Duration = Duration::from_millis(250);
 
-/// A recipe with everything settled. A run stores it serialised, and `resume` continues it.
+/// A recipe with everything resolved. A run stores it serialised, and `resume` continues it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Name of the recipe.
@@ -65,7 +65,7 @@ pub struct Plan {
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.
     pub warnings: Vec<Finding>,
-    /// Choices that the plan made by itself.
+    /// Choices made by the plan.
     pub notes: Vec<String>,
 }
 
@@ -86,15 +86,18 @@ pub struct PlannedStage {
     pub dtype: String,
     /// Threads it may use.
     pub threads: Threads,
-    /// Devices of the worker processes that divide its work, one each; empty where one process does all of it.
+    /// Devices of the worker processes that divide its work, one each; empty if one process does all of it.
     #[serde(default)]
     pub workers: Vec<String>,
-    /// Whether these work on the same thing and wait for each other.
+    /// Whether these work on one result and wait for each other.
     #[serde(default)]
     pub together: bool,
-    /// With how few workers it may go on when others are lost for good; none: with all or not at all.
+    /// The minimum number of workers with which it may continue after others are lost for good; None: all are needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_workers: Option<usize>,
+    /// How often it restarts with all of them, from the last checkpoint, when some are lost on one machine.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retries: usize,
     /// Seed of all its random numbers; below 2^53, so that JSON readers keep it.
     pub seed: u64,
     /// When to end an attempt; `None` is never.
@@ -102,11 +105,11 @@ pub struct PlannedStage {
     pub timeout: Option<Duration>,
     /// Options, complete; references are names of stages, paths as written.
     pub options: Value,
-    /// Where in the options other stages are named.
+    /// The options that name other stages.
     pub references: Vec<Reference>,
-    /// Where in the options files are named.
+    /// The options that name files.
     pub files: Vec<FileOption>,
-    /// Where in the options stands what changes no result.
+    /// The options that change no result.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub free: Vec<String>,
     /// Kind of the artifact that references to this stage stand for.
@@ -115,7 +118,7 @@ pub struct PlannedStage {
     pub revision: u32,
     /// Where each value came from, by JSON pointer into the stage (`/options/steps`, `/device`).
     pub origins: BTreeMap<String, Origin>,
-    /// Where the stage stands in the recipe.
+    /// The stage's position in the recipe.
     pub position: Option<Position>,
 }
 
@@ -158,7 +161,7 @@ pub struct Reference {
 pub struct FileOption {
     /// JSON pointer into the options.
     pub pointer: String,
-    /// The path, absolute (joined to the recipe's directory); not necessarily there.
+    /// The path, absolute (joined to the recipe's directory); it may not exist.
     pub path: PathBuf,
     /// What has to be there.
     pub kind: FileKind,
@@ -170,7 +173,7 @@ impl FileOption {
         self.absent().or_else(|| self.hollow())
     }
 
-    /// Why there is no such thing; nothing is opened for that.
+    /// Why the path does not exist as this kind; opens nothing.
     fn absent(&self) -> Option<String> {
         let shown = self.path.display();
         let what = match self.kind {
@@ -190,7 +193,7 @@ impl FileOption {
         (!there).then(|| format!("{shown} is {kind}, not a {what}"))
     }
 
-    /// Why it would be slow to read, though it is nearly empty.
+    /// Why reading it would be slow although it is nearly empty.
     fn hollow(&self) -> Option<String> {
         let found = std::fs::metadata(&self.path).ok()?;
         let extent = Extent::of(&found);
@@ -200,7 +203,7 @@ impl FileOption {
     }
 }
 
-/// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
+/// The origin of a value. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Origin {
@@ -258,12 +261,17 @@ pub trait Descriptions {
     /// The plugin of that name and its description, from a cache where possible.
     fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError>;
 
-    /// The other builds of that plugin, for other devices: alike but for devices and dtypes. Asked only where the device
-    /// is not plainly one of the plugin's own.
+    /// The other builds of that plugin, which differ only in devices and dtypes. Called only if the device is not plainly one
+    /// of the plugin's own.
     fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>>;
 
-    /// The devices really present. Starts a worker; asked only where the device is not plainly `cpu`.
+    /// The devices really present. Starts a worker; called only if the device is not plainly `cpu`.
     fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError>;
+
+    /// The devices of the machine on which stages of this kind will run, if that is not this one.
+    fn devices_elsewhere(&self, _kind: &str) -> Option<Vec<Device>> {
+        None
+    }
 
     /// The plugin's own checks of complete options; one list of findings per job. Starts a worker.
     fn validate(
@@ -280,13 +288,13 @@ pub trait Descriptions {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct DescribeError {
-    /// What happened: not found (and where it was looked for), not loadable, no plugin at all.
+    /// What happened: not found (with the searched directories), not loadable, not a plugin.
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
 }
 
-/// Settles a recipe. All mistakes that can be told apart are reported at once.
+/// Resolves a recipe. All independent mistakes are reported at once.
 pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Report> {
     let (stages, mut findings, notes) = planner::settle(recipe, plugins);
     if findings
@@ -330,7 +338,7 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
 }
 
 impl Plan {
-    /// Hashes of the artifacts that are given, by name.
+    /// Hashes of the given artifacts, by name.
     pub fn given_hashes(&self) -> BTreeMap<String, String> {
         let given = self.given.iter();
         given
@@ -367,9 +375,9 @@ impl Plan {
                 }
                 let broken = match file.kind {
                     FileKind::File => {
-                        sign::broken(&file.path, until).map(|why| (file.path.clone(), why))
+                        signature::broken(&file.path, until).map(|why| (file.path.clone(), why))
                     }
-                    FileKind::Images => sign::broken_in(&file.path, until),
+                    FileKind::Images => signature::broken_in(&file.path, until),
                     FileKind::Dir | FileKind::Weights => None,
                 };
                 if let Some((path, why)) = broken {
@@ -400,14 +408,14 @@ impl Plan {
         format!("relative paths start from the recipe's directory, {base}")
     }
 
-    /// A stage option that turned out to be wrong at run time.
+    /// A stage option that proved wrong at run time.
     pub fn option_at_fault(&self, stage: &str, pointer: &str, message: &str) -> Vec<Finding> {
         let pointer = format!("/stages/{}{pointer}", escape(stage));
         let message = format!("stage `{stage}`: {message}");
         self.place(vec![Finding::error(pointer, message)])
     }
 
-    /// Gives findings their places in the recipe's text.
+    /// Gives findings their positions in the recipe's text.
     fn place(&self, findings: Vec<Finding>) -> Vec<Finding> {
         if findings.is_empty() {
             return findings;
@@ -422,12 +430,12 @@ impl Plan {
                 .into_iter()
                 .map(|finding| recipe.source.place(finding, EntryPart::Value))
                 .collect(),
-            // Cannot be: the plan was made from this text.
+            // Impossible: the plan was made from this text.
             Err(_) => findings,
         }
     }
 
-    /// What a stage is given to validate or run; without work directory and inputs.
+    /// A stage's job for validation or running, without work directory and inputs.
     pub fn job(&self, stage: &PlannedStage, threads: usize) -> StageJob {
         StageJob {
             stage: stage.name.clone(),
@@ -501,6 +509,10 @@ impl Threads {
             }
         }
     }
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// Durations as seconds in JSON.

@@ -1,10 +1,10 @@
 //! Plugins: finding them by name, and describing them without loading them into this process.
 //!
-//! In: names. Out: files, identities, descriptions. A recipe names a plugin, never a path; the directories are searched
-//! in a fixed order (never the working directory), the first match wins, and what it hides is reported. The identity of
-//! a plugin is the BLAKE3 of its file. A file that others could change, or that a lock does not allow, is refused
-//! ([`trust`]). Descriptions come from the store, by that hash, or from a worker. Deliberately absent: `dlopen`, which
-//! only [`host`] does, in a worker.
+//! In: names. Out: files, identities, descriptions. A recipe names a plugin, never a path; the directories are searched in a
+//! fixed order (never the working directory), the first match wins, and what it hides is reported. A plugin's identity is the
+//! BLAKE3 of its file. A file that others could change, or that a lock does not allow, is refused ([`trust`]). Descriptions
+//! come from the store, by that hash, or from a worker. Deliberately absent: `dlopen`, which only [`host`] calls, in a
+//! worker.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -26,14 +26,14 @@ pub mod project;
 
 /// How long a plugin may take to describe itself, to find its devices or to check options.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The plugins of this project, and what builds them.
+/// The plugins of this project, and the commands that build them.
 pub const OWN: [(&str, &str); 2] = [("candle", "make build"), ("libtorch", "make libtorch")];
-/// The variants of this project's plugins, and what builds them.
+/// The variants of this project's plugins, and the commands that build them.
 pub const OWN_VARIANTS: [(&str, &str, &str); 1] = [("candle", "cuda", "make cuda")];
-/// Environment variable with further directories.
+/// Environment variable with additional directories.
 pub const PATH_VARIABLE: &str = "RETORT_PLUGIN_PATH";
 
-/// A directory where plugins are looked for.
+/// A directory that is searched for plugins.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct SearchDir {
     /// The directory, absolute; it need not exist.
@@ -47,7 +47,7 @@ pub struct SearchDir {
 pub struct PluginFile {
     /// Name in recipes.
     pub name: String,
-    /// Which build of the plugin it is, where there are several for several devices: `cuda`.
+    /// The variant, if there are several builds for different devices: `cuda`.
     pub variant: Option<String>,
     /// The file.
     pub path: PathBuf,
@@ -71,7 +71,7 @@ pub struct Plugins<'a> {
 pub fn search_dirs(plugin_dirs: &[PathBuf]) -> Vec<SearchDir> {
     let mut dirs: Vec<SearchDir> = Vec::new();
     let mut add = |path: PathBuf, origin| {
-        // An empty entry would mean the working directory, which is never searched unasked.
+        // An empty entry would mean the working directory, which is never searched implicitly.
         if path.as_os_str().is_empty() {
             return;
         }
@@ -139,7 +139,7 @@ pub fn find_all(dirs: &[SearchDir]) -> Vec<PluginFile> {
     found.into_values().collect()
 }
 
-/// The plugin with a name; one of its variants where there is nothing else.
+/// The plugin with a name; one of its variants if there is nothing else.
 ///
 /// # Errors
 /// There is none; the error lists the directories searched.
@@ -185,7 +185,7 @@ pub fn find(name: &str, dirs: &[SearchDir]) -> Result<PluginFile, DescribeError>
         .filter(|(distance, _)| *distance <= 2)
         .min();
     let own = OWN.iter().find(|(own, _)| *own == name);
-    // Built here, and not installed: the next step of whoever writes it.
+    // Built here but not installed: the author's likely next step.
     let here = ["", "target/release/"].map(|dir| format!("{dir}{}", file_name(name)));
     let here = here.iter().find(|file| Path::new(file).is_file());
     let hint = match (nearest, all.as_slice()) {
@@ -232,7 +232,7 @@ pub fn name_of(file: &str) -> Option<(String, Option<String>)> {
     (!name.is_empty() && !odd).then(|| (name.to_owned(), variant.map(str::to_owned)))
 }
 
-/// Whether builds of a plugin do the same. Whether workers can train together may depend on the device.
+/// Whether builds of a plugin are equivalent. Support for training together may depend on the device.
 fn alike(some: &[StageKind], others: &[StageKind]) -> bool {
     let same = |(one, other): (&StageKind, &StageKind)| {
         let divisible = match one.together {
@@ -247,7 +247,7 @@ fn alike(some: &[StageKind], others: &[StageKind]) -> bool {
     some.len() == others.len() && some.iter().zip(others).all(same)
 }
 
-/// The variants of a plugin that has also a file without one.
+/// The variants of a plugin that also has a main file.
 fn variants(name: &str, dirs: &[SearchDir]) -> Vec<PluginFile> {
     let key = name.replace('-', "_");
     let mut all = find_all(dirs);
@@ -289,7 +289,7 @@ impl From<TrustError> for DescribeError {
 }
 
 impl<'a> Plugins<'a> {
-    /// Plugins in `dirs`, described by workers, or from the store where it knows them already.
+    /// Plugins in `dirs`, described by the store if it knows them, else by workers.
     pub fn new(dirs: Vec<SearchDir>, runtime: &'a Runtime, store: Option<&'a Store>) -> Self {
         Self {
             dirs,
@@ -301,7 +301,7 @@ impl<'a> Plugins<'a> {
         }
     }
 
-    /// Keeps what has been found out about plugins in a store, for the next time.
+    /// Caches new descriptions of plugins in a store.
     pub fn remember(&self, store: &Store) {
         if self.store.is_some() {
             return;
@@ -346,7 +346,7 @@ impl<'a> Plugins<'a> {
             hash: hash.clone(),
         };
         let cached = self.store.and_then(|store| {
-            // A cache that cannot be read is no cache.
+            // An unreadable cache is ignored.
             self.runtime
                 .block_on(store.cached_description(&hash))
                 .ok()
@@ -371,7 +371,7 @@ impl<'a> Plugins<'a> {
         Ok((identity(&description), *description))
     }
 
-    /// The devices that a plugin in a file really finds.
+    /// The devices that a plugin file finds.
     ///
     /// # Errors
     /// As [`Plugins::describe_file`].
@@ -383,7 +383,7 @@ impl<'a> Plugins<'a> {
         }
     }
 
-    /// Asks the plugin that has this hash: only that file is loaded.
+    /// Asks the plugin with this hash: only that file is loaded.
     fn ask(&self, path: &Path, hash: &str, call: Call) -> Result<Answer, DescribeError> {
         let task = Task {
             plugin: path.to_owned(),

@@ -1,7 +1,7 @@
 //! A run's progress: bars with rate and remaining time on a terminal, plain lines elsewhere.
 //!
-//! In: the executor's [`Event`]s. Out: lines, through a function given by the command line, and bars on stderr.
-//! Deliberately absent: data; what a run ends with is printed by the command.
+//! In: the executor's [`Event`]s. Out: lines, through a function given by the command line, and bars on stderr. Deliberately
+//! absent: data; the command prints the results of a run.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -29,7 +29,7 @@ pub struct Verbosity {
     pub color: bool,
     /// Say errors only.
     pub quiet: bool,
-    /// 0: warnings of plugins; 1: what they say in passing; 2: everything they write.
+    /// 0: plugins' warnings; 1: their informational messages too; 2: everything they write.
     pub verbose: u8,
 }
 
@@ -44,7 +44,7 @@ pub struct ProgressReporter {
 #[derive(Default)]
 struct State {
     meters: HashMap<String, Meter>,
-    /// Stages whose reuse has not been said: when nothing runs at all, the summary says it better.
+    /// Stages whose reuse has not been reported yet: if nothing runs at all, the summary reports it.
     reused: Vec<String>,
 }
 
@@ -53,12 +53,12 @@ struct Meter {
     bar: Option<ProgressBar>,
     began: Instant,
     said: Instant,
-    /// The first progress heard of: where this attempt took the work up.
+    /// The first reported progress, from which this attempt resumed.
     first: Option<(Instant, u64)>,
 }
 
 impl ProgressReporter {
-    /// Tells in this manner; `say` writes a line to stderr, above the bars, and makes it safe for a terminal.
+    /// A reporter with this verbosity; `say` writes an escaped line to stderr, above the bars.
     pub fn new(manner: Verbosity, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self {
             manner,
@@ -68,7 +68,7 @@ impl ProgressReporter {
         }
     }
 
-    /// The bars, above which other messages have to be written.
+    /// The bars; other messages must be written above them.
     pub fn bars(&self) -> Option<MultiProgress> {
         self.draws().then(|| self.bars.clone())
     }
@@ -157,6 +157,7 @@ impl ProgressReporter {
                 ));
             }
             Event::Killing => self.say("ending the running stages at once"),
+            Event::GoingOn => self.say("going on"),
             Event::Warning { stage, text } => {
                 let stage = stage.map_or_else(String::new, |stage| format!("{stage}: "));
                 self.say(&format!("{}: {stage}{text}", self.paint("warning", "33")));
@@ -181,7 +182,7 @@ impl ProgressReporter {
     fn bar(&self, stage: &str) -> ProgressBar {
         let bar = self.bars.add(ProgressBar::no_length());
         bar.set_style(waiting_style());
-        // Bars write to the terminal themselves.
+        // Bars write to the terminal directly.
         bar.set_prefix(terminal::clean_line(stage));
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
@@ -199,7 +200,7 @@ impl ProgressReporter {
             bar.set_message(terminal::clean_line(&progress.unit));
             bar.set_position(progress.done);
             if first {
-                // An earlier attempt's work is not this one's speed.
+                // An earlier attempt's work does not count for the rate.
                 bar.reset_eta();
             }
         } else if now.duration_since(meter.said) >= INTERVAL {
@@ -259,7 +260,7 @@ impl ProgressReporter {
                 if let Some(message) = end.message() {
                     let _ = write!(text, "\n  {}", message.replace('\n', "\n  "));
                 }
-                // A dying process's output often says more than its exit; a panic has been printed already.
+                // A dying process's output is often more informative than its exit; a panic has been printed already.
                 if matches!(end, End::Died(_)) && !last_words.is_empty() {
                     text.push_str("\n  the last lines it wrote:");
                     for line in last_words {
@@ -275,7 +276,7 @@ impl ProgressReporter {
     }
 }
 
-/// Units per second; `None` before there is anything to divide.
+/// Units per second; `None` before any progress.
 fn rate(done: u64, during: Duration) -> Option<f64> {
     (done > 0 && during > Duration::ZERO).then(|| done as f64 / during.as_secs_f64())
 }
@@ -335,7 +336,7 @@ fn running_style() -> ProgressStyle {
         )
 }
 
-/// The templates are ours and right; a wrong one would still show a bar.
+/// The templates are constant and valid; an invalid one would still show a bar.
 fn template(text: &str) -> ProgressStyle {
     ProgressStyle::with_template(text).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
@@ -346,7 +347,7 @@ mod tests {
     use crate::store::{AttemptId, RunId, Time};
     use std::sync::Arc;
 
-    /// The lines said about the events.
+    /// The lines printed for the events.
     fn said(manner: Verbosity, events: Vec<Event>) -> Vec<String> {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&lines);

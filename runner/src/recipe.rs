@@ -1,11 +1,11 @@
 //! Recipes as written.
 //!
-//! In: a file and the changes of `--set`. Out: a [`Recipe`]: what is written, with `${params.x}` replaced
-//! (`recipe/interpolation.rs`), and with all mistakes found. Defaults, devices and references between
-//! stages are settled by [`crate::plan`].
+//! In: a file and the changes of `--set`. Out: a [`Recipe`]: the text's values, with `${params.x}` replaced
+//! (`recipe/interpolation.rs`), and all mistakes. Defaults, devices and references between stages are resolved by
+//! [`crate::plan`].
 //!
-//! A recipe with mistakes is still a recipe: what can be read is, so that the plan can report the other mistakes
-//! too. Only a file that is no YAML mapping at all is an error here.
+//! A recipe with mistakes is still a recipe: its valid parts are read, so that planning can report further mistakes. Only a
+//! file that is not a YAML mapping is an error here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ mod tests;
 use interpolation::Interpolation;
 use setting::Setting;
 
-/// The runner's part of the schema of recipes, and what checks values by it: a sweep reads a recipe once for each point.
+/// The runner's part of the schema of recipes, compiled once because a sweep reads the recipe for each point.
 static RUNNER_SCHEMA: LazyLock<(Value, Checker)> = LazyLock::new(|| {
     let schema = schema::runner_schema();
     let checker = Checker::new(&schema);
@@ -37,7 +37,7 @@ static RUNNER_SCHEMA: LazyLock<(Value, Checker)> = LazyLock::new(|| {
 /// Stages of a recipe.
 pub const MAX_STAGES: usize = 1000;
 
-/// A recipe as written: everything that may be left out may be `None`.
+/// A recipe as written: everything optional may be `None`.
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Where it was read from.
@@ -71,7 +71,7 @@ pub struct Recipe {
 pub struct RecipeStage {
     /// Its name.
     pub name: String,
-    /// Its kind; `None` only where that is among the findings.
+    /// Its kind; `None` only if the findings report it.
     pub kind: Option<String>,
     /// Plugin that runs it.
     pub plugin: Option<String>,
@@ -85,8 +85,10 @@ pub struct RecipeStage {
     pub threads: Option<usize>,
     /// Worker processes that divide its work.
     pub workers: Option<usize>,
-    /// How few of them may go on, as written.
+    /// The minimum number of workers, as written.
     pub min_workers: Option<usize>,
+    /// How often it restarts when some are lost.
+    pub retries: Option<usize>,
     /// When to end an attempt, as written.
     pub timeout: Option<String>,
     /// What it is for.
@@ -106,10 +108,10 @@ pub struct ArtifactInput {
     pub kind: String,
 }
 
-/// Where a recipe comes from, and where in it each value does.
+/// The source of a recipe, and the position of each value in it.
 #[derive(Debug, Clone)]
 pub struct RecipeSource {
-    /// The file, as people named it.
+    /// The file, as typed.
     pub path: PathBuf,
     /// The directory that relative paths start from, absolute.
     pub base_dir: PathBuf,
@@ -117,12 +119,12 @@ pub struct RecipeSource {
     pub text: String,
     /// Changes of `--set`, as typed.
     pub set: Vec<String>,
-    /// What `~/` in paths stands for; only the command line knows it.
+    /// The meaning of `~/` in paths; only the command line knows it.
     pub home: Option<PathBuf>,
     document: Document,
     /// Changes, by their pointer.
     set_at: BTreeMap<String, Setting>,
-    /// Values that have `${...}` in the text, and where the value comes from if that is all there is.
+    /// Values with `${...}` in the text, with the referenced pointer if the value is a single reference.
     interpolated: BTreeMap<String, Option<String>>,
 }
 
@@ -140,7 +142,7 @@ pub enum ValueSource {
 }
 
 impl RecipeSource {
-    /// Where the key or value at a pointer is in the text; `None` for what was set.
+    /// The position of the key or value at a pointer; `None` if it was set with `--set`.
     pub fn locate(&self, pointer: &str, part: EntryPart) -> Option<Position> {
         match self.setting(pointer) {
             Some(_) => None,
@@ -166,20 +168,28 @@ impl RecipeSource {
         }
     }
 
-    /// Gives a finding its place: in the text, or in the argument that set the value.
+    /// Gives a finding its position: in the text, or in the argument that set the value.
     pub fn place(&self, mut finding: Finding, part: EntryPart) -> Finding {
         match self.setting(&finding.pointer) {
             Some((at, setting)) => {
                 let inside = finding.pointer[at.len()..].to_owned();
                 setting.mark(&mut finding, &inside, part);
             }
-            None => finding.position = self.position(&finding.pointer, part, 0),
+            None => {
+                finding.position = self.position(&finding.pointer, part, 0);
+                let origin = self.interpolated.get(&finding.pointer);
+                if finding.hint.as_deref() == Some(schema::WRITE_A_VALUE)
+                    && let Some(Some(origin)) = origin
+                {
+                    let name = origin[1..].replace('/', ".");
+                    finding.hint = Some(format!("give `{name}` a value"));
+                }
+            }
         }
         finding
     }
 
-    /// How a value that is no text was written, where that says more than the value: `1.50`, `0x10`; of what was set,
-    /// all that was typed.
+    /// How a non-text value was written, if that differs from its value: `1.50`, `0x10`; for `--set`, everything typed.
     pub fn as_written(&self, pointer: &str) -> Option<&str> {
         self.written_as(pointer, 0)
     }
@@ -208,7 +218,7 @@ impl RecipeSource {
         }
     }
 
-    /// The place in the text; of what is inside a `${params.x}`, the place where the param is written.
+    /// The position in the text; for values inside a `${params.x}`, the position of the param.
     fn position(&self, pointer: &str, part: EntryPart, depth: usize) -> Option<Position> {
         let around = above(pointer)
             .skip(1)
@@ -223,7 +233,7 @@ impl RecipeSource {
         }
     }
 
-    /// What was set at a pointer or above it, and where.
+    /// The setting at a pointer or above it, and its pointer.
     fn setting<'p>(&self, pointer: &'p str) -> Option<(&'p str, &Setting)> {
         above(pointer).find_map(|above| Some((above, self.set_at.get(above)?)))
     }
@@ -252,7 +262,7 @@ impl Recipe {
     }
 }
 
-/// Reads a recipe and applies the changes of `--set`. `home` is what `~/` stands for.
+/// Reads a recipe and applies the changes of `--set`. `home` is the meaning of `~/`.
 pub fn read(path: &Path, set: &[String], home: Option<PathBuf>) -> Result<Recipe, Report> {
     let text = yaml::read(path).map_err(|error| {
         let mut finding = Finding::error("", error.to_string());
@@ -339,7 +349,7 @@ pub fn parse(
     Ok(extract(source, &value, sweep, findings))
 }
 
-/// A mapping, with the problems that leave its text readable, or what makes it no recipe.
+/// The mapping, with problems that leave the text readable, or the error that makes it unreadable.
 #[expect(
     clippy::result_large_err,
     reason = "once for a recipe: its size costs nothing"
@@ -363,7 +373,7 @@ fn read_document(text: &str) -> Result<(yaml::Document, Vec<Finding>), Finding> 
     Ok((document, problems.into_iter().map(finding_of).collect()))
 }
 
-/// Applies `--set`, in order. Returns by pointer what was set and not replaced by a later one.
+/// Applies `--set`, in order. Returns the effective settings by pointer.
 fn apply_settings(
     value: &mut Value,
     set: &[String],
@@ -388,7 +398,7 @@ fn apply_settings(
     set_at
 }
 
-/// The value with every `${...}` replaced; nothing where there are too many to replace.
+/// The value with every `${...}` replaced; None if there are too many.
 fn interpolate(
     value: &Value,
     source: &mut RecipeSource,
@@ -416,7 +426,7 @@ fn has_too_many_stages(value: &Value, source: &RecipeSource, findings: &mut Vec<
     true
 }
 
-/// Checks the keys that belong to the runner, and gives their values the types that the schema wants.
+/// Checks the runner's keys, and converts their values to the schema's types.
 fn check_against_schema(value: &mut Value, source: &RecipeSource, findings: &mut Vec<Finding>) {
     let (runner_schema, checker) = &*RUNNER_SCHEMA;
     schema::take_texts(runner_schema, value, |pointer| source.as_written(pointer));
@@ -439,11 +449,11 @@ fn check_against_schema(value: &mut Value, source: &RecipeSource, findings: &mut
         }
         findings.push(source.place(finding, violation.part));
     }
-    // `1e3` is a whole number wherever one is wanted.
+    // `1e3` is accepted where a whole number is expected.
     schema::settle_numbers(runner_schema, value);
 }
 
-/// The `sweep:` section, unless it has faults that are known already.
+/// The `sweep:` section, unless it has known faults.
 fn read_sweep(value: &Value, source: &RecipeSource, findings: &mut Vec<Finding>) -> Option<Sweep> {
     let section = value.get("sweep")?;
     if findings
@@ -466,7 +476,7 @@ fn read_sweep(value: &Value, source: &RecipeSource, findings: &mut Vec<Finding>)
     }
 }
 
-/// What can be read of a value whose mistakes are known already.
+/// The valid parts of a value whose mistakes are already known.
 fn extract(
     source: RecipeSource,
     value: &Value,
@@ -490,6 +500,7 @@ fn extract(
         threads: count(value, "threads"),
         workers: count(value, "workers"),
         min_workers: count(value, "min_workers"),
+        retries: count(value, "retries"),
         timeout: text(value, "timeout"),
         description: text(value, "description"),
         options: value
@@ -540,14 +551,14 @@ fn extract(
     }
 }
 
-/// The YAML file that was meant by a path at which there is none.
+/// The YAML file probably meant by a missing path.
 fn neighbour(path: &Path) -> Option<String> {
     let directory = path
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     let names = yaml_files(directory);
-    // Without the endings, which are always near to each other.
+    // Without extensions, which are always similar.
     let stem = |name: &str| {
         Path::new(name)
             .file_stem()
@@ -567,7 +578,7 @@ fn neighbour(path: &Path) -> Option<String> {
     ))
 }
 
-/// What to name instead of a directory.
+/// A suggestion instead of a directory.
 fn content(directory: &Path) -> String {
     match yaml_files(directory).as_slice() {
         [] => "name a YAML file".to_owned(),

@@ -1,7 +1,7 @@
-//! Runs as one HTML page, to be sent to somebody: it needs no server, no script and nothing beside it.
+//! Runs as one HTML page for sharing: it needs no server, no script and no other files.
 //!
-//! In: runs with their series and pictures. Out: HTML. Whatever comes from the store is text: maud escapes it, pictures are
-//! `data:` URLs, and the page's own policy allows nothing else. Deliberately absent: reading the store.
+//! In: runs with their series and pictures. Out: HTML. Everything from the store is text: maud escapes it, pictures are
+//! `data:` URLs, and the page's content policy allows nothing else. Deliberately absent: reading the store.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -30,7 +30,7 @@ pub struct Picture {
     pub stage: String,
     /// What it shows.
     pub caption: Option<String>,
-    /// The PNG file, or why it is not here.
+    /// The PNG file, or why it is missing.
     pub png: Result<Vec<u8>, String>,
 }
 
@@ -157,7 +157,7 @@ fn compared(pages: &[Page]) -> Markup {
     }
 }
 
-/// A run's outcome, which readers want first: the run, its tables and its pictures.
+/// A run's results, which readers want first: the run, its tables and its pictures.
 fn results(page: &Page) -> Markup {
     let detail = &page.detail;
     let run = &detail.summary;
@@ -283,12 +283,12 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chart::{Curve, Sample};
+    use crate::chart::{ColumnSummary, Curve};
 
     #[test]
     fn whatever_a_name_is_it_is_text() {
         let hostile = "</title><script>alert(1)</script>\"'><img src=x onerror=y>";
-        let sample = |x: f64| Sample {
+        let sample = |x: f64| ColumnSummary {
             x,
             min: x,
             mean: x,

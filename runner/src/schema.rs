@@ -1,12 +1,15 @@
-//! The JSON schema of recipes, and what follows from a schema for a value.
+//! The JSON schema of recipes, and checks of values by a schema.
 //!
-//! In: descriptions of plugins. Out: the schema that editors read ([`recipe_schema`]), errors of a value in
-//! plain words ([`check`]), the value with defaults filled in ([`settle`]) and the options that name stages and
-//! files ([`annotations`]). Deliberately absent: places in the text, and the relations between stages.
+//! In: descriptions of plugins. Out: the schema for editors ([`recipe_schema`]), errors of a value in plain words
+//! ([`check`]), the value with defaults ([`settle`]) and the options that name stages and files ([`annotations`]).
+//! Deliberately absent: positions in the text, and relations between stages.
 //!
-//! Plugins make their schemas with schemars from Rust types. So what is understood beyond plain validation is what
-//! schemars writes: `$ref` into `$defs` with siblings, `anyOf` with null for `Option`, `oneOf` of constants or of
-//! objects with a constant tag for enums, `default` beside each property.
+//! Plugins generate their schemas with schemars from Rust types. So, beyond plain validation, this module understands the
+//! forms that schemars generates: `$ref` into `$defs` with siblings, `anyOf` with null for `Option`, `oneOf` of constants or
+//! of objects with a constant tag for enums, `default` beside each property.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 use retort_abi::{Description, StageKind};
 use serde_json::{Map, Value, json};
@@ -25,10 +28,10 @@ pub use defaults::{settle, settle_numbers};
 pub use option::{OptionText, options};
 pub use text::take_texts;
 use violation::type_name;
-pub use violation::{Checker, Violation, check};
+pub use violation::{Checker, Violation, WRITE_A_VALUE, check};
 
 /// Keys of a stage that the runner reads; all others are options of the stage's kind.
-pub const RESERVED: [&str; 10] = [
+pub const RESERVED: [&str; 11] = [
     "kind",
     "plugin",
     "device",
@@ -37,6 +40,7 @@ pub const RESERVED: [&str; 10] = [
     "threads",
     "workers",
     "min_workers",
+    "retries",
     "timeout",
     "description",
 ];
@@ -44,20 +48,24 @@ pub const RESERVED: [&str; 10] = [
 /// Names of stages.
 pub const NAME_PATTERN: &str = "^[a-z0-9][a-z0-9_-]*$";
 
-/// Names of recipes: whatever a file can be called, since a recipe without a name takes its file's.
+/// Names of recipes: any file name, because a recipe without a name takes its file's.
 pub const RECIPE_NAME_PATTERN: &str =
     r"^[^\s/\x00-\x1f\x7f-\x9f]([^/\x00-\x1f\x7f-\x9f]*[^\s/\x00-\x1f\x7f-\x9f])?$";
 
 /// More threads than any machine has.
 const MAX_THREADS: usize = 4096;
 
-/// More elements than most clusters take in an array. Processes of one machine are fewer: [`MAX_PROCESSES`].
-const MAX_WORKERS: usize = 4096;
+/// Maximum workers of a stage: more elements than most clusters allow in an array. Processes on one machine are fewer:
+/// [`MAX_PROCESSES`].
+pub const MAX_WORKERS: usize = 4096;
+
+/// Maximum automatic restarts of a training.
+const MAX_RETRIES: usize = 1000;
 
 /// Workers of a stage on one machine.
 pub const MAX_PROCESSES: usize = 256;
 
-/// A value that stands for another (`${params.width}`) fits every option in the editor's schema.
+/// A reference (`${params.width}`) is valid for every option in the editor's schema.
 const REFERENCE_PATTERN: &str = r"^\$\{[^}]+\}$";
 
 /// The schema of recipes for editors: the runner's part and the stages of these plugins.
@@ -71,7 +79,7 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
     }
     let mut conditions = Vec::new();
     for (kind, summary) in &kinds {
-        // Plugins that share an engine have the same schema; where they differ, either may be meant.
+        // Plugins that share an engine have the same schema; if they differ, either may apply.
         let mut schemas: Vec<&Value> = Vec::new();
         for stage in plugins
             .iter()
@@ -98,7 +106,7 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
             let divisible = stages.any(divisible);
             let keys = RESERVED.into_iter().filter(|key| match *key {
                 "workers" => divisible,
-                "min_workers" => together,
+                "min_workers" | "retries" => together,
                 _ => true,
             });
             let definition = stage_schema(schema, &prefix, (kind, summary), keys, &mut definitions);
@@ -130,7 +138,7 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
         stage["properties"]["plugin"]["examples"] = json!(names);
     }
     definitions.values_mut().for_each(allow_references);
-    // What a kind decides is not written as `${...}`; the other keys may be.
+    // Keys that select the schema cannot be `${...}`; the other keys can.
     let open = |schema: &mut Value, fixed: &[&str]| {
         let properties = schema["properties"].as_object_mut().into_iter().flatten();
         let free = properties.filter(|(key, _)| !fixed.contains(&key.as_str()));
@@ -215,27 +223,56 @@ pub fn runner_schema() -> Value {
     })
 }
 
-/// The nearest of `known` to `name`, if it is near enough to be meant.
-pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let distance = |other: &str| {
-        let (name, other) = (name.to_lowercase(), other.to_lowercase());
-        if name == other {
-            0
-        } else {
-            strsim::damerau_levenshtein(&name, &other).max(1)
-        }
-    };
-    known
-        .into_iter()
-        .map(|other| (distance(other), other))
-        .filter(|(distance, other)| {
-            *distance <= (name.chars().count().max(other.chars().count()) / 3).max(1)
-        })
-        .min()
-        .map(|(_, other)| other)
+/// Maximum characters of a name that is compared with others.
+const LONGEST_COMPARED: usize = 64;
+/// Maximum pairs of characters that a thread compares per second: a recipe may have thousands of mistakes with thousands of
+/// candidate names each.
+const COMPARED_PER_SECOND: usize = 2_000_000;
+
+/// Whether this many pairs of characters may be compared.
+fn may_compare(pairs: usize) -> bool {
+    thread_local! {
+        static COMPARED: Cell<Option<(Instant, usize)>> = const { Cell::new(None) };
+    }
+    let now = Instant::now();
+    let (since, count) = COMPARED
+        .get()
+        .filter(|(since, _)| now.duration_since(*since) < Duration::from_secs(1))
+        .unwrap_or((now, 0));
+    COMPARED.set(Some((since, count.saturating_add(pairs))));
+    count < COMPARED_PER_SECOND
 }
 
-/// "did you mean" the nearest, or what there is.
+/// The nearest of `known` to `name`, if it is near enough.
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let length = name.chars().take(LONGEST_COMPARED + 1).count();
+    if length > LONGEST_COMPARED || !may_compare(0) {
+        return None;
+    }
+    let name = name.to_lowercase();
+    let mut best: Option<(usize, &str)> = None;
+    for other in known {
+        let other_length = other.chars().take(2 * LONGEST_COMPARED).count();
+        let most = (length.max(other_length) / 3).max(1);
+        if length.abs_diff(other_length) > most {
+            continue;
+        }
+        if !may_compare(length * other_length) {
+            break;
+        }
+        let lower = other.to_lowercase();
+        let distance = match name == lower {
+            true => 0,
+            false => strsim::damerau_levenshtein(&name, &lower).max(1),
+        };
+        if distance <= most && best.is_none_or(|best| (distance, other) < best) {
+            best = Some((distance, other));
+        }
+    }
+    best.map(|(_, other)| other)
+}
+
+/// "did you mean" the nearest, or the list of names.
 pub fn suggest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let known: Vec<&str> = known.into_iter().collect();
     match nearest(name, known.iter().copied()) {
@@ -260,7 +297,7 @@ pub fn list(names: &[&str]) -> String {
     text
 }
 
-/// A value as it is written in YAML.
+/// A value in YAML.
 fn plain(value: &Value) -> String {
     value
         .as_str()
@@ -285,7 +322,11 @@ fn open_stage_schema() -> Value {
         },
         "min_workers": {
             "type": "integer", "minimum": 1, "maximum": MAX_WORKERS,
-            "description": "When workers of a training are lost, it goes on by itself with those that are left, from the last checkpoint, while they are at least so many. Default: all; `retort resume` goes on."
+            "description": "The least number of workers with which a training continues by itself, from the last checkpoint, when others are lost. Default: all; then only `retort resume` continues it."
+        },
+        "retries": {
+            "type": "integer", "minimum": 0, "maximum": MAX_RETRIES,
+            "description": "How often a training with several workers restarts all of them by itself, from the last checkpoint, when one is lost. On Slurm `requeue` says how often. Default: 0; then only `retort resume` continues it."
         },
         "timeout": {
             "type": "string",
@@ -369,8 +410,8 @@ fn rename_references(schema: &mut Value, prefix: &str) {
     }
 }
 
-/// Lets `${...}` stand for any value in the editor's schema. A pattern judges texts only, so where a type is named
-/// one more type is enough; alternatives get one more alternative.
+/// Allows `${...}` for any value in the editor's schema. A pattern applies only to texts, so adding the type string is
+/// enough; alternatives get one more alternative.
 fn allow_references(schema: &mut Value) {
     let Some(map) = schema.as_object_mut() else {
         return;
@@ -385,7 +426,7 @@ fn allow_references(schema: &mut Value) {
             allow_references(child);
         }
     }
-    // `oneOf` would refuse a text that several alternatives now take.
+    // `oneOf` would refuse a text that several alternatives now accept.
     if let Some(alternatives) = map.remove("oneOf") {
         map.insert("anyOf".to_owned(), alternatives);
     }
@@ -430,7 +471,7 @@ fn allow_references(schema: &mut Value) {
         Value::Array(types.into_iter().chain([json!("string")]).collect()),
     );
     map.insert("pattern".to_owned(), json!(REFERENCE_PATTERN));
-    // What editors say instead of "does not match the pattern".
+    // The editors' message instead of "does not match the pattern".
     let message = format!("Expected {}, or ${{params.name}}.", wanted.join(" or "));
     map.insert("patternErrorMessage".to_owned(), json!(message));
 }

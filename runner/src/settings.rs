@@ -1,11 +1,12 @@
-//! Where and how stages are run: `retort.toml` beside the recipe or above it, the user's own, the environment, flags.
+//! Settings for running stages: `retort.toml` beside the recipe or above it, the user's own, the environment, flags.
 //!
-//! In: files, and what the command line has read. Out: an executor, and a [`Profile`] for a kind of stage, with the origin
-//! of each value. Stronger first: flag, environment, project file, user's file, default; within each, a setting
-//! for a kind of stage is stronger than one for all. None affects a result, so none is part of a digest.
+//! In: files, and values read by the command line. Out: an executor, and a [`Profile`] for a kind of stage, with the origin
+//! of each value. Precedence, highest first: flag, environment, project file, user's file, default; within each, a setting
+//! for a kind of stage overrides one for all. Settings do not affect results, so they are not part of a digest.
 //!
-//! A file names programs that run (`prologue`, `sbatch`), so one that somebody else could change is refused, as a plugin is. A
-//! project's file may have come with the project: its lines run once the user has trusted it as it is ([`trust_file`]).
+//! A file contains commands (`prologue`, `sbatch`), so a file that somebody else could change is refused, like a plugin. A
+//! project's file may have come from somebody else: its commands run only after the user has trusted its current content
+//! ([`trust_file`]).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::time::Duration;
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
+use crate::diagnostic::{Finding, Report};
 use crate::duration;
 use crate::trust::{self, TrustError};
 
@@ -35,7 +37,7 @@ pub enum Executor {
     Local,
     /// Jobs of a Slurm cluster.
     Slurm,
-    /// The processes that `torchrun` has started, of which this is one.
+    /// The processes started by `torchrun`, including this one.
     Torchrun,
 }
 
@@ -67,23 +69,23 @@ pub struct Profile {
     pub cpus: Option<usize>,
     /// Memory of a worker, as Slurm writes it.
     pub memory: Option<String>,
-    /// Elements of an array that run at the same time.
+    /// Maximum concurrent elements of an array.
     pub array_limit: Option<usize>,
     /// Further options of `sbatch`.
     pub sbatch: Vec<String>,
     /// Lines of bash that run before the worker.
     pub prologue: String,
-    /// How often an element is started again that has come to no good end.
+    /// How often a failed element is restarted.
     pub requeue: u32,
-    /// How long before the time limit a worker is told.
+    /// How long before the time limit a worker gets a signal.
     pub signal: Duration,
     /// How often Slurm is asked.
     pub poll: Duration,
-    /// How long a training that can go on with fewer workers waits for all of them to be started again.
+    /// How long a training that can continue with fewer workers waits for all of them to restart.
     pub shrink_after: Duration,
 }
 
-/// Parts of a profile, as one origin gives them.
+/// The values of a profile from one origin.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Partial {
@@ -108,7 +110,7 @@ struct Partial {
     kinds: BTreeMap<String, Partial>,
 }
 
-/// A text, or a number that stands for its digits.
+/// A text, or a number, which stands for its digits.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(untagged)]
 enum Text {
@@ -138,7 +140,7 @@ struct Document {
 #[derive(Debug)]
 struct Layer {
     origin: String,
-    /// Whether its lines may run.
+    /// Whether its commands may run.
     is_trusted: bool,
     executor: Option<Executor>,
     slurm: Partial,
@@ -174,20 +176,61 @@ pub struct SettingsError {
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
+    /// The same with the faulty line of the file, if known.
+    pub report: Option<Box<Report>>,
+}
+
+impl SettingsError {
+    /// The same in the form of a finding.
+    pub fn into_report(self, recipe: &Path) -> Report {
+        match self.report {
+            Some(report) => *report,
+            None => Report {
+                path: recipe.to_owned(),
+                text: String::new(),
+                findings: vec![Finding {
+                    hint: self.hint,
+                    ..Finding::error("", self.message)
+                }],
+            },
+        }
+    }
 }
 
 fn wrong(message: impl Into<String>) -> SettingsError {
     SettingsError {
         message: message.into(),
         hint: None,
+        report: None,
+    }
+}
+
+/// An error in a file's TOML.
+fn not_toml(path: &Path, text: String, error: &toml::de::Error) -> SettingsError {
+    let shown = path.display();
+    let finding = Finding::error("", error.message());
+    let Some(bytes) = error.span() else {
+        return wrong(format!("{shown}: {}", error.to_string().trim_end()));
+    };
+    let finding = finding.at_bytes(&text, bytes);
+    let place = finding.position.map_or_else(String::new, |at| {
+        format!(" line {}, column {}:", at.line, at.column)
+    });
+    SettingsError {
+        report: Some(Box::new(Report {
+            path: path.to_owned(),
+            text,
+            findings: vec![finding],
+        })),
+        ..wrong(format!("{shown}:{place} {}", error.message()))
     }
 }
 
 const DEFAULT_REQUEUE: u32 = 3;
-const DEFAULT_SIGNAL: Duration = Duration::from_secs(120);
-const DEFAULT_POLL: Duration = Duration::from_secs(10);
-const DEFAULT_SHRINK_AFTER: Duration = Duration::from_secs(600);
-/// Options of `sbatch` that are retort's own.
+const DEFAULT_SIGNAL: &str = "120s";
+const DEFAULT_POLL: &str = "10s";
+const DEFAULT_SHRINK_AFTER: &str = "10m";
+/// Options of `sbatch` that retort sets itself.
 const OWN: [&str; 14] = [
     "--array",
     "-a",
@@ -204,12 +247,14 @@ const OWN: [&str; 14] = [
     "--parsable",
     "--wait",
 ];
+/// Options of `sbatch` that would submit a job to a cluster other than the one that retort queries.
+const OTHER_CLUSTER: [&str; 2] = ["--clusters", "-M"];
 
 impl Settings {
-    /// Of everything that holds for a recipe in `dir`.
+    /// Reads all settings for a recipe in `dir`.
     ///
     /// # Errors
-    /// A file cannot be read, makes no sense, or could be changed by others.
+    /// A file cannot be read, is invalid, or could be changed by others.
     pub fn read(dir: &Path, given: &Overrides) -> Result<Self, SettingsError> {
         let mut layers = vec![Layer {
             origin: "flag".into(),
@@ -257,7 +302,7 @@ impl Settings {
         Ok(Self { layers })
     }
 
-    /// What runs stages, and who says so.
+    /// The executor, and its origin.
     pub fn executor(&self) -> (Executor, &str) {
         let set = self
             .layers
@@ -269,12 +314,13 @@ impl Settings {
     /// Slurm settings for a kind of stage.
     ///
     /// # Errors
-    /// A value makes no sense.
+    /// A value is invalid.
     pub fn profile(&self, kind: &str) -> Result<Profile, SettingsError> {
         let time = |name, default, pick: fn(&Partial) -> Option<&String>| {
-            let Some((text, origin)) = self.pick(kind, pick) else {
-                return Ok(default);
-            };
+            let found = self.pick(kind, pick);
+            let (text, origin) = found.map_or((default, "default"), |(text, origin)| {
+                (text.as_str(), origin)
+            });
             match duration::parse(text) {
                 Ok(time) if time >= Duration::from_millis(100) => Ok(time),
                 _ => Err(wrong(format!(
@@ -289,18 +335,9 @@ impl Settings {
             self.pick(kind, pick).map(|(text, _)| text.text())
         };
         let sbatch = self.pick(kind, |partial| partial.sbatch.as_ref());
-        for option in sbatch.iter().flat_map(|(options, _)| options.iter()) {
-            let origin = sbatch.map_or("", |(_, origin)| origin);
-            let name = option.split(['=', ' ']).next().unwrap_or_default();
-            if !option.starts_with('-') || option.contains(['\n', '\0']) {
-                return Err(wrong(format!(
-                    "{origin}: slurm.sbatch has `{option}`; expected an option such as `--constraint=a100`"
-                )));
-            }
-            if OWN.contains(&name) {
-                return Err(wrong(format!(
-                    "{origin}: slurm.sbatch has `{name}`, which retort sets itself"
-                )));
+        if let Some((options, origin)) = sbatch {
+            for option in options {
+                check_option(option, origin)?;
             }
         }
         self.check_trusted(kind, "sbatch", |partial| partial.sbatch.is_some())?;
@@ -329,7 +366,7 @@ impl Settings {
         })
     }
 
-    /// Refuses lines that would run, and that came with a project.
+    /// Refuses commands from an untrusted project file.
     fn check_trusted(
         &self,
         kind: &str,
@@ -348,37 +385,38 @@ impl Settings {
                     "read {}, then run `retort trust` in its directory; or set slurm.{name} yourself, in your own {FILE} or with --slurm",
                     layer.origin
                 )),
+                report: None,
             }),
             _ => Ok(()),
         }
     }
 
-    /// Project files whose lines do not run because the user has not trusted them.
+    /// Project files whose commands do not run because the user has not trusted them.
     pub fn untrusted(&self) -> impl Iterator<Item = &str> {
         let layers = self.layers.iter().filter(|layer| !layer.is_trusted);
         layers.map(|layer| layer.origin.as_str())
     }
 
-    /// Whether any kind of stage asks for GPUs.
-    pub fn asks_for_gpus(&self) -> bool {
-        let asks = |partial: &Partial| {
-            let lines = partial.sbatch.iter().flatten();
-            partial
-                .gres
-                .as_ref()
-                .is_some_and(|gres| gres.contains("gpu"))
-                || lines
-                    .into_iter()
-                    .any(|line| line.starts_with("--gpus") || line.starts_with("--gres=gpu"))
+    /// Whether jobs for a kind of stage request GPUs. Untrusted files are read for this too, but nothing in them is run.
+    pub fn asks_for_gpus(&self, kind: &str) -> bool {
+        let gres = self.pick(kind, |partial| partial.gres.as_ref());
+        let sbatch = self.pick(kind, |partial| partial.sbatch.as_ref());
+        let asks = |option: &String| {
+            let name = option.split(['=', ' ']).next().unwrap_or_default();
+            let names_gpus = name.starts_with("--gpus") || name.starts_with("-G");
+            let names_resources = name == "--gres" || name.starts_with("--tres");
+            names_gpus || (names_resources && has_gpus(option))
         };
-        let partials = self.layers.iter().map(|layer| &layer.slurm);
-        partials
-            .flat_map(|partial| partial.kinds.values().chain([partial]))
-            .any(asks)
+        gres.is_some_and(|(gres, _)| has_gpus(gres))
+            || sbatch.is_some_and(|(options, _)| options.iter().any(asks))
     }
 
-    /// The strongest that says something, and who that is.
-    fn pick<T>(&self, kind: &str, pick: impl Fn(&Partial) -> Option<&T>) -> Option<(&T, &str)> {
+    /// The value with the highest precedence, and its origin.
+    fn pick<'a, T>(
+        &'a self,
+        kind: &str,
+        pick: impl Fn(&'a Partial) -> Option<T>,
+    ) -> Option<(T, &'a str)> {
         self.layers.iter().find_map(|layer| {
             let of_kind = layer.slurm.kinds.get(kind).and_then(&pick);
             let value = of_kind.or_else(|| pick(&layer.slurm))?;
@@ -393,17 +431,14 @@ impl Settings {
         name: &str,
         pick: fn(&Partial) -> Option<usize>,
     ) -> Result<Option<usize>, SettingsError> {
-        let found = self.layers.iter().find_map(|layer| {
-            let of_kind = layer.slurm.kinds.get(kind).and_then(pick);
-            Some((of_kind.or_else(|| pick(&layer.slurm))?, &layer.origin))
-        });
-        match found {
+        match self.pick(kind, pick) {
             Some((0, origin)) => Err(wrong(format!("{origin}: slurm.{name} is 0"))),
             found => Ok(found.map(|(number, _)| number)),
         }
     }
 
-    /// Everything that is set, for people: name, value, origin.
+    /// The effective settings, for people: name, value, origin. Slurm's defaults are left out if another executor is set. For
+    /// a kind of stage only its own settings are listed; the rest is as for all.
     pub fn list(&self) -> Vec<(String, String, String)> {
         let (executor, origin) = self.executor();
         let mut list = vec![(
@@ -411,16 +446,27 @@ impl Settings {
             executor.name().to_owned(),
             origin.to_owned(),
         )];
-        for layer in &self.layers {
-            let kinds = layer.slurm.kinds.iter();
-            let kinds = kinds.map(|(kind, partial)| (format!("slurm.kinds.{kind}"), partial));
-            let all = std::iter::once(("slurm".to_owned(), &layer.slurm));
-            for (name, partial) in kinds.chain(all) {
-                for (key, value) in partial.list() {
-                    let name = format!("{name}.{key}");
-                    if !list.iter().any(|(known, _, _)| *known == name) {
-                        list.push((name, value, layer.origin.clone()));
-                    }
+        for (key, default) in DEFAULTS {
+            let found = self.pick(EVERY_KIND, |partial| partial.value(key));
+            if found.is_none() && executor != Executor::Slurm {
+                continue;
+            }
+            let (value, origin) = found.unwrap_or((default.to_owned(), "default"));
+            list.push((format!("slurm.{key}"), value, origin.to_owned()));
+        }
+        let kinds = self.layers.iter().flat_map(|layer| &layer.slurm.kinds);
+        let mut named: BTreeMap<&str, Vec<&Partial>> = BTreeMap::new();
+        for (kind, partial) in kinds {
+            named.entry(kind).or_default().push(partial);
+        }
+        for (kind, partials) in named {
+            for (key, _) in DEFAULTS {
+                let is_named = |partial: &&Partial| partial.value(key).is_some();
+                if partials.iter().any(is_named)
+                    && let Some((value, origin)) = self.pick(kind, |partial| partial.value(key))
+                {
+                    let name = format!("slurm.kinds.{kind}.{key}");
+                    list.push((name, value, origin.to_owned()));
                 }
             }
         }
@@ -428,40 +474,91 @@ impl Settings {
     }
 }
 
+/// A placeholder that is not the name of any kind of stage.
+const EVERY_KIND: &str = "";
+
+/// The keys of a profile, and their defaults, for people.
+const DEFAULTS: [(&str, &str); 14] = [
+    ("partition", "the cluster's"),
+    ("account", "the cluster's"),
+    ("qos", "the cluster's"),
+    ("time", "the cluster's"),
+    ("gres", "none"),
+    ("cpus", "the stage's threads, else 1"),
+    ("memory", "the cluster's"),
+    ("array-limit", "no limit"),
+    ("sbatch", "none"),
+    ("prologue", "none"),
+    ("requeue", "3"),
+    ("signal", DEFAULT_SIGNAL),
+    ("poll", DEFAULT_POLL),
+    ("shrink-after", DEFAULT_SHRINK_AFTER),
+];
+
+/// Whether Slurm resources are GPUs, or shares of them.
+fn has_gpus(resources: &str) -> bool {
+    ["gpu", "shard", "mps"]
+        .iter()
+        .any(|name| resources.contains(name))
+}
+
+/// Refuses invalid or reserved options of `sbatch`.
+fn check_option(option: &str, origin: &str) -> Result<(), SettingsError> {
+    if !option.starts_with('-') || option.contains(['\n', '\0']) {
+        return Err(wrong(format!(
+            "{origin}: slurm.sbatch has `{option}`; expected an option such as `--constraint=a100`"
+        )));
+    }
+    let name = option.split(['=', ' ']).next().unwrap_or_default();
+    // `-Mother`, and abbreviations of a long name, are equivalent.
+    let is = |own: &&str| match own.starts_with("--") {
+        true => name.len() > 3 && own.starts_with(name),
+        false => !name.starts_with("--") && name.starts_with(*own),
+    };
+    if OTHER_CLUSTER.iter().any(&is) {
+        return Err(SettingsError {
+            message: format!(
+                "{origin}: slurm.sbatch has `{name}`, but jobs are looked for on this machine's cluster only"
+            ),
+            hint: Some("run retort on a machine that submits to the other cluster".to_owned()),
+            report: None,
+        });
+    }
+    match OWN.iter().any(is) {
+        true => Err(wrong(format!(
+            "{origin}: slurm.sbatch has `{name}`, which retort sets itself"
+        ))),
+        false => Ok(()),
+    }
+}
+
 impl Partial {
-    /// Whether it has lines that run.
+    /// Whether it has commands.
     fn runs_something(&self) -> bool {
         let own = self.prologue.is_some() || self.sbatch.is_some();
         own || self.kinds.values().any(Self::runs_something)
     }
 
-    fn list(&self) -> Vec<(&'static str, String)> {
-        let text = |value: &Option<String>| value.clone();
+    /// Its value of a key, in a line.
+    fn value(&self, key: &str) -> Option<String> {
         let number = |value: Option<usize>| value.map(|value| value.to_string());
-        let all = [
-            ("partition", text(&self.partition)),
-            ("account", text(&self.account)),
-            ("qos", text(&self.qos)),
-            ("time", self.time.as_ref().map(Text::text)),
-            ("gres", text(&self.gres)),
-            ("cpus", number(self.cpus)),
-            ("memory", self.memory.as_ref().map(Text::text)),
-            ("array-limit", number(self.array_limit)),
-            ("sbatch", self.sbatch.as_ref().map(|lines| lines.join(" "))),
-            (
-                "prologue",
-                self.prologue
-                    .as_ref()
-                    .map(|text| text.trim().replace('\n', "; ")),
-            ),
-            ("requeue", self.requeue.map(|count| count.to_string())),
-            ("signal", text(&self.signal)),
-            ("poll", text(&self.poll)),
-            ("shrink-after", text(&self.shrink_after)),
-        ];
-        all.into_iter()
-            .filter_map(|(name, value)| Some((name, value?)))
-            .collect()
+        match key {
+            "partition" => self.partition.clone(),
+            "account" => self.account.clone(),
+            "qos" => self.qos.clone(),
+            "time" => self.time.as_ref().map(Text::text),
+            "gres" => self.gres.clone(),
+            "cpus" => number(self.cpus),
+            "memory" => self.memory.as_ref().map(Text::text),
+            "array-limit" => number(self.array_limit),
+            "sbatch" => Some(self.sbatch.as_ref()?.join(" ")),
+            "prologue" => Some(self.prologue.as_ref()?.trim().replace('\n', "; ")),
+            "requeue" => Some(self.requeue?.to_string()),
+            "signal" => self.signal.clone(),
+            "poll" => self.poll.clone(),
+            "shrink-after" => self.shrink_after.clone(),
+            _ => None,
+        }
     }
 }
 
@@ -474,7 +571,7 @@ fn partial<'a>(
     for word in words {
         let Some((path, value)) = word.split_once('=') else {
             return Err(wrong(format!(
-                "{origin}: `{word}` is no setting; expected KEY=VALUE, as in partition=gpu"
+                "{origin}: `{word}` is not a setting; expected KEY=VALUE, as in partition=gpu"
             )));
         };
         let (table, key) = match path.split_once('.') {
@@ -489,7 +586,7 @@ fn partial<'a>(
                         .or_insert_with(|| toml::Table::new().into())
                 });
                 let Some(table) = of_kind.and_then(toml::Value::as_table_mut) else {
-                    return Err(wrong(format!("{origin}: `{word}` is no setting")));
+                    return Err(wrong(format!("{origin}: `{word}` is not a setting")));
                 };
                 (table, key)
             }
@@ -517,7 +614,7 @@ fn partial<'a>(
     checked(read, origin)
 }
 
-/// Kinds have no kinds, and nothing would read the second line of a value.
+/// Kinds cannot be nested, and the second line of a value would be ignored.
 fn checked(partial: Partial, origin: &str) -> Result<Partial, SettingsError> {
     for (kind, of_kind) in &partial.kinds {
         if !of_kind.kinds.is_empty() {
@@ -525,9 +622,13 @@ fn checked(partial: Partial, origin: &str) -> Result<Partial, SettingsError> {
                 "{origin}: slurm.kinds.{kind} has kinds of its own"
             )));
         }
+        if kind == EVERY_KIND {
+            return Err(wrong(format!("{origin}: a kind of stage has no name")));
+        }
     }
     for partial in partial.kinds.values().chain([&partial]) {
-        for (key, value) in partial.list() {
+        for (key, _) in DEFAULTS {
+            let value = partial.value(key).unwrap_or_default();
             if value.contains('\0') || (key != "prologue" && value.contains('\n')) {
                 return Err(wrong(format!("{origin}: slurm.{key} is more than a line")));
             }
@@ -543,11 +644,13 @@ fn is_there(path: &PathBuf) -> bool {
 
 /// The project's file for a recipe in `dir`: there, or in a directory above.
 pub fn project_file(dir: &Path) -> Option<PathBuf> {
-    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    // A bare `r.yaml` is in the working directory; an empty path has no parents.
+    let dir = dir.join(".");
+    let dir = std::path::absolute(&dir).unwrap_or(dir);
     dir.ancestors().map(|dir| dir.join(FILE)).find(is_there)
 }
 
-/// What a file says, and its hash.
+/// A file's settings, and its hash.
 fn file(path: &Path) -> Result<(Layer, String), SettingsError> {
     let shown = path.display();
     trust::check_owner(path).map_err(|error| distrusted(path, error))?;
@@ -555,8 +658,7 @@ fn file(path: &Path) -> Result<(Layer, String), SettingsError> {
     let bytes = regular::read(path, LONGEST_FILE).map_err(unread)?;
     let hash = blake3::hash(&bytes).to_hex().to_string();
     let text = String::from_utf8(bytes).map_err(|error| unread(std::io::Error::other(error)))?;
-    let document: Document = toml::from_str(&text)
-        .map_err(|error| wrong(format!("{shown}: {}", error.to_string().trim_end())))?;
+    let document: Document = toml::from_str(&text).map_err(|error| not_toml(path, text, &error))?;
     let layer = Layer {
         executor: document.executor,
         slurm: checked(document.slurm, &shown.to_string())?,
@@ -583,125 +685,11 @@ fn distrusted(file: &Path, error: TrustError) -> SettingsError {
                 true => "move the recipe to where nobody else can put files above it".to_owned(),
                 false => repair,
             }),
+            report: None,
         },
         error => wrong(error.to_string()),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
-
-    pub(super) fn write(path: &Path, text: &str) {
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, text).unwrap();
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
-    }
-
-    #[test]
-    fn the_stronger_origin_wins_and_is_named() {
-        let root = tempfile::tempdir().unwrap();
-        let (project, user) = (root.path().join("p"), root.path().join("u"));
-        write(
-            &project.join(FILE),
-            "executor = 'slurm'\n[slurm]\npartition = 'project'\ntime = 90\ncpus = 2\n[slurm.kinds.distill]\ncpus = 8\n",
-        );
-        write(
-            &user.join(FILE),
-            "executor = 'local'\n[slurm]\npartition = 'user'\naccount = 'me'\n[slurm.kinds.distill]\naccount = 'us'\n",
-        );
-        let mut given = Overrides {
-            user_dir: Some(user.clone()),
-            ..Overrides::default()
-        };
-        let of = |given: &Overrides| Settings::read(&project.join("a/b"), given).unwrap();
-        let settings = of(&given);
-        let project_file = project.join(FILE).display().to_string();
-        assert_eq!(settings.executor(), (Executor::Slurm, &*project_file));
-        let profile = settings.profile("distill").unwrap();
-        assert_eq!(
-            (
-                profile.partition.as_deref(),
-                profile.account.as_deref(),
-                profile.time.as_deref()
-            ),
-            (Some("project"), Some("us"), Some("90"))
-        );
-        assert_eq!((profile.cpus, profile.requeue), (Some(8), DEFAULT_REQUEUE));
-        assert_eq!(settings.profile("sample").unwrap().cpus, Some(2));
-        given.executor_variable = Some("local".into());
-        given.slurm_variable = Some("partition=variable cpus=4".into());
-        let settings = of(&given);
-        assert_eq!(settings.executor(), (Executor::Local, "environment"));
-        assert_eq!(settings.profile("distill").unwrap().cpus, Some(4));
-        given.executor = Some(Executor::Slurm);
-        given.slurm = vec![
-            "distill.cpus=16".into(),
-            "sbatch=--exclusive".into(),
-            "sbatch=--nice".into(),
-        ];
-        let settings = of(&given);
-        assert_eq!(settings.executor(), (Executor::Slurm, "flag"));
-        let profile = settings.profile("distill").unwrap();
-        assert_eq!(
-            (profile.cpus, profile.sbatch.join(" ").as_str()),
-            (Some(16), "--exclusive --nice")
-        );
-        let listed = settings.list();
-        let origin = |name: &str| {
-            let found = listed.iter().find(|(known, _, _)| known == name);
-            found.map(|(_, value, origin)| (value.as_str(), origin.as_str()))
-        };
-        assert_eq!(origin("slurm.partition"), Some(("variable", "environment")));
-        assert_eq!(origin("slurm.time"), Some(("90", &*project_file)));
-        assert_eq!(Settings::default().executor(), (Executor::Local, "default"));
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_named() {
-        let root = tempfile::tempdir().unwrap();
-        for (text, expected) in [
-            ("executor = 'cloud'", "unknown variant `cloud`"),
-            ("[slurm]\npartitoin = 'x'", "unknown field `partitoin`"),
-            ("[slurm]\ncpus = 'x'", "line 2"),
-            ("[slurm", "retort.toml"),
-            ("[slurm]\npartition = \"a\\nb\"", "more than a line"),
-            ("[slurm.kinds.a.kinds.b]\ncpus = 1", "kinds of its own"),
-            ("[slurm]\ncpus = 0", "slurm.cpus is 0"),
-            ("[slurm]\nsbatch = ['x']", "expected an option"),
-            ("[slurm]\nsbatch = ['--array=1-2']", "retort sets itself"),
-            ("[slurm]\nsignal = '60'", "expected a time"),
-        ] {
-            write(&root.path().join(FILE), text);
-            let error = Settings::read(root.path(), &Overrides::default())
-                .and_then(|settings| settings.profile("sample").map(drop))
-                .expect_err(text);
-            assert!(error.message.contains(expected), "{text}: {error}");
-            assert!(error.message.contains("retort.toml"), "{text}: {error}");
-        }
-        std::fs::remove_file(root.path().join(FILE)).unwrap();
-        for word in ["x", "=", "cpus=many", "a.b.c=1", "nothing=1"] {
-            let given = Overrides {
-                slurm: vec![word.to_owned()],
-                ..Overrides::default()
-            };
-            let error = Settings::read(root.path(), &given).expect_err(word);
-            assert!(error.message.starts_with("--slurm"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_file_that_others_could_change_is_refused() {
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join(FILE);
-        write(&path, "executor = 'slurm'");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-        let error = Settings::read(&root.path().join("x"), &Overrides::default()).unwrap_err();
-        assert!(
-            error.message.contains("is writable by everybody"),
-            "{error}"
-        );
-        assert!(error.hint.unwrap().contains("chmod o-w"));
-    }
-}
+mod tests;

@@ -1,17 +1,20 @@
 //! The store: runs, their outcomes and their results, in SQLite (`<store>/history.db`).
 //!
-//! In: runs, stages, attempts, metrics, logs and artifact records, from the runner and from nobody else. Out: the same,
-//! as answers to questions. Many processes may use one store at once: readers never wait for a writer (WAL), writers
-//! wait for each other for a few seconds and then report [`StoreError::Busy`].
+//! In: runs, stages, attempts, metrics, logs and artifact records, only from the runner. Out: the same, through queries. Many
+//! processes may use one store at once: readers never wait for a writer (WAL), writers wait for each other for a few seconds
+//! and then report [`StoreError::Busy`].
 //!
-//! A dead run is never shown as alive: its runner leaves a lease, and every reading function first marks
-//! as `lost` the runs whose runner is gone ([`lease`]).
+//! A dead run is never shown as alive: its runner holds a lease, and every reading function first marks runs whose runner is
+//! gone as `lost` ([`lease`]).
+//!
+//! One machine at a time writes ([`host`]): before every write this machine checks that it still owns the store.
 //!
 //! Deliberately absent: the files of artifacts (`artifact.rs`), digests (`plan.rs`), printing.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::Sqlite;
@@ -26,6 +29,7 @@ mod file;
 mod file_limit;
 mod function;
 mod history;
+mod holder;
 mod host;
 mod import;
 mod jobs;
@@ -34,8 +38,10 @@ mod lineage;
 mod log;
 mod maintenance;
 mod mlflow;
+mod objects;
 mod query;
 mod record;
+mod recording;
 mod reference;
 mod sandbox;
 mod schema;
@@ -45,11 +51,12 @@ mod series;
 mod sweep;
 mod time;
 mod transfer;
+mod unrecorded;
 
 pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
 pub use error::StoreError;
-pub use file::Memory;
+pub use file::HashTrust;
 pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
@@ -62,6 +69,8 @@ pub use query::{AnswerValue, QueryPiece};
 pub use record::{
     AttemptEnd, AttemptState, NewRun, NewStage, Param, RecordedPlugin, RunState, StageState, Usage,
 };
+pub use recording::{ReadMark, Recording};
+pub use reference::is_tag;
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, CurveQuery, MetricPoint, SeriesPoint, SeriesSummary};
 pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
@@ -74,9 +83,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How a store is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// To record runs; made when it does not exist, migrated when it is older.
+    /// For recording runs; the store is created if missing, and migrated if older.
     ReadWrite,
-    /// To ask questions; works on a directory one may not write to, and beside a writer.
+    /// For queries; works in a read-only directory, and beside a writer on the same machine.
     ReadOnly,
 }
 
@@ -121,17 +130,19 @@ pub struct Store {
     pool: SqlitePool,
     /// Writers of this process queue here instead of polling for SQLite's lock.
     writer: tokio::sync::Mutex<()>,
-    /// The series of attempts under way: their keys, and the points of their open blocks.
+    /// The series of current attempts: their keys, and the points of their open blocks.
     series: Mutex<HashMap<AttemptId, HashMap<String, series::OpenSeries>>>,
-    /// Runs found lost that could not be recorded as such (the store cannot be written to).
-    lost: Mutex<HashSet<String>>,
+    /// Facts about runs that could not be recorded because the store is not writable, by run id.
+    unrecorded: Mutex<HashMap<String, unrecorded::Unrecorded>>,
     /// This machine's right to write.
     host_lock: Option<host::HostLock>,
+    /// Whether another machine has taken the store.
+    taken: AtomicBool,
 }
 
 impl Store {
-    /// Opens the store in `dir`. For [`Access::ReadWrite`] the directory and the database are made when missing and
-    /// migrated when older; any number of processes may do so at once.
+    /// Opens the store in `dir`. For [`Access::ReadWrite`] the directory and the database are created if missing and migrated
+    /// if older; any number of processes may do so at once.
     ///
     /// # Errors
     /// [`StoreError::Missing`] (reading only), [`StoreError::NewerSchema`], [`StoreError::NotAStore`],
@@ -142,7 +153,7 @@ impl Store {
                 schema::check_files(&connection::path_of(dir))?;
                 schema::make_directory(dir)?;
                 let known = host::is_known(dir);
-                let host_lock = host::claim(dir).await?;
+                let host_lock = host::claim(dir, host::ClaimKind::Lasting).await?;
                 match schema::open_for_writing(dir).await {
                     Ok(pool) => (pool, host_lock),
                     Err(error) => {
@@ -166,8 +177,9 @@ impl Store {
             pool,
             writer: tokio::sync::Mutex::default(),
             series: Mutex::default(),
-            lost: Mutex::default(),
+            unrecorded: Mutex::default(),
             host_lock,
+            taken: AtomicBool::new(false),
         })
     }
 
@@ -176,13 +188,13 @@ impl Store {
         &self.dir
     }
 
-    /// The pool of connections: for reading, and for `query`.
+    /// The connection pool for reading, and for `query`.
     pub fn pool(&self) -> &SqlitePool {
         &self.pool
     }
 
-    /// Closes the store, folding the write-ahead log into the database when nobody else uses it. Without it nothing is
-    /// lost; the next to open the store has a little more to read.
+    /// Closes the store, folding the write-ahead log into the database if nobody else uses it. Without this nothing is lost,
+    /// but the next opening has a little more to read.
     pub async fn close(&self) {
         self.pool.close().await;
     }
@@ -195,7 +207,9 @@ impl Store {
             });
         }
         let turn = self.writer.lock().await;
+        self.confirm().await?;
         let mut write = WriteTransaction {
+            store: self,
             connection: self.pool.acquire().await?,
             committed: false,
             _turn: turn,
@@ -203,12 +217,53 @@ impl Store {
         sqlx::query("begin immediate").execute(&mut *write).await?;
         Ok(write)
     }
+
+    /// Checks that no other machine has the store. A process that only reads checks every time, because the owner may change.
+    ///
+    /// # Errors
+    /// [`StoreError::Elsewhere`].
+    pub async fn check_host(&self) -> Result<(), StoreError> {
+        if self.host_lock.is_some() {
+            return self.confirm().await;
+        }
+        let dir = self.dir.clone();
+        let checked = tokio::task::spawn_blocking(move || host::check(&dir)).await;
+        let checked = checked.unwrap_or_else(|error| {
+            Err(StoreError::refused(&self.dir, std::io::Error::other(error)))
+        });
+        match &checked {
+            Err(StoreError::Elsewhere { .. }) => self.taken.store(true, Ordering::Relaxed),
+            // These connections' view of the log dates from before another machine wrote to it.
+            Ok(()) if self.taken.swap(false, Ordering::Relaxed) => {
+                while let Some(connection) = self.pool.try_acquire() {
+                    let _ = connection.close().await;
+                }
+            }
+            _ => {}
+        }
+        checked
+    }
+
+    /// Checks before a write that this machine still owns the store.
+    async fn confirm(&self) -> Result<(), StoreError> {
+        let Some(host_lock) = &self.host_lock else {
+            return Ok(());
+        };
+        let confirmed = host_lock.confirm().await;
+        if matches!(confirmed, Err(StoreError::Elsewhere { .. }))
+            && !self.taken.swap(true, Ordering::Relaxed)
+        {
+            connection::stay_connected(&self.dir).await;
+        }
+        confirmed
+    }
 }
 
-/// A transaction that may write, and this process's turn at writing. Dropped without [`WriteTransaction::commit`], it did
-/// nothing, and its connection is closed: SQLite ends a transaction by itself when the disk is full or fails, and a
-/// connection of which nobody knows whether it is in a transaction is of no use to the next writer.
+/// A write transaction, and this process's turn at writing. If dropped without [`WriteTransaction::commit`] it has no effect,
+/// and its connection is closed: SQLite ends a transaction itself when the disk is full or fails, and a connection in an
+/// unknown state is of no use to the next writer.
 struct WriteTransaction<'s> {
+    store: &'s Store,
     connection: PoolConnection<Sqlite>,
     committed: bool,
     _turn: tokio::sync::MutexGuard<'s, ()>,
@@ -216,6 +271,8 @@ struct WriteTransaction<'s> {
 
 impl WriteTransaction<'_> {
     async fn commit(mut self) -> Result<(), StoreError> {
+        // This process may have been stopped since it began.
+        self.store.confirm().await?;
         sqlx::query("commit").execute(&mut *self).await?;
         self.committed = true;
         Ok(())
@@ -244,16 +301,22 @@ impl std::ops::DerefMut for WriteTransaction<'_> {
     }
 }
 
+/// Most memory that a parsed value of a row may take, as [`retort_checkpoint::json::weight`] estimates it: the files of the
+/// largest artifact, of which the estimate is several times too high.
+pub(crate) const HEAVIEST_VALUE: usize = 384 << 20;
+
 /// Reads a JSON column.
 fn json<T: serde::de::DeserializeOwned>(
     row: &sqlx::sqlite::SqliteRow,
     column: &str,
 ) -> Result<T, sqlx::Error> {
     let text: &str = sqlx::Row::try_get(row, column)?;
-    serde_json::from_str(text).map_err(|error| sqlx::Error::ColumnDecode {
-        index: column.to_owned(),
-        source: Box::new(error),
-    })
+    retort_checkpoint::json::check_weight(text.as_bytes(), HEAVIEST_VALUE)
+        .and_then(|()| serde_json::from_str(text))
+        .map_err(|error| sqlx::Error::ColumnDecode {
+            index: column.to_owned(),
+            source: Box::new(error),
+        })
 }
 
 /// Reads a JSON column that may be null.
@@ -267,7 +330,7 @@ fn json_or_none<T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Reads a name of one of an enum's variants, spelt as in JSON.
+/// Reads the name of an enum's variant, in its JSON form.
 fn variant<T: serde::de::DeserializeOwned>(
     row: &sqlx::sqlite::SqliteRow,
     column: &str,

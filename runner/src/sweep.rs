@@ -1,9 +1,9 @@
 //! Sweeps: many runs of one recipe that differ in a few values.
 //!
-//! In: what `--sweep` and a recipe's `sweep:` say. Out: a [`Sweep`], and its points: for each the values to set, written
-//! as `--set` has them (`sweep/space.rs` reads and counts, `sweep/draw.rs` draws). Which point goes on after a rung is
-//! decided in `sweep/halving.rs`, which point is the best in `sweep/results.rs`; pictures of a sweep are made in
-//! `sweep/plot.rs`. Deliberately absent: planning and running, which are those of any run.
+//! In: what `--sweep` and a recipe's `sweep:` say. Out: a [`Sweep`], and its points: for each the values to set, written as
+//! `--set` has them (`sweep/space.rs` reads and counts, `sweep/draw.rs` draws). `sweep/halving.rs` decides which point
+//! continues after a rung; `account/results.rs` finds the best point, and `account/plot.rs` draws a sweep. Deliberately
+//! absent: planning and running, which work as for any run.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ mod space;
 pub use section::{schema, section};
 pub use space::SpaceError;
 
-/// Points that a sweep may have.
+/// Maximum points of a sweep.
 pub const MAX_POINTS: u64 = 10_000;
 
 /// A sweep, as it is recorded.
@@ -25,8 +25,8 @@ pub struct Sweep {
     pub parameters: Vec<Parameter>,
     /// The objective.
     pub objective: Option<Objective>,
-    /// How points are drawn; none is a grid.
-    pub sample: Option<Sample>,
+    /// How points are drawn; None for a grid.
+    pub sample: Option<RandomSearch>,
     /// How points are stopped early.
     pub asha: Option<Asha>,
 }
@@ -34,7 +34,7 @@ pub struct Sweep {
 /// A value that is varied.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Parameter {
-    /// Its path, as `--set` has it.
+    /// Its path, as in `--set`.
     pub path: String,
     /// The values.
     #[serde(flatten)]
@@ -105,15 +105,15 @@ impl Goal {
 
 /// How points are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct RandomSearch {
     /// Number.
     pub count: u32,
     /// The same seed draws the same points.
     pub seed: u64,
 }
 
-/// Successive halving, asynchronously (ASHA, Li et al., arXiv 1810.05934): a point is stopped at each rung, and goes on
-/// when it is among the best there.
+/// Successive halving, asynchronously (ASHA, Li et al., arXiv 1810.05934): a point stops at each rung, and continues if it is
+/// among the best there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asha {
     /// The series that points are judged by: `distill/loss`, or `student/distill/loss` with its stage.

@@ -24,7 +24,7 @@ pub use stream::Stream;
 pub enum Style {
     /// Aligned columns.
     Table {
-        /// Width of the terminal, in columns: longer rows are wrapped. None: as wide as it takes.
+        /// Width of the terminal, in columns: longer rows are wrapped. None: unlimited.
         width: Option<u16>,
         /// Whether to use colours.
         color: bool,
@@ -51,7 +51,7 @@ pub struct Rows {
 pub struct Cell {
     text: String,
     data: Value,
-    tone: CellStyle,
+    style: CellStyle,
 }
 
 /// A text's meaning, shown as a colour.
@@ -61,16 +61,16 @@ pub enum CellStyle {
     #[default]
     Plain,
     /// Well.
-    Good,
+    Ok,
     /// Not well.
-    Bad,
+    Error,
     /// To be looked at.
-    Odd,
+    Warning,
     /// Of less interest.
     Dim,
 }
 
-/// Rows of a table. To lay out columns all of them are held, and take some kilobytes each.
+/// Rows of a table. All of them are kept in memory for the layout, some kilobytes each.
 const MOST_ROWS: usize = 10_000;
 /// Characters of a table, blanks included: one long cell makes every line as long.
 const MOST_CHARACTERS: usize = 32 << 20;
@@ -161,7 +161,7 @@ impl Rows {
         for row in self.rows.iter().take(MOST_ROWS) {
             table.add_row(row.iter().map(|cell| {
                 let text = visible(&shortened(&cell.text, most), true);
-                toned(TableCell::new(text), cell.tone)
+                styled(TableCell::new(text), cell.style)
             }));
         }
         for (place, column) in table.column_iter_mut().enumerate() {
@@ -182,7 +182,7 @@ impl Rows {
                 self.rows.len()
             ),
         };
-        // The cells are clean: what is left are our colours.
+        // The cells are escaped: remaining escape sequences are our colours.
         format!("{title}{}\n{more}", painted(&table.trim_fmt()))
     }
 
@@ -276,7 +276,7 @@ impl Cell {
         Self {
             text: text.into(),
             data: data.into(),
-            tone: CellStyle::Plain,
+            style: CellStyle::Plain,
         }
     }
 
@@ -340,35 +340,35 @@ impl Cell {
         self
     }
 
-    /// The same in another tone.
-    pub fn tone(mut self, tone: CellStyle) -> Self {
-        self.tone = tone;
+    /// The same in another style.
+    pub fn style(mut self, style: CellStyle) -> Self {
+        self.style = style;
         self
     }
 }
 
 impl From<RunState> for Cell {
     fn from(state: RunState) -> Self {
-        let tone = match state {
-            RunState::Succeeded => CellStyle::Good,
-            RunState::Failed | RunState::Lost => CellStyle::Bad,
-            RunState::Interrupted => CellStyle::Odd,
+        let cell_style = match state {
+            RunState::Succeeded => CellStyle::Ok,
+            RunState::Failed | RunState::Lost => CellStyle::Error,
+            RunState::Interrupted => CellStyle::Warning,
             RunState::Queued | RunState::Running => CellStyle::Plain,
         };
-        Self::from(state.name()).tone(tone)
+        Self::from(state.name()).style(cell_style)
     }
 }
 
 impl From<StageState> for Cell {
     fn from(state: StageState) -> Self {
-        let tone = match state {
-            StageState::Succeeded | StageState::Reused => CellStyle::Good,
-            StageState::Failed | StageState::Lost => CellStyle::Bad,
-            StageState::Interrupted => CellStyle::Odd,
+        let cell_style = match state {
+            StageState::Succeeded | StageState::Reused => CellStyle::Ok,
+            StageState::Failed | StageState::Lost => CellStyle::Error,
+            StageState::Interrupted => CellStyle::Warning,
             StageState::Skipped => CellStyle::Dim,
             StageState::Queued | StageState::Running => CellStyle::Plain,
         };
-        Self::from(state.name()).tone(tone)
+        Self::from(state.name()).style(cell_style)
     }
 }
 
@@ -547,12 +547,12 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     Cow::Owned(kept)
 }
 
-fn toned(cell: TableCell, tone: CellStyle) -> TableCell {
-    match tone {
+fn styled(cell: TableCell, cell_style: CellStyle) -> TableCell {
+    match cell_style {
         CellStyle::Plain => cell,
-        CellStyle::Good => cell.fg(Color::Green),
-        CellStyle::Bad => cell.fg(Color::Red),
-        CellStyle::Odd => cell.fg(Color::Yellow),
+        CellStyle::Ok => cell.fg(Color::Green),
+        CellStyle::Error => cell.fg(Color::Red),
+        CellStyle::Warning => cell.fg(Color::Yellow),
         CellStyle::Dim => cell.add_attribute(Attribute::Dim),
     }
 }

@@ -1,8 +1,8 @@
-//! Text on a terminal: nothing in it can deceive its reader.
+//! Escaping text for terminals, so that it cannot deceive its reader.
 //!
-//! In: text from anywhere (names, messages of plugins, files). Out: the same with every character visible that would
-//! move the cursor, change colours, reorder what is around it or hide. The command line passes everything that it writes
-//! through [`show`]. Colours of our own stay: [`paint`] marks them in a way that no text from elsewhere can.
+//! In: untrusted text (names, messages of plugins, files). Out: the same text, with every character made visible that would
+//! move the cursor, change colours, reorder other text or be invisible. The command line passes all its output through
+//! [`show`]. Our own colours are kept: [`paint`] marks them in a way that untrusted text cannot imitate.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -44,7 +44,7 @@ pub fn painted(text: &str) -> String {
     text.replace("\x1b[", mark())
 }
 
-/// Stands for the beginning of a colour until it is written: no text from elsewhere can know it.
+/// A placeholder for the start of a colour until it is written; untrusted text cannot know it.
 fn mark() -> &'static str {
     static MARK: OnceLock<String> = OnceLock::new();
     MARK.get_or_init(|| {

@@ -1,10 +1,10 @@
 //! Which files may be loaded: nobody else can change them, and a lock, if there is one, lists them.
 //!
-//! Loading a plugin runs its code with all rights of the user. So a file that others can replace is refused: it, and
-//! every directory and link from the root to it, must belong to the user or to root and be writable by no one else. A
-//! directory with a `plugins.lock` gives only the plugins whose BLAKE3 is in it; its lines are those of `b3sum`,
-//! `HASH  FILE`; a lock that cannot be read allows nothing. Deliberately absent: access lists beyond owner, group and
-//! others, and any judgement of what a plugin does.
+//! Loading a plugin runs its code with all rights of the user. So a file that others can replace is refused: it, and every
+//! directory and link from the root to it, must belong to the user or to root and be writable by no one else. From a
+//! directory with a `plugins.lock` only plugins whose BLAKE3 is in the lock are loaded; its lines have the format of `b3sum`,
+//! `HASH  FILE`; an unreadable lock allows nothing. Deliberately absent: access lists beyond owner, group and others, and any
+//! judgement of what a plugin does.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
@@ -185,8 +185,14 @@ fn refuse(
     // SAFETY: a plain system call that cannot fail.
     let user = unsafe { libc::geteuid() };
     let shown = path.display().to_string();
+    let is_plain = found.is_file() || found.is_dir() || found.is_symlink();
     let (problem, repair) = match writer(found, user, kind) {
         None => return Ok(()),
+        // Its rights are as they have to be.
+        Some(OtherWriter::Everybody | OtherWriter::Group) if !is_plain => (
+            "is a device or a pipe that others can write to",
+            format!("put a regular file in the place of {}", plugin.display()),
+        ),
         Some(OtherWriter::Everybody) => {
             ("is writable by everybody", format!("chmod o-w '{shown}'"))
         }

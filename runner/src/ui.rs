@@ -2,8 +2,8 @@
 //!
 //! In: open stores, and requests from browsers. Out: HTML that says everything without scripts, JSON for curves, pictures,
 //! and a stream of events while something changes. Every value from a store is escaped where a page is made ([`page`]); SQL
-//! is only asked through the store's functions; files are only read below a store's artifacts, by a hash and a name that
-//! the store has listed ([`files`]). Who may ask at all is decided before anything else ([`guard`]).
+//! is used only through the store's functions; files are read only below a store's artifacts, by a hash and a name that the
+//! store lists ([`files`]). Access is checked before anything else ([`guard`]).
 //!
 //! Deliberately absent: choosing ports, starting browsers, printing; those are the command line's.
 

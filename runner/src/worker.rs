@@ -1,8 +1,8 @@
 //! The worker: the process that loads one plugin, makes one call and leaves.
 //!
-//! In: a [`Task`] over a socket that arrives as standard input. Out: frames over the same socket, then `_exit`. Whatever
-//! a plugin does to its process, it does here. Deliberately absent: the history, and any decision: a worker does as it
-//! is told until it is told to stop ([`process`] is the runner's end of the socket).
+//! In: a [`Task`] over a socket that arrives as standard input. Out: frames over the same socket, then `_exit`. Whatever a
+//! plugin does to its process, it does here. Deliberately absent: the history, and any decisions: a worker only follows
+//! requests ([`process`] is the runner's end of the socket).
 //!
 //! No worker outlives its runner: when the runner's end of the socket closes, or its process dies, the whole process
 //! group of the worker is killed. Two mechanisms, because a plugin may disturb either.
@@ -24,6 +24,7 @@ use services::Services;
 use writer::ArtifactWriter;
 
 pub mod death;
+pub mod heartbeat;
 mod host;
 mod outbox;
 pub mod process;
@@ -33,7 +34,7 @@ mod writer;
 
 pub use outbox::{LONGEST_LINE, shortened};
 
-/// Why it cannot be a worker.
+/// Why the process cannot be a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// Somebody typed the command.
@@ -53,20 +54,30 @@ pub fn main(parent: u32) -> Result<std::convert::Infallible, WorkerError> {
     follow_parent(parent)?;
     let inbox = socket.try_clone().map_err(WorkerError::Setup)?;
     let outbox = Arc::new(Outbox::new(socket));
-    let cancel = Arc::new(AtomicU32::new(Cancel::Run as u32));
+    // In the words of the ABI.
+    let stop = Arc::new(AtomicU32::new(Cancel::Run as u32));
     let (send_task, task) = std::sync::mpsc::channel();
-    let heard = Arc::clone(&cancel);
+    let heard = Arc::clone(&stop);
     std::thread::spawn(move || listen(inbox, &send_task, &heard));
     // The sender stays with the listener, which ends the process before it could be dropped.
     let Ok(task) = task.recv() else { leave() };
     let pump = Arc::clone(&outbox);
     std::thread::spawn(move || pump.pump());
-    work(*task, &outbox, cancel);
+    if matches!(&task.call, Call::Run { job, .. } if job.part.is_some()) {
+        let heartbeat = Arc::clone(&outbox);
+        std::thread::spawn(move || {
+            loop {
+                heartbeat.send(&FromWorker::Heartbeat);
+                std::thread::sleep(heartbeat::BEAT);
+            }
+        });
+    }
+    work(*task, &outbox, stop);
     leave()
 }
 
 /// Loads the plugin, makes the call, sends the answer.
-fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
+fn work(task: Task, outbox: &Arc<Outbox>, stop: Arc<AtomicU32>) {
     let plugin = match LoadedPlugin::load(&task.plugin, task.hash.as_deref()) {
         Ok(plugin) => plugin,
         Err(error) => {
@@ -87,10 +98,10 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
         } if job.part.is_none() => Some(ArtifactWriter::new(staging.clone(), artifacts.clone())),
         _ => None,
     };
-    // Never dropped: a thread of the plugin may call after its time, and must not find it gone.
+    // Never dropped, because a thread of the plugin may still call after the end.
     let services: &'static Services = Box::leak(Box::new(Services {
         outbox: Arc::clone(outbox),
-        cancel,
+        stop,
         writer,
         over: AtomicBool::new(false),
         late: AtomicU64::new(0),
@@ -192,7 +203,7 @@ fn follow_parent(parent: u32) -> Result<(), WorkerError> {
 }
 
 /// Reads frames from the runner until it is gone.
-fn listen(mut socket: UnixStream, tasks: &std::sync::mpsc::Sender<Box<Task>>, cancel: &AtomicU32) {
+fn listen(mut socket: UnixStream, tasks: &std::sync::mpsc::Sender<Box<Task>>, stop: &AtomicU32) {
     let (mut inbox, mut bytes) = (Inbox::default(), vec![0; 64 << 10]);
     loop {
         match socket.read(&mut bytes) {
@@ -203,11 +214,11 @@ fn listen(mut socket: UnixStream, tasks: &std::sync::mpsc::Sender<Box<Task>>, ca
         loop {
             match inbox.take() {
                 Ok(Some(ToWorker::Start(task))) => drop(tasks.send(task)),
-                Ok(Some(ToWorker::CancelAtCheckpoint)) => {
-                    cancel.fetch_max(Cancel::AtCheckpoint as u32, Ordering::Relaxed);
+                Ok(Some(ToWorker::StopAtCheckpoint)) => {
+                    stop.fetch_max(Cancel::AtCheckpoint as u32, Ordering::Relaxed);
                 }
-                Ok(Some(ToWorker::CancelNow)) => {
-                    cancel.fetch_max(Cancel::Now as u32, Ordering::Relaxed);
+                Ok(Some(ToWorker::StopNow)) => {
+                    stop.fetch_max(Cancel::Now as u32, Ordering::Relaxed);
                 }
                 Ok(None) => break,
                 Err(_) => kill_own_group(),

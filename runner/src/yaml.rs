@@ -1,4 +1,4 @@
-//! YAML text to JSON values, every one with its place. The only module that knows the YAML parsers.
+//! YAML text to JSON values with their positions. The only module that uses the YAML parsers.
 //!
 //! In: text. Out: a [`Document`]: the value (order of keys kept, anchors and merge keys resolved), the line and column
 //! of every key and value, and how numbers were written. A mapping or sequence begins where its first child does.
@@ -76,7 +76,7 @@ pub enum ReadError {
     },
 }
 
-/// What is wrong with a text.
+/// An error in a text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct YamlError {
@@ -95,7 +95,7 @@ pub struct YamlError {
 pub struct Document {
     /// The value.
     pub value: Value,
-    /// What is wrong without making the rest unreadable: duplicate keys, values that JSON does not have.
+    /// Errors that leave the rest readable: duplicate keys, values that JSON does not have.
     pub problems: Vec<YamlError>,
     places: BTreeMap<String, Location>,
 }
@@ -109,7 +109,7 @@ pub enum EntryPart {
     Value,
 }
 
-/// Where a value stands, and how it was written.
+/// A value's position, and its written form.
 #[derive(Debug, Clone, Default)]
 struct Location {
     key: Option<Position>,
@@ -215,7 +215,7 @@ fn is_blank(line: &str) -> bool {
 }
 
 /// Position behind the last character of a text.
-fn end_of(text: &str) -> Position {
+pub fn end_of(text: &str) -> Position {
     let ends_line = text.ends_with(['\n', '\r']);
     let last = lines(text).last().unwrap_or_default();
     Position {

@@ -1,4 +1,4 @@
-//! How fast and how small the history is: `cargo bench -p retort-tests --bench history [-- PART...]`.
+//! Speed and size of the history: `cargo bench -p retort-tests --bench history [-- PART...]`.
 //!
 //! Parts: `stage`, `append`, `curve`, `list`, `start`, `peers`; all without any. Each line gives wall-clock time and,
 //! because machines are busy, processor time (user + system) of this process or of the ones it started. `POINTS` sets
@@ -57,7 +57,7 @@ fn main() {
     }
 }
 
-/// What is set beside the peers' figures.
+/// Our figures for comparison with the peers'.
 #[derive(Default)]
 struct Figures(Vec<(&'static str, f64)>);
 
@@ -126,7 +126,7 @@ async fn append(figures: &mut Figures) {
             figures.note("bytes_per_point", bytes / count);
         }
     }
-    // A point now and then, as training does.
+    // Occasional points, as in a training.
     let dir = tempfile::tempdir().expect("a directory");
     let (store, _, attempt) = open(dir.path()).await;
     let (batches, size) = (400, 800_u64);
@@ -186,7 +186,7 @@ async fn curve(figures: &mut Figures) {
                 .await;
         println!("curve of `{name}` over {axis:?}: {buckets} buckets in {took}");
     }
-    // As much as the peers are asked for.
+    // The same amount as for the peers.
     let few = series("few", 0..40_000, false);
     store.append_metrics(attempt, &[few]).await.expect("room");
     let mut points = 0;
@@ -407,7 +407,7 @@ fn points(start: u64, count: u64, narrow: bool) -> Vec<Batch> {
         .collect()
 }
 
-/// Values that no encoding of ours can make smaller, one a millisecond.
+/// Values that our encoding cannot compress, one per millisecond.
 fn series(name: &str, steps: std::ops::Range<u64>, narrow: bool) -> Batch {
     let value = |step: u64| {
         let mixed = (step ^ name.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -429,7 +429,7 @@ fn series(name: &str, steps: std::ops::Range<u64>, narrow: bool) -> Batch {
     }
 }
 
-/// Runs as they would have been recorded, in bulk: with recipes of 4 kB, 20 parameters and 6 results.
+/// Inserts runs in bulk, as they would have been recorded: with recipes of 4 kB, 20 parameters and 6 results.
 async fn fill(store: &Store, runs: u64) {
     let sql = format!(
         "with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
@@ -464,7 +464,7 @@ async fn fill(store: &Store, runs: u64) {
     write.commit().await.expect("room");
 }
 
-/// The least of several times, the first left out.
+/// The least of several times, without the first.
 async fn best(mut act: impl AsyncFnMut()) -> Timing {
     act().await;
     let mut least: Option<Timing> = None;
@@ -479,7 +479,7 @@ async fn best(mut act: impl AsyncFnMut()) -> Timing {
     least.expect("several")
 }
 
-/// Wall-clock and processor time since a moment.
+/// Wall-clock and processor time since a start.
 struct Clock {
     began: Instant,
     cpu: f64,

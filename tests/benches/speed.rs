@@ -1,14 +1,14 @@
 //! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE
 //! [COLUMN,COLUMN..]]`.
 //!
-//! The libtorch plugin's bench of the same name has candle, libtorch and PyTorch side by side.
+//! The libtorch plugin's bench of the same name compares candle, libtorch and PyTorch.
 
 use retort_candle::Candle;
-use retort_tests::speed::{On, report};
+use retort_tests::speed::{BackendRun, report};
 
 fn main() {
     let backend = Candle::open("cpu", "f32", 0).expect("a CPU");
-    let candle = On {
+    let candle = BackendRun {
         name: "candle".into(),
         backend,
     };

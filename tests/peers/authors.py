@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A student of ours in the released code of Distilled Decoding: the same noise, and what both make of it.
+"""Runs one of our students in the released code of Distilled Decoding, and compares both outputs for the same noise.
 
     git clone https://github.com/microsoft/distilled_decoding
     pip install torch torchvision numpy huggingface_hub
     python3 tests/peers/authors.py distilled_decoding latest/student --steps 0,6 --retort target/release/retort
 
 Draws noise, has retort sample with it and export the student and its tokenizer as published files, loads these with the
-classes of the checkout, of whatever size they are, and runs the loop of their scripts (VAR/sample.py and
-LlamaGen/autoregressive/sample/eval_fewstep.py). Prints how far latents and images are apart, and fails if it is far.
+checkout's classes, in any size, and runs the loop of their scripts (VAR/sample.py and
+LlamaGen/autoregressive/sample/eval_fewstep.py). Prints the differences of latents and images, and fails if they are large.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def arguments():
 
 
 class Retort:
-    """The program, and one directory for what it writes."""
+    """The program, with one directory for its output."""
 
     def __init__(self, options, folder):
         self.words = [options.retort, "--store", options.store]
@@ -77,7 +77,7 @@ class Retort:
 
 
 def resize(module, layers, sizes, groups, image_channels_of_decoder):
-    """Has the checkout's tokenizer built in other sizes than the published ones. `layers` defines its normalisation."""
+    """Makes the checkout build its tokenizer in other sizes than the published ones. `layers` defines its normalisation."""
 
     def resized(kind, sizes):
         return lambda **given: kind(**{**given, **sizes})
@@ -220,7 +220,7 @@ def main():
         for name, a, b in zip(("latents", "images"), ours, theirs):
             b = b.clamp(0, 1) if name == "images" else b
             apart = (a - b).abs()
-            # An image whose tokens differ is not a rounding error: codes are chosen by the largest of logits.
+            # Different tokens are not a rounding error: codes are chosen by the largest logit.
             differing = (apart.flatten(1).amax(1) > 1e-3).sum().item()
             print(f"{size['family']}: {name}: {len(a) - differing} of {len(a)} equal; largest difference {apart.max():.2g}, mean {apart.mean():.2g}")
             failed |= differing > len(a) // 100

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""What has no published result beside it, computed in float64: flan-t5's encoder by the package that others use, LlamaGen
-conditioned on captions and VAR without L2-normalised attention by their definitions, each sequence as a whole, without
-caches.
+"""Reference results in float64 where none are published: flan-t5's encoder by the usual package, LlamaGen conditioned on
+captions and VAR without L2-normalised attention by their definitions, each on the whole sequence, without caches.
 
-    captions.py          write tests/golden/captions, which `make test` holds the engine against
+    captions.py          write tests/golden/captions, the reference of `make test`
 
-Needs a virtual environment of its own; the versions are those that the committed results were made with:
+Needs a separate virtual environment, with the versions that made the committed results:
 
     pip install torch==2.13.0 transformers==5.24.0 numpy==2.4.6 safetensors==0.8.0
 
@@ -32,7 +31,7 @@ TEXTS = [
     "two cats",
     "a photo of two red cats and a dog on the table, and of one apple near the cats and the dog",
 ]
-# Token ids at random, one text long enough for the widest buckets of relative positions.
+# Random token ids, with one text long enough for the widest buckets of relative positions.
 LENGTHS = [90, 5, 33]
 T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
 GPT = dict(width=48, depth=2, heads=2, vocabulary=64, codebook_dim=8, side=4, positions=12, features=32)
@@ -55,7 +54,7 @@ def procedural(spec):
 
 
 def recipe(part, name, shape, scale, shift=0.0):
-    # FNV-1a of part and name: a seed that neither order nor company changes.
+    # FNV-1a of part and name: a seed that does not depend on the other tensors.
     seed = 0xCBF29CE484222325
     for byte in f"{part}/{name}".encode():
         seed = (seed ^ byte) * 0x100000001B3 % 2**64
@@ -63,7 +62,7 @@ def recipe(part, name, shape, scale, shift=0.0):
 
 
 def specs(part, shapes, scales=()):
-    """Matrices that keep the size of what they map, norms around one, small biases; `scales` says otherwise."""
+    """Matrices that preserve magnitudes, norms around one, small biases; `scales` overrides that."""
     made = []
     for name, shape in shapes.items():
         default = (math.sqrt(3 / shape[-1]), 0.0) if len(shape) > 1 else (0.2, 1.0 if "norm" in name else 0.0)
@@ -162,7 +161,7 @@ class Gpt:
         row, column = torch.arange(c["side"] ** 2) // c["side"], torch.arange(c["side"] ** 2) % c["side"]
         angles = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], 1)
         table = torch.polar(torch.ones_like(angles), angles)
-        # No rotation, but nothing at all, at the caption.
+        # The caption's positions have zeros, not an identity rotation.
         self.rotation = torch.cat([torch.zeros(c["positions"], pairs, dtype=table.dtype), table])
 
     def front(self, features):

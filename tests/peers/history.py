@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What other programs make of the history, and how they compare.
+"""How other programs read the history, and how their own stores compare.
 
     python3 -m venv .venv && .venv/bin/pip install tensorboard mlflow trackio
     .venv/bin/python tests/peers/history.py check target/release/retort STORE [RUN]
     .venv/bin/python tests/peers/history.py bench [--json]
 
 `check` exports a run of a store for TensorBoard and for MLflow, lets their own packages read it back, and compares
-every value with what `retort metrics get` says. `bench` measures the peers' own stores; `PEERS=.venv/bin/python cargo
+every value with `retort metrics get`. `bench` measures the peers' own stores; `PEERS=.venv/bin/python cargo
 bench -p retort-tests --bench history` measures retort's and runs this in the same go. Packages that are missing are
 told and skipped.
 """
@@ -205,7 +205,7 @@ def bench_trackio(directory):
 
 
 def appended(append, files):
-    """40,000 points in batches of 1000, after a first batch that makes what there is to make."""
+    """40,000 points in batches of 1000, after a first batch for initialisation."""
     append(range(1000))
     points, batch, before = 40_000, 1000, sum(map(size, files))
     clock = Clock()
@@ -232,7 +232,7 @@ def call(log):
 
 
 def milliseconds(act):
-    """Processor time, the least of three."""
+    """The least processor time of three runs."""
     times = []
     for _ in range(3):
         clock = Clock()
@@ -242,7 +242,7 @@ def milliseconds(act):
 
 
 def command(name, *arguments, **environment):
-    """One of the programs beside this Python."""
+    """A program in the directory of this Python."""
     path = os.path.join(os.path.dirname(sys.executable), name)
     subprocess.run([path, *arguments], check=True, capture_output=True, env={**os.environ, **environment})
 

@@ -1,4 +1,4 @@
-"""Reference values of tests/tests/tokenizer.rs, in float64 with NumPy alone: what a tokenizer's losses and figures are.
+"""Reference values of tests/tests/tokenizer.rs, in float64 with only NumPy: a tokenizer's losses and figures.
 
     pip install numpy
     python3 tests/peers/losses.py
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def values(count, step, shift=0.0, scale=1.0):
-    """The numbers that the test makes too: a sine, sampled."""
+    """Samples of a sine: the same numbers as in the test."""
     return scale * np.sin(step * np.arange(1, count + 1)) + shift
 
 

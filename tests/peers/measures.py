@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The measuring networks and figures, as the packages that others use compute them.
+"""The measuring networks and figures, computed by the usual packages.
 
-    measures.py golden           write tests/golden/measures, which `make test` holds the engine against
+    measures.py golden           write tests/golden/measures, the reference of `make test`
     measures.py check RETORT     run a recipe with the binary RETORT and compare its evaluation with these packages
 
-Needs a virtual environment of its own; the versions are those that the committed results were made with:
+Needs a separate virtual environment, with the versions that made the committed results:
 
     pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0 lpips==0.1.4 torch-fidelity==0.4.0 \
         numpy==2.4.6 scipy==1.17.1 safetensors==0.8.0 pillow==13.0.0
@@ -53,7 +53,7 @@ def procedural(spec):
 
 
 def recipe(name, shape, scale, shift=0.0):
-    # FNV-1a of the name: a seed that neither order nor company changes.
+    # FNV-1a of the name: a seed that does not depend on the other tensors.
     seed = 0xCBF29CE484222325
     for byte in name.encode():
         seed = (seed ^ byte) * 0x100000001B3 % 2**64
@@ -156,7 +156,7 @@ def quantised(x):
 
 def golden():
     parts = {"vgg": vgg_specs(), "linear": linear_specs(), "inception": inception_specs()}
-    # Images differ in brightness and contrast; grey ones have one channel.
+    # Images vary in brightness and contrast; grey ones have one channel.
     sizes = {"small": (2, 3, 48, 64), "exact": (2, 3, 299, 299), "large": (1, 3, 320, 310), "grey": (1, 1, 32, 32)}
     parts["images"] = [
         recipe(f"{name}.{i}", shape[1:], 0.5 / (i + 1), 0.5 - 0.1 * i)
@@ -201,7 +201,7 @@ def golden():
                for name in ["real", "fake", "few"]}
     frechet = {
         "fake": fid.calculate_frechet_distance(*moments["real"], *moments["fake"]),
-        # Singular: pytorch-fid's root of a product is inexact there, the definition is taken by eigenvectors.
+        # Singular: pytorch-fid's matrix root is inexact there, so the definition is computed by eigenvectors.
         "few": frechet_by_eigenvectors(moments["real"], moments["few"]),
     }
     assert abs(frechet["fake"] - frechet_by_eigenvectors(moments["real"], moments["fake"])) < 1e-9
@@ -307,9 +307,9 @@ COUNT = 90
 
 def run(retort, folder, state, rows):
     """Runs the recipe: the reports by stage, the sets of samples (n, 1, 32, 32), uint8, and the saved statistics."""
-    # The last lines must leave no class without an image.
+    # The last lines must not remove the only image of a class.
     (folder / "some.csv").write_text("\n".join(rows) + "\n")
-    # The published file holds counters beside the weights.
+    # The published file contains counters besides the weights.
     norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
     counters = {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
     torch.save(state | counters, folder / "inception.pth")
@@ -335,14 +335,14 @@ def run(retort, folder, state, rows):
 
 
 def check(retort):
-    """The whole way: images through the binary, and the same images as PNG files through the packages."""
+    """End to end: images through the binary, and the same images as PNG files through the packages."""
     state = tensors(inception_specs())
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         rows = (ROOT / "recipes/data/digits.csv").read_text().splitlines()[:COUNT]
         real = np.array([row.split(",")[:64] for row in rows], np.float32).reshape(-1, 1, 8, 8) / 16
         real = quantised(real)
-        # As ADM's reference files hold images: channels last.
+        # Like the images in ADM's reference files: channels last.
         np.savez(folder / "reference.npz", arr_0=real.repeat(3, 1).transpose(0, 2, 3, 1))
         reports, sets, saved = run(retort, folder, state, rows)
         sets = {"real": real, **sets}
@@ -372,14 +372,14 @@ def check(retort):
             }
 
         def compared(name):
-            """What the stage `evaluation` reports of a set."""
+            """The report of the stage `evaluation` about a set."""
             of_set = torch.from_numpy(figures[f"{name} all"]["64"])
             of_real = torch.from_numpy(figures["real all"]["64"])
             spatial = [moments(figures[f"{which} all"]["spatial"].astype(np.float64)) for which in ["real", name]]
             both = prc_features_to_metric(
                 of_set, of_real, prc_neighborhood=NEIGHBOURS, prc_batch_size=10000, save_cpu_ram=False, verbose=False
             )
-            # One subset, of all: what is drawn at random is its order alone.
+            # A single subset with all images, so only its order is random.
             kernel = kid_features_to_metric(of_set, of_real, kid_subsets=1, kid_subset_size=COUNT, verbose=False)
             return {
                 "frechet_distance": fid.calculate_frechet_distance(*figures["real"], *figures[name]),
@@ -399,7 +399,7 @@ def check(retort):
         expected = [
             ("evaluation", "made", compared("made")),
             ("evaluation", "student", compared("student") | {"lpips": lpips_mean}),
-            # The images of a reference file are the same ones.
+            # The images of a reference file are the same.
             ("reference", "made", compared("made")),
             ("tensorflow", "made/pytorch", compared("made")),
             (

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes the Parquet files of tests/golden/parquet: small data sets of images as others write them.
+"""Writes the Parquet files of tests/golden/parquet: small data sets of images, as other libraries write them.
 
     parquet.py OUT
 
-Needs pyarrow, Pillow and datasets (Hugging Face). `expected.json` says what is in the files: of each column the cells, numbers and
-texts as they are, bytes as [length, CRC-32], null where a cell is missing.
+Needs pyarrow, Pillow and datasets (Hugging Face). `expected.json` has the files' contents: the cells of each
+column, with numbers and texts unchanged, bytes as [length, CRC-32], and null for a missing cell.
 """
 
 import io
@@ -46,7 +46,7 @@ def write(name, table, **options):
     note(name)
 
 
-# As Hugging Face's library writes it: a structure of bytes and path, classes by number with their names in the notes.
+# Like Hugging Face's library: a struct of bytes and path, classes by number with their names in the metadata.
 # Classes are not in alphabetical order.
 features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["owl", "cat", "dog"])})
 rows = {"image": [{"bytes": image(i), "path": f"{i}.png"} for i in range(12)], "label": [i % 3 for i in range(12)]}
@@ -58,31 +58,31 @@ for number in range(2):
     whole.shard(2, number, contiguous=True).to_parquet(out / name)
     note(name)
 
-# Captions, images as plain bytes, some rows without an image or a caption; pages with check sums.
+# Captions, images as plain bytes, some rows without an image or a caption; pages with checksums.
 images = [image(i, "JPEG") if i != 3 else None for i in range(7)]
 captions = [f"picture {i}" if i != 5 else None for i in range(7)]
 captioned = pa.table({"id": range(7), "text": captions, "jpg": pa.array(images, pa.binary())})
 write("captions.parquet", captioned, compression="none", write_page_checksum=True, row_group_size=4)
 
-# Text as classes, no dictionaries, and pages of the second kind.
+# Text as classes, no dictionaries, and version 2 data pages.
 labels = ["b", "a", None, "b", "a", "a"]
 named = pa.table({"image": pa.array([image(i) for i in range(6)], pa.binary()), "label": labels, "flag": [True, False, True] * 2})
 second = {"use_dictionary": False, "data_page_version": "2.0"}
 write("zstd.parquet", named, compression="zstd", **second)
 write("plain-2.parquet", named, compression="none", **second)
 write("gzip.parquet", named, compression="gzip")
-# Pages of two rows, most of whose cells are in a dictionary.
+# Pages of two rows, with most cells in a dictionary.
 many = pa.table({"image": pa.array([image(i % 3) for i in range(40)], pa.binary()), "label": pa.array([i % 3 for i in range(40)], pa.int32())})
 write("dictionary.parquet", many, compression="snappy", data_page_size=1, write_batch_size=2)
 
-# What cannot be classes: a name that is none, and a class of which there is no row.
+# Invalid classes: an invalid name, and a class without rows.
 long = pa.table({"image": pa.array([image(0), image(1)], pa.binary()), "label": ["x" * 2000, "y"]})
 write("long.parquet", long)
 rows = {"image": [{"bytes": image(i), "path": None} for i in range(2)], "label": [0, 2]}
 datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "absent.parquet")
 note("absent.parquet")
 
-# What is not read.
+# Unsupported contents.
 listed = pa.table({"image": pa.array([image(0)], pa.binary()), "captions": [["a", "b"]]})
 delta = {"use_dictionary": False, "column_encoding": {"label": "DELTA_BINARY_PACKED"}}
 pq.write_table(listed, out / "lists.parquet")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What Pillow makes of image files: writes plugins/engine/fixtures/images, which the engine's tests compare with.
+"""Reads images with Pillow: writes plugins/engine/fixtures/images, the reference of the engine's tests.
 
     pip install pillow numpy
     python3 tests/peers/pictures.py
 
-`formats/` holds small files of every format and kind; `formats.json` what each shows: RGB or grey over white, EXIF's
-orientation applied. `resized.json` holds one picture and what Pillow's filters make of it.
+`formats/` holds small files of every format and kind; `formats.json` their pixels: RGB or grey over white, with
+EXIF's orientation applied. `resized.json` holds one picture and the results of Pillow's filters.
 """
 import json
 import pathlib
@@ -69,11 +69,11 @@ save("grey.bmp", Image.fromarray(grey), "L")
 save("rgb.tiff", smooth)
 save("packed.tiff", smooth, compression="tiff_lzw")
 save("grey.tiff", Image.fromarray(grey), "L")
-# 16 bits: Pillow cuts the lower byte off, so what is shown is given here.
+# 16 bits: Pillow drops the lower byte, so the expected values are given here.
 deep = (grey.astype(np.uint16) << 8) | grey
 Image.fromarray(deep).save(formats / "sixteen.png")
 saved["sixteen.png"] = {"shape": [h, w, 1], "pixels": grey.flatten().tolist()}
-# Interlaced files are not written by Pillow: this one is put together here, seven passes without filters.
+# Pillow does not write interlaced files, so this one is assembled here: seven passes without filters.
 import struct
 import zlib
 

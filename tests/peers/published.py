@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What `retort artifacts export ARTIFACT --as published` wrote, as torch reads it.
+"""Reads a file of `retort artifacts export ARTIFACT --as published` with torch.
 
     published.py FILE [DIRECTORY]
 
-Loads the file with torch.load (weights_only: nothing in it is a call that torch does not know) and prints its
+Loads the file with torch.load (weights_only, so it contains no unknown calls) and prints its
 dictionaries. With the directory of the artifact, compares every weight with `model.safetensors` or
 `tokenizer.safetensors` there, bit for bit. Needs torch.
 """
@@ -17,7 +17,7 @@ import torch
 
 
 def dictionaries(value, path=()):
-    """Dictionaries of tensors, with where they are."""
+    """Dictionaries of tensors, with their paths."""
     if not isinstance(value, dict):
         return
     tensors = {name: x for name, x in value.items() if isinstance(x, torch.Tensor)}

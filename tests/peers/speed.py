@@ -4,9 +4,9 @@
     speed.py FAMILY DTYPE BATCH THREADS PHASE...
 
 FAMILY is llamagen (size B), llamagen-L or var (size d16), DTYPE f32 or bf16 (autocast), PHASE teacher, student, decode or
-train. With DEVICE=cuda in the environment everything is on a GPU. With COMPILE=MODE torch.compile makes kernels of it, in a
-mode of its own (default, reduce-overhead, max-autotune): each pass as a whole, LlamaGen's teacher a step at a time with a
-cache of fixed size, VAR's a block at a time.
+train. With DEVICE=cuda in the environment everything is on a GPU. With COMPILE=MODE, torch.compile compiles it in that mode
+(default, reduce-overhead, max-autotune): each pass as a whole, LlamaGen's teacher step by step with a cache of fixed size,
+VAR's block by block.
 Prints one JSON object: seconds of each phase, the least of two or three repetitions, and under "compile" the seconds of
 the two repetitions before, in which it is compiled. Needs torch alone; nothing here learns anything, so norms and heads are as
 they are drawn.
@@ -28,7 +28,7 @@ COMPILE = os.environ.get("COMPILE")
 
 
 def compiled(f):
-    """`f` as kernels made for it, one set for each shape; as it is where nothing is compiled."""
+    """`f` compiled, once per shape; unchanged without COMPILE."""
     if not COMPILE:
         return f
     # A VAR teacher has ten shapes.
@@ -122,12 +122,12 @@ class LlamaGen(nn.Module):
         return ids
 
     def generate_compiled(self, labels):
-        """The same with a cache of fixed size, which a graph of kernels needs: `generate` has kernels for every length."""
+        """The same with a cache of fixed size, which a CUDA graph needs: `generate` has kernels for every length."""
         step = getattr(self, "_step", None) or LlamaStep(self, 2 * len(labels))
         object.__setattr__(self, "_step", step)
         x = self.classes(torch.cat([labels, torch.full_like(labels, 1000)]))[:, None]
         for at in range(self.length):
-            # What a graph returns is overwritten by its next run.
+            # A graph's result is overwritten by its next run.
             x = step.run(x, step.places[at : at + 1]).clone()
         return x
 
@@ -147,7 +147,7 @@ class LlamaGenL(LlamaGen):
 
 
 class LlamaStep(nn.Module):
-    """One AR step of a teacher with its caches: the embedding of what it was given -> that of the token it chose."""
+    """One AR step of a teacher with its caches: the embedding of its input -> that of the chosen token."""
 
     def __init__(self, model, rows):
         super().__init__()
@@ -292,7 +292,7 @@ class Attention(nn.Module):
 
 
 def decoder(dim, z, channels):
-    """The decoder of a VQ tokenizer; LlamaGen's takes codes of 8 to z, VAR's has them so already."""
+    """The decoder of a VQ tokenizer; LlamaGen's maps codes of width 8 to z; VAR's codes already have that width."""
     width = 4 * channels
     layers = [nn.Conv2d(dim, z, 1 if dim != z else 3, padding=0 if dim != z else 1)]
     layers += [nn.Conv2d(z, width, 3, padding=1)]
@@ -315,7 +315,7 @@ def least(once):
     times = []
     if COMPILE:
         start = time.perf_counter()
-        # Graphs are recorded in the second.
+        # Graphs are recorded in the second run.
         once(), once()
         COMPILED.append(time.perf_counter() - start)
     while len(times) < (3 if not times or times[0] <= 5 else 2):

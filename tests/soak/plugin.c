@@ -2,10 +2,10 @@
  * The plugin of the soak: one stage kind, `tick`, whose result depends on every step that led to it.
  *
  * Its work has three pieces. Each is a number that `steps` steps scramble, `pause` milliseconds apart; it is saved in the
- * work directory every fifth step and when the host wants the stage to stop. Parts do their pieces and leave them there.
- * The artifact holds bytes made from the pieces and from the input. Whatever was killed on the way, a right result has
- * the same bytes. Two environment variables, which no digest sees: RETORT_SOAK_LEDGER names a directory where each process
- * writes down whether it is a part, and the points it has given to the host, and RETORT_SOAK_HURRY leaves out the pauses.
+ * work directory every fifth step and when the host asks the stage to stop. Parts compute their pieces and leave them there.
+ * The artifact's bytes depend on the pieces and on the input: whatever was killed meanwhile, a correct result has the same
+ * bytes. Two environment variables do not affect digests: RETORT_SOAK_LEDGER names a directory where each process records
+ * whether it is a part, and the points that it has sent to the host; RETORT_SOAK_HURRY skips the pauses.
  */
 #include "../tests/fixtures/calls.h"
 
@@ -57,7 +57,7 @@ static uint64_t absorb(uint64_t state, const char *bytes, size_t count) {
     return state;
 }
 
-/* Writes a piece so that it is there whole or as it was before. */
+/* Replaces a piece atomically. */
 static int save(const char *path, long step, uint64_t state) {
     char draft[LONGER + 16];
     snprintf(draft, sizeof draft, "%s.%d", path, (int)getpid());
@@ -72,7 +72,7 @@ static int save(const char *path, long step, uint64_t state) {
     return 0;
 }
 
-/* Gives the host a point, then writes down that it was given. */
+/* Sends the host a point, then records it. */
 static void tell(const retort_host *host, FILE *ledger, int piece, long step, uint64_t state) {
     char line[128], series[32];
     struct timeval now;
@@ -87,7 +87,7 @@ static void tell(const retort_host *host, FILE *ledger, int piece, long step, ui
     }
 }
 
-/* Does a piece, from where an earlier attempt left it. */
+/* Computes a piece, from where an earlier attempt left it. */
 static int work(const retort_host *host, const char *job, FILE *ledger, const char *dir, int piece, uint64_t seed,
                 uint64_t *result, retort_sink err) {
     char path[LONGER];

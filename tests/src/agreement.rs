@@ -10,20 +10,22 @@ use retort_engine::Result;
 use retort_engine::backend::{Backend, FlowSolver, Unary};
 use retort_engine::conformance::Case;
 use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{ConditionShape, Conditions, Student, Teacher, Tokenizer, llamagen, vq};
+use retort_engine::model::{
+    BatchConditioning, ConditioningShape, Student, Teacher, Tokenizer, llamagen, vq,
+};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
 use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Params, Source, Weights};
 
-/// Images of a batch.
+/// Images per batch.
 const BATCH: usize = 6;
 
-/// What a backend computed.
+/// A backend's results.
 struct Found {
     data: Vec<f32>,
-    /// Largest difference of another backend's, relative to `scale`.
+    /// The largest difference from another backend, relative to `scale`.
     tolerance: f64,
     /// The largest magnitude.
     scale: f64,
@@ -71,7 +73,7 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case
     Ok(Case::new(name, others as f64 / first.len() as f64, allowed))
 }
 
-/// Noise (b, L, D) and the tokens (b, L) that a teacher of ten classes makes of it.
+/// Noise (b, L, D), and a ten-class teacher's tokens (b, L) for it.
 fn trajectories<B: Backend>(
     backend: &B,
     teacher: &dyn Teacher<B>,
@@ -86,7 +88,7 @@ fn trajectories<B: Backend>(
         .collect();
     let eps = backend.floats(&eps, &[count, l, d])?;
     let classes: Vec<u32> = (0..count as u32).map(|i| i % 10).collect();
-    let labels = Conditions::Classes(backend.indices(&classes, &[count])?);
+    let labels = BatchConditioning::Classes(backend.indices(&classes, &[count])?);
     let mut choice = Choice::Flow {
         noise: &eps,
         codebook,
@@ -109,7 +111,7 @@ fn network() -> llamagen::Config {
         vocabulary: 50,
         codebook_dim: 5,
         map: Sides::square(5),
-        condition: ConditionShape::Classes(10),
+        condition: ConditioningShape::Classes(10),
     }
 }
 
@@ -130,7 +132,7 @@ fn images() -> vq::Config {
     }
 }
 
-/// A tokenizer with maps large enough for whatever a backend does about large maps.
+/// A tokenizer with maps large enough for a backend's special code for large maps.
 fn large_images() -> vq::Config {
     let small = images();
     vq::Config {
@@ -144,7 +146,7 @@ fn large_images() -> vq::Config {
     }
 }
 
-/// Weights of a network: as it would draw them, and none of them constant.
+/// Weights of a network: as it draws them, but none of them constant.
 pub fn drawn<B: Backend, M>(
     backend: &B,
     build: impl Fn(&mut Loader<'_, B>) -> Result<M>,
@@ -190,7 +192,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let codebook = tokenizer.codebook()?;
 
     let classes: Vec<u32> = (0..BATCH as u32).map(|i| i % 10).collect();
-    let labels = Conditions::Classes(backend.indices(&classes, &[BATCH])?);
+    let labels = BatchConditioning::Classes(backend.indices(&classes, &[BATCH])?);
     let mut choice = Sequence::new(3, Stream::Choice, 0);
     let ids: Vec<u32> = (0..BATCH * l).map(|_| choice.below(50) as u32).collect();
     let tokens = backend.indices(&ids, &[BATCH, l])?;
@@ -201,7 +203,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         1e-4,
     )?;
 
-    // Trajectories, and the images of their tokens.
+    // Trajectories, and their tokens' images.
     let (eps, path) = trajectories(backend, &teacher, &codebook, 5, BATCH)?;
     let same: Vec<f32> = B::to_indices(&path)?.iter().map(|&id| id as f32).collect();
     keep(
@@ -222,7 +224,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         0.0,
     )?;
 
-    // A training step of the student, from a timestep between.
+    // A training step of the student, from an intermediate timestep.
     let known = 7;
     let kinds: Vec<u32> = (0..BATCH * l).map(|i| u32::from(i % l < known)).collect();
     let kinds = backend.indices(&kinds, &[BATCH, l])?;
@@ -276,8 +278,8 @@ fn distance<B: Backend>(a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>>
     a.sub(b)?.unary(Unary::Square)?.mean_all()
 }
 
-/// Keeps the gradients of a loss. Some are zero in exact arithmetic (a shift of all keys) and nothing but rounding in
-/// floats: none is measured more finely than the thousandth part of the largest.
+/// Stores the gradients of a loss. Some are zero in exact arithmetic (a shift of all keys) and only rounding in floats, so none
+/// is compared more finely than a thousandth of the largest.
 fn gradients<B: Backend>(found: &mut Results, loss: Variable<B>, params: &Params<B>) -> Result<()> {
     let all = backward(loss, params)?
         .iter()

@@ -1,4 +1,4 @@
-//! The results of the published code that lie in `golden/`, for the tests of every backend.
+//! The results of the published code in `golden/`, for every backend's tests.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use retort_engine::weights::Weights;
 
 pub use retort_engine::conformance::golden::{TOLERANCE, procedural_weights};
 
-/// Where the results lie: where `RETORT_GOLDEN` says, on a machine without these sources' place, or here.
+/// The directory of the results: `RETORT_GOLDEN`, on a machine without these sources, or the repository's.
 pub fn folder() -> PathBuf {
     match std::env::var_os("RETORT_GOLDEN") {
         Some(folder) => folder.into(),
@@ -22,7 +22,7 @@ pub fn check<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     golden::check(backend, &folder())
 }
 
-/// Prints the table and says whether everything is within its tolerance.
+/// Prints the table. Returns whether everything is within its tolerance.
 pub fn report(backend: &str, cases: &[Case]) -> bool {
     for case in cases {
         let verdict = if case.passed { "ok" } else { "FAILED" };

@@ -1,4 +1,4 @@
-//! A backend on a GPU: what `make gpu-check` examines and `make gpu-bench` times, as a program for each plugin.
+//! A backend on a GPU: the checks of `make gpu-check` and the times of `make gpu-bench`, as a program for each plugin.
 
 use std::process::ExitCode;
 
@@ -13,7 +13,7 @@ use crate::{agreement, ranks, throughput};
 /// Largest errors of tensors, relative to their largest magnitude.
 const SINGLE: f64 = 1e-3;
 const HALF: f64 = 2e-2;
-/// Share of tokens that may be others than on the CPU.
+/// The share of tokens that may differ from the CPU's.
 const TOKENS: f64 = 0.01;
 
 /// The program: `check [PART]` runs the examinations whose name holds PART, `bench [PART]` the lines of the table that
@@ -21,13 +21,13 @@ const TOKENS: f64 = 0.01;
 ///
 /// `open` opens the GPU with a dtype. On the GPU's machine nothing else is needed but the libraries of CUDA and, to
 /// compare speeds, a Python with torch (named by PYTHON). Where there is no GPU it says so and succeeds, unless
-/// RETORT_GPU says that there has to be one. `meet` lets processes exchange gradients: `rank INDEX SIZE` is one of them, which
+/// RETORT_GPU says that there has to be one. `join` lets processes exchange gradients: `rank INDEX SIZE` is one of them, which
 /// `check` starts.
-pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>, meet: ranks::Meet<B>) -> ExitCode {
+pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>, join: ranks::Join<B>) -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let command = arguments.next().unwrap_or_default();
     if command == "rank" {
-        return ranks::rank(open, meet, arguments);
+        return ranks::rank(open, join, arguments);
     }
     if !matches!(command.as_str(), "check" | "bench") {
         eprintln!("usage: check [PART OF A NAME] | bench [PART OF A TITLE]");
@@ -62,7 +62,7 @@ pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>, meet: ranks::Meet<B>) 
     }
 }
 
-/// Runs the examinations whose name holds `only` and says whether all were passed.
+/// Runs the examinations whose name contains `only`. Returns whether all passed.
 fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
     let (mut passed, mut ran) = (true, 0);
     let mut examine = |what: &str, cases: &dyn Fn() -> Result<Vec<Case>>| {
@@ -112,7 +112,7 @@ fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
     Ok(passed)
 }
 
-/// The networks with results of the published code; tensors are held to `tolerance`.
+/// The networks with results of the published code; tensors must be within `tolerance`.
 fn published<B: Backend>(gpu: &B, tolerance: f64) -> Result<Vec<Case>> {
     let mut cases = conformance::golden::models(gpu, &golden::folder())?;
     for case in &mut cases {
@@ -123,8 +123,8 @@ fn published<B: Backend>(gpu: &B, tolerance: f64) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// More memory than there is is an error that names itself, after which the GPU goes on as before. What there was, the
-/// backend knew.
+/// Allocating more memory than available gives a clear error, after which the GPU works as before. The backend knew how much
+/// was available.
 fn memory<B: Backend>(gpu: &B) -> Result<Case> {
     let free = gpu.free_memory();
     let mut kept = Vec::new();

@@ -1,13 +1,17 @@
-//! What the integration tests share.
+//! Shared code of the integration tests.
 
 pub mod agreement;
+pub mod digits;
 pub mod examination;
 pub mod golden;
 pub mod gpu;
 pub mod memory;
+pub mod port;
+pub mod program;
 pub mod ranks;
 pub mod skip;
 pub mod small;
 pub mod speed;
+pub mod threads;
 pub mod throughput;
 pub mod torch;

@@ -1,11 +1,11 @@
-//! Memory of this process, as Linux counts it.
+//! This process's memory, by Linux's figures.
 
-/// The most that this process has had, in KiB.
+/// This process's peak, in KiB.
 pub fn peak() -> usize {
     memory("VmHWM:")
 }
 
-/// What this process has now, in KiB.
+/// This process's current memory, in KiB.
 pub fn resident() -> usize {
     memory("VmRSS:")
 }

@@ -1,6 +1,5 @@
-//! Processes that exchange gradients on a GPU, as ranks of a training do: this program again, once for each.
+//! Processes that exchange gradients on a GPU like the ranks of a training: this program again, once per rank.
 
-use std::net::TcpListener;
 use std::process::{Command, ExitCode};
 
 use retort_abi::Part;
@@ -9,10 +8,12 @@ use retort_engine::collective::Collective;
 use retort_engine::conformance::Case;
 use retort_engine::error::{Error, Result};
 
-/// Meets the other ranks.
-pub type Meet<B> = fn(&B, Part) -> Result<Box<dyn Collective>>;
+use crate::port::HeldPort;
 
-/// One process alone, and two that share the GPU; a real NCCL may refuse to let them, which is said and no fault.
+/// Connects to the other ranks.
+pub type Join<B> = fn(&B, Part) -> Result<Box<dyn Collective>>;
+
+/// One process alone, and two that share the GPU. A real NCCL may refuse the latter, which is reported, and is not a failure.
 pub(crate) fn cases() -> Result<Vec<Case>> {
     let emulated = std::env::var("RETORT_GPU").is_ok_and(|gpu| gpu == "emulated");
     let mut cases = Vec::new();
@@ -31,20 +32,18 @@ pub(crate) fn cases() -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// Runs so many ranks; what they say if they fail.
+/// Runs `size` ranks; the error has their output.
 fn together(size: usize) -> Result<Option<String>> {
     let system =
         |error: std::io::Error| Error::Internal(format!("ranks cannot be started: {error}"));
-    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(system)?;
-    let port = listener.local_addr().map_err(system)?.port();
-    drop(listener);
+    let port = HeldPort::take();
     let program = std::env::current_exe().map_err(system)?;
     let mut ranks = Vec::new();
     for index in 0..size {
         let rank = Command::new(&program)
             .args(["rank", &index.to_string(), &size.to_string()])
             .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
+            .env("MASTER_PORT", port.number().to_string())
             .env("RETORT_RANK_TIMEOUT", "60")
             .stderr(std::process::Stdio::piped())
             .spawn();
@@ -60,10 +59,10 @@ fn together(size: usize) -> Result<Option<String>> {
     Ok((!faults.is_empty()).then(|| faults.join("; ")))
 }
 
-/// What one rank does: its part of what all exchange.
+/// The program of one rank: its part of the exchange.
 pub(crate) fn rank<B: Backend>(
     open: impl Fn(&str) -> Result<B>,
-    meet: Meet<B>,
+    join: Join<B>,
     mut arguments: impl Iterator<Item = String>,
 ) -> ExitCode {
     let mut number = || arguments.next().and_then(|text| text.parse().ok());
@@ -72,7 +71,7 @@ pub(crate) fn rank<B: Backend>(
         return ExitCode::from(2);
     };
     let part = Part { index, of };
-    match open("f32").and_then(|gpu| exchange(&gpu, &*meet(&gpu, part)?)) {
+    match open("f32").and_then(|gpu| exchange(&gpu, &*join(&gpu, part)?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("rank {index}: {error}");
@@ -90,7 +89,7 @@ fn exchange<B: Backend>(gpu: &B, ranks: &dyn Collective) -> Result<()> {
                 "{what}: {found:?}, and not {wanted}"
             ))),
         };
-    // More than a piece of what is exchanged at a time.
+    // More than is exchanged at a time.
     const MANY: usize = 100_000;
     let own = (rank + 1) as f32;
     let sum = (size * (size + 1) / 2) as f32;
@@ -103,7 +102,7 @@ fn exchange<B: Backend>(gpu: &B, ranks: &dyn Collective) -> Result<()> {
     ranks.barrier()?;
     let device = ranks.on_device();
     let device = device.ok_or_else(|| Error::Internal("nothing is exchanged on the GPU".into()))?;
-    // One after the other without waiting, of a result that is still being computed.
+    // One after the other without waiting, of results that are still being computed.
     let tensors = (0..4)
         .map(|_| B::affine(&gpu.full(&[MANY], own)?, 2.0, 0.0))
         .collect::<Result<Vec<_>>>()?;

@@ -1,9 +1,9 @@
-//! Tests that not every machine can do.
+//! Tests that not every machine can run.
 
 use std::io::Write;
 
-/// Says that a test is left out, and why. Where `RETORT_SKIP_IS_FAILURE` is set, the machine has what tests need, and
-/// the test fails instead.
+/// Prints that a test is skipped, and why. If `RETORT_SKIP_IS_FAILURE` is set, the machine should have everything that tests
+/// need, and the test fails instead.
 ///
 /// # Panics
 /// There.
@@ -15,7 +15,7 @@ pub fn skip(why: &str) {
     leave_out(why);
 }
 
-/// The same, where the reason is what this machine forbids, not what it lacks: that is no failure anywhere.
+/// The same, if this machine forbids the test instead of lacking something: that is never a failure.
 pub fn leave_out(why: &str) {
     // Written past the test harness, which would swallow it.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");

@@ -1,11 +1,11 @@
-//! Networks of each family that are built in no time: images of 8 x 8, 16 codes, 10 classes.
+//! Tiny networks of each family: images of 8 x 8, 16 codes, 10 classes.
 
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{ConditionShape, llamagen, msvq, var, vq};
+use retort_engine::model::{ConditioningShape, llamagen, msvq, var, vq};
 use retort_engine::size::Sides;
 
-/// LlamaGen's with 4 x 4 tokens, and VAR's with these scales.
+/// LlamaGen with 4 x 4 tokens, and VAR with these scales.
 pub fn families(scales: &[usize]) -> [(NetworkConfig, TokenizerConfig); 2] {
     let autoencoder = Shape {
         image_channels: 1,
@@ -24,7 +24,7 @@ pub fn families(scales: &[usize]) -> [(NetworkConfig, TokenizerConfig); 2] {
         vocabulary,
         codebook_dim,
         map: Sides::square(4),
-        condition: ConditionShape::Classes(classes),
+        condition: ConditioningShape::Classes(classes),
     });
     let of_raster = TokenizerConfig::Vq(vq::Config {
         autoencoder: autoencoder.clone(),

@@ -16,8 +16,8 @@ use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig, TokenizerConfig};
 use retort_engine::error::{Error, Result};
 use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{Conditions, Guidance, Teacher};
-use retort_engine::published::{self, Hints};
+use retort_engine::model::{BatchConditioning, Guidance, Teacher};
+use retort_engine::published::{self, ShapeHints};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Source, Weights};
@@ -28,10 +28,10 @@ use crate::golden;
 const GUIDANCE: f64 = 2.0;
 const SOLVER: FlowSolver = FlowSolver { steps: flow::STEPS };
 
-/// What is timed.
+/// A timed phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// All AR steps of the teacher with guidance, tokens by the flow map; the map's own time is a phase of its own.
+    /// All AR steps of the teacher with guidance, tokens by the flow map; the map itself is a separate phase.
     Teacher,
     /// The flow map of those tokens.
     Flow,
@@ -41,7 +41,7 @@ pub enum Phase {
     Decode,
     /// One step of distillation: forward, cross-entropy, backward, AdamW.
     Train,
-    /// The flow map of so many tokens at a time.
+    /// The flow map of this many tokens at a time.
     Map(usize),
     /// The same in plain tensor operations.
     Plain(usize),
@@ -62,7 +62,7 @@ impl Phase {
         Self::Plain(256),
     ];
 
-    /// What the script in PyTorch calls it.
+    /// Its name in the PyTorch script.
     fn key(self) -> Option<&'static str> {
         match self {
             Self::Teacher => Some("teacher"),
@@ -87,13 +87,13 @@ impl Phase {
     }
 }
 
-/// A family at its published size, and the batch it is timed with.
+/// A family at its published size, and the batch.
 pub struct Reference {
     /// The family.
     pub family: Family,
-    /// What it is called.
+    /// Its name.
     pub name: &'static str,
-    /// Images at a time.
+    /// The batch.
     pub batch: usize,
     pub(crate) tokenizer: TokenizerConfig,
     pub(crate) network: NetworkConfig,
@@ -102,7 +102,7 @@ pub struct Reference {
 impl Reference {
     /// A family at a published size.
     pub fn new(family: Family, name: &'static str, size: &str, batch: usize) -> Result<Self> {
-        let hints = Hints {
+        let hints = ShapeHints {
             size: Some(size.into()),
             ..Default::default()
         };
@@ -266,11 +266,11 @@ impl Drawn {
     }
 }
 
-/// Somebody who can be timed.
-pub trait Contestant {
-    /// Head of its column.
+/// An implementation that can be timed.
+pub trait Timed {
+    /// The head of its column.
     fn name(&self) -> &str;
-    /// Seconds that phases of a reference take, in order, each the least of some repetitions; none, where it cannot.
+    /// Seconds of a reference's phases, in order, each the least of several repetitions; None if it cannot run.
     fn times(
         &mut self,
         reference: &Reference,
@@ -280,8 +280,8 @@ pub trait Contestant {
 }
 
 /// A backend under a name.
-pub struct On<B: Backend> {
-    /// Head of its column.
+pub struct BackendRun<B: Backend> {
+    /// The head of its column.
     pub name: String,
     /// The backend.
     pub backend: B,
@@ -292,7 +292,7 @@ fn repetitions(first: f64) -> usize {
     if first > 5.0 { 2 } else { 3 }
 }
 
-/// The shortest of some repetitions.
+/// The shortest of several repetitions.
 pub(crate) fn least(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut time = || -> Result<f64> {
         let clock = Instant::now();
@@ -306,7 +306,7 @@ pub(crate) fn least(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(best)
 }
 
-impl<B: Backend> On<B> {
+impl<B: Backend> BackendRun<B> {
     /// Waits until a tensor is computed.
     pub(crate) fn wait(x: &B::Tensor) -> Result<()> {
         let rank = B::shape(x).len();
@@ -323,7 +323,7 @@ impl<B: Backend> On<B> {
     ) -> Result<[f64; 2]> {
         let shape = teacher.token_shape();
         let labels: Vec<u32> = (0..batch as u32).collect();
-        let labels = Conditions::Classes(self.backend.indices(&labels, &[batch])?);
+        let labels = BatchConditioning::Classes(self.backend.indices(&labels, &[batch])?);
         let guidance = Guidance {
             scale: GUIDANCE,
             interval: None,
@@ -355,7 +355,7 @@ impl<B: Backend> On<B> {
             let data: Vec<f32> = noise(seed, 0, rows, d).iter().map(|x| scale * x).collect();
             self.backend.floats(&data, &[rows, d])
         };
-        // Codes of about unit length, as LlamaGen's are.
+        // Codes of about unit length, like LlamaGen's.
         let codebook = floats(1, k, (d as f32).sqrt().recip())?;
         let eps = floats(2, n, 1.0)?;
         let logits: Vec<f32> = noise(3, 0, n, k).iter().map(|x| 2.0 * x).collect();
@@ -411,20 +411,23 @@ impl<B: Backend> On<B> {
     }
 
     /// Noise (b, L, D), class ids (b), and that all of it is noise (b, L).
-    pub(crate) fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
+    pub(crate) fn inputs(
+        &self,
+        r: &Reference,
+    ) -> Result<(B::Tensor, BatchConditioning<B>, B::Tensor)> {
         let (b, shape) = (r.batch, r.network.token_shape());
         let l = shape.count();
         let labels: Vec<u32> = (0..b as u32).collect();
         Ok((
             self.backend
                 .floats(&noise(5, 0, b * l, shape.dim), &[b, l, shape.dim])?,
-            Conditions::Classes(self.backend.indices(&labels, &[b])?),
+            BatchConditioning::Classes(self.backend.indices(&labels, &[b])?),
             self.backend.indices(&vec![0; b * l], &[b, l])?,
         ))
     }
 }
 
-impl<B: Backend> Contestant for On<B> {
+impl<B: Backend> Timed for BackendRun<B> {
     fn name(&self) -> &str {
         &self.name
     }
@@ -521,7 +524,7 @@ impl Peer {
     }
 }
 
-impl Contestant for Peer {
+impl Timed for Peer {
     fn name(&self) -> &str {
         match (self.dtype, &self.compile) {
             ("f32", None) => "PyTorch",
@@ -545,7 +548,7 @@ impl Contestant for Peer {
     }
 }
 
-/// What this machine can do at best: operations per second in a large product, bytes read per second.
+/// This machine's limits: operations per second in a large product, bytes read per second.
 pub fn machine() -> Result<[f64; 2]> {
     let backend = Candle::open("cpu", "f32", 0)?;
     let n = 1536;
@@ -574,10 +577,10 @@ pub fn machine() -> Result<[f64; 2]> {
 
 /// Prints the table of all phases, or of those whose line holds the first argument of this program; columns are all, or
 /// those that the second names, between commas.
-pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
+pub fn report(mut all: Vec<Box<dyn Timed>>) -> Result<()> {
     let mut given = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
     let [only, column] = [given.next(), given.next()].map(Option::unwrap_or_default);
-    contestants.retain(|c| column.is_empty() || column.split(',').any(|name| name == c.name()));
+    all.retain(|c| column.is_empty() || column.split(',').any(|name| name == c.name()));
     let [rate, bandwidth] = machine()?;
     println!(
         "This machine: {:.0} GFLOP/s in a product of 1536 x 1536 matrices, {:.1} GB/s read from memory. Seconds; the least \
@@ -585,10 +588,7 @@ pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
         rate / 1e9,
         bandwidth / 1e9
     );
-    let heads: Vec<String> = contestants
-        .iter()
-        .map(|c| format!("{:>14}", c.name()))
-        .collect();
+    let heads: Vec<String> = all.iter().map(|c| format!("{:>14}", c.name())).collect();
     println!(
         "{:<34}{:>10}{:>10}{:>8}{}",
         "",
@@ -608,9 +608,9 @@ pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
         }
         let drawn = Drawn::new(&r)?;
         let mut columns = Vec::new();
-        for contestant in contestants.iter_mut() {
-            eprintln!("{}: {} ..", r.name, contestant.name());
-            columns.push(contestant.times(&r, &drawn, &phases)?);
+        for timed in all.iter_mut() {
+            eprintln!("{}: {} ..", r.name, timed.name());
+            columns.push(timed.times(&r, &drawn, &phases)?);
         }
         for (i, &phase) in phases.iter().enumerate() {
             let (flop, bytes) = r.work(phase);

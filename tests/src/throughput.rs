@@ -1,9 +1,9 @@
-//! What a GPU gets done at published shapes, with random weights: what `make gpu-bench` prints.
+//! A GPU's throughput at published shapes, with random weights: the output of `make gpu-bench`.
 //!
 //! Images (pairs, steps) per second of each phase at several batches, the share of the GPU's own rate in a large bf16
-//! product, and PyTorch's figures for the same shapes on the same GPU (`tests/peers/speed.py`), as it is and compiled, in the
-//! mode that COMPILE names: `max-autotune`, or `reduce-overhead`, which takes less long, or `none`. Unlike `speed.rs`, which
-//! waits after each part to tell them apart, a phase here runs as it does in a stage: nobody waits before it is done.
+//! product, and PyTorch's figures for the same shapes on the same GPU (`tests/peers/speed.py`), eager and compiled, in the mode
+//! that COMPILE names: `max-autotune`, or `reduce-overhead`, which takes less time, or `none`. Unlike `speed.rs`, which waits
+//! after each part to time it separately, a phase here runs as in a stage, without waiting before its end.
 
 use std::collections::BTreeMap;
 
@@ -15,17 +15,17 @@ use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressiv
 use retort_engine::tape::Variable;
 use retort_engine::weights::{Loader, Source};
 
-use crate::speed::{Drawn, On, Peer, Phase, Reference, least};
+use crate::speed::{BackendRun, Drawn, Peer, Phase, Reference, least};
 
 const BATCHES: [usize; 3] = [1, 16, 64];
 const SOLVER: FlowSolver = FlowSolver {
     steps: retort_engine::backend::flow::STEPS,
 };
-/// Side of the matrices whose product measures the GPU's rate.
+/// The side of the matrices whose product measures the GPU's rate.
 const SIDE: usize = 8192;
 
-/// A phase, what of `speed.rs` it does how often, and PyTorch's name for that.
-struct Timed {
+/// A phase, which parts of `speed.rs` it runs how often, and PyTorch's name for it.
+struct TimedPhase {
     name: &'static str,
     unit: &'static str,
     work: (Phase, f64),
@@ -36,7 +36,7 @@ struct Timed {
 /// Prints the table of a backend that computes products in bf16, of the shapes whose title ("VAR-d16, batch 16") holds
 /// `only`. `python` names a Python with torch on the same GPU.
 pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Result<()> {
-    let on = On {
+    let on = BackendRun {
         name: "cuda".into(),
         backend,
     };
@@ -111,8 +111,8 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Resul
 }
 
 /// Operations per second in a large product of bf16 matrices.
-fn peak<B: Backend>(on: &On<B>) -> Result<f64> {
-    // Numbers at random: constant ones take less power, and so less time.
+fn peak<B: Backend>(on: &BackendRun<B>) -> Result<f64> {
+    // Random numbers: constant ones take less power, and so less time.
     let x = on.backend.floats(&noise(4, 0, SIDE, SIDE), &[SIDE, SIDE])?;
     let x = B::factor(&x)?;
     let seconds = least(|| {
@@ -120,12 +120,12 @@ fn peak<B: Backend>(on: &On<B>) -> Result<f64> {
         for _ in 1..10 {
             y = B::linear(&x, &x, None)?;
         }
-        On::<B>::wait(&y)
+        BackendRun::<B>::wait(&y)
     })?;
     Ok(10.0 * 2.0 * (SIDE as f64).powi(3) / seconds)
 }
 
-fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Timed>> {
+fn phases<B: Backend>(on: &BackendRun<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<TimedPhase>> {
     let frozen = |weights| Loader::new(&on.backend, Source::Host(weights), false, "drawn");
     let tokenizer = r.tokenizer.build(&mut frozen(&drawn.tokenizer))?;
     let codebook = tokenizer.codebook()?;
@@ -138,7 +138,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
     };
     let mut timed = Vec::new();
     let mut time = |name, unit, work, peer, seconds| {
-        timed.push(Timed {
+        timed.push(TimedPhase {
             name,
             unit,
             work,
@@ -191,13 +191,13 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
             split: half,
         };
         for (name, times, passes) in [("1 step", vec![0], 1.0), ("2 steps", vec![0, half], 2.0)] {
-            let seconds = least(|| On::<B>::wait(&sampler.sample(&eps, &labels, &times)?))?;
+            let seconds = least(|| BackendRun::<B>::wait(&sampler.sample(&eps, &labels, &times)?))?;
             let peer = (passes == 1.0).then_some("student");
             time(name, "images", (Phase::Student, passes), peer, seconds);
         }
     }
     let latents = Variable::constant(eps.clone());
-    let decoding = least(|| On::<B>::wait(tokenizer.decode(&latents)?.value()))?;
+    let decoding = least(|| BackendRun::<B>::wait(tokenizer.decode(&latents)?.value()))?;
     time(
         "decode",
         "images",
@@ -216,7 +216,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
     Ok(timed)
 }
 
-/// Seconds of PyTorch by phase, in bf16 by autocast: as it is, and compiled. None where it fails, which it says.
+/// Seconds of PyTorch by phase, in bf16 by autocast: eager, and compiled. None if it fails, with a message.
 fn peers(python: &str, family: &str, batch: usize) -> [BTreeMap<String, f64>; 2] {
     let mode = std::env::var("COMPILE").unwrap_or_else(|_| "max-autotune".into());
     let seconds = |compile: Option<String>| {

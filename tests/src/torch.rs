@@ -1,4 +1,4 @@
-//! Writes checkpoint files as `torch.save` does, so that tests need no Python.
+//! Writes checkpoint files like `torch.save`, so that tests need no Python.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -8,7 +8,7 @@ use retort_engine::weights::Weights;
 use zip::CompressionMethod;
 use zip::write::{SimpleFileOptions, ZipWriter};
 
-/// A torch archive under way: storages are written as they come, the pickle at the end.
+/// A torch archive being written: storages at once, the pickle at the end.
 pub struct Archive {
     zip: ZipWriter<BufWriter<File>>,
     /// The pickle so far.
@@ -33,12 +33,12 @@ impl Archive {
         self.pickle.extend(b"}(");
     }
 
-    /// Ends the dictionary begun last.
+    /// Ends the last open dictionary.
     pub fn close(&mut self) {
         self.pickle.push(b'u');
     }
 
-    /// Adds a float32 tensor, which is row-major and alone in its storage.
+    /// Adds a float32 tensor, row-major and alone in its storage.
     pub fn tensor(&mut self, name: &str, shape: &[usize], data: &[f32]) {
         self.text(name);
         self.pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
@@ -72,7 +72,7 @@ impl Archive {
         }
     }
 
-    /// Adds what training scripts keep around the weights: arguments, counters, the state of an optimiser.
+    /// Adds the other contents of training checkpoints: arguments, counters, the state of an optimiser.
     pub fn surroundings(&mut self) {
         self.text("args");
         self.pickle.extend(b"cargparse\nNamespace\n)\x81}");

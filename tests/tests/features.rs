@@ -10,12 +10,12 @@ use retort_engine::statistics::neighbours::precision_recall;
 use retort_engine::statistics::{Moments, RunningMoments, RunningScore, frechet_distance};
 use retort_tests::memory::peak;
 
-/// Features that published figures are made of.
+/// The number of features behind published figures.
 const DIM: usize = 2048;
-/// Images that the network would see at a time.
+/// The network's batch size.
 const BATCH: usize = 500;
 
-/// Features (n, `dim`) that are not independent, as networks' are not.
+/// Features (n, `dim`) that are correlated, like those of networks.
 fn features(seed: u64, dim: usize, first: usize, n: usize) -> Vec<f32> {
     let mut out = Vec::with_capacity(n * dim);
     for i in first..first + n {
@@ -29,7 +29,7 @@ fn features(seed: u64, dim: usize, first: usize, n: usize) -> Vec<f32> {
     out
 }
 
-/// Seconds by what they were for.
+/// Seconds by purpose.
 #[derive(Default)]
 struct Clocks(Vec<(&'static str, f64)>);
 
@@ -46,14 +46,14 @@ impl Clocks {
     }
 }
 
-/// What `evaluate` keeps of a set.
+/// What `evaluate` keeps about a set.
 struct Set {
     features: Vec<f32>,
     moments: Moments,
     spatial: Moments,
 }
 
-/// Looks at a set batch by batch. Seeds of sets are ten apart.
+/// Processes a set batch by batch. Sets' seeds are ten apart.
 fn look(seed: u64, count: usize, scores: bool, clocks: &mut Clocks) -> Set {
     let mut kept = Vec::new();
     kept.reserve_exact(count * DIM);

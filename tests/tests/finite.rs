@@ -1,4 +1,4 @@
-//! Numbers that are none: what training leaves out, and what sampling refuses, on any backend.
+//! NaN and infinity: which steps training skips, and what sampling refuses, on any backend.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -8,9 +8,9 @@ use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
 use retort_engine::backend::{FlowSolver, Tensors, Unary};
-use retort_engine::collective::Single;
+use retort_engine::collective::SingleRank;
 use retort_engine::model::{
-    ConditionShape, Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape,
+    BatchConditioning, ConditioningShape, Generation, Guidance, PrefixMask, Teacher, TokenShape,
 };
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
@@ -23,7 +23,7 @@ fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
 }
 
-/// Says the same of every token, but for one sample at one AR step.
+/// Predicts the same for every token, except for one sample at one AR step.
 struct Broken {
     shape: TokenShape,
     sample: usize,
@@ -37,20 +37,20 @@ impl Teacher<Candle> for Broken {
     fn token_shape(&self) -> &TokenShape {
         &self.shape
     }
-    fn forced(&self, _: &Conditions<Candle>, _: &Tensor) -> Result<Variable<Candle>, Error> {
+    fn forced(&self, _: &BatchConditioning<Candle>, _: &Tensor) -> Result<Variable<Candle>, Error> {
         Err(Error::Internal("not asked for".into()))
     }
     fn recompute(&mut self, _: bool) {}
     fn generate<'a>(
         &'a self,
-        _: &Conditions<Candle>,
+        _: &BatchConditioning<Candle>,
         _: Option<Guidance>,
     ) -> Result<Box<dyn Generation<Candle> + 'a>, Error> {
         Ok(Box::new(Tokens(self, 0)))
     }
     fn at_once(
         &self,
-        _: &Conditions<Candle>,
+        _: &BatchConditioning<Candle>,
         _: Option<Guidance>,
         _: Option<&Tensor>,
     ) -> Result<Tensor, Error> {
@@ -63,7 +63,7 @@ impl Generation<Candle> for Tokens<'_> {
         let (count, k) = (self.0.shape.steps[self.1], self.0.shape.vocabulary);
         let mut logits = noise(1, self.1 as u64, 3 * count, k);
         if self.1 == self.0.step {
-            // Its last token.
+            // The scale's last token.
             logits[((self.0.sample + 1) * count - 1) * k + 2] = self.0.value;
         }
         self.1 += 1;
@@ -81,7 +81,7 @@ fn logits_that_are_not_finite_name_their_sample() {
         steps: vec![1, 4, 9],
         vocabulary: 7,
         dim: 2,
-        condition: ConditionShape::Classes(3),
+        condition: ConditioningShape::Classes(3),
     };
     let classes = backend.indices(&[0, 1, 2], &[3]).expect("classes");
     let eps = backend
@@ -108,9 +108,9 @@ fn logits_that_are_not_finite_name_their_sample() {
                 solver: FlowSolver { steps: 10 },
             };
             for mut choice in [random, flow] {
-                let conditions = Conditions::Classes(classes.clone());
+                let conditioning = BatchConditioning::Classes(classes.clone());
                 let made =
-                    autoregressive(&teacher, &conditions, &distribution, &mut choice, None, 3);
+                    autoregressive(&teacher, &conditioning, &distribution, &mut choice, None, 3);
                 match made.map_err(|e| e.of_samples(40)) {
                     Ok(_) => assert!(value.is_finite(), "{value}"),
                     Err(e) => {
@@ -125,7 +125,7 @@ fn logits_that_are_not_finite_name_their_sample() {
     }
 }
 
-/// Keeps metrics; nothing else is asked of it.
+/// Stores metrics; nothing else is used.
 #[derive(Default)]
 struct Recorder(Mutex<Vec<(String, u64, f64)>>);
 
@@ -180,7 +180,7 @@ fn train(
         backend: &backend,
         work_dir: Some(work_dir),
         name: "test",
-        ranks: &Single,
+        ranks: &SingleRank,
         options: &options,
         params: &params,
         ema: None,
@@ -215,7 +215,7 @@ fn steps_that_are_not_finite_are_left_out_and_counted() {
         assert!(made.iter().all(|x| x.is_finite()));
         let counted = host.of("test/skipped_steps");
         assert_eq!(counted, [(5, 1.0), (6, 2.0), (20, 3.0)]);
-        // Those steps move nothing; the others do.
+        // Those steps change nothing; the others do.
         let (whole, _) = train(&Recorder::default(), other.path(), 2, |_| None);
         let moved = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>();
         let whole = whole.expect("weights");
@@ -234,7 +234,7 @@ fn a_training_fails_beyond_the_limit_and_goes_on_after_it() {
         "{error}"
     );
     assert_eq!(steps.last(), Some(&12));
-    // It takes up the training after the steps that failed it.
+    // It continues the training after the steps that made it fail.
     let host = Recorder::default();
     let (made, steps) = train(&host, dir.path(), 2, bad);
     made.expect("weights");
@@ -256,7 +256,7 @@ fn a_training_that_ends_in_more_faults_than_it_took_steps_fails() {
         train(&Recorder::default(), dir.path(), 100, bad).0
     };
     let error = ends_in(1).expect_err("one step was taken").to_string();
-    let said = "; so were the last 39 of its 40 steps, more than it took";
+    let said = "; the last 39 of its 40 steps were skipped, more than it took";
     assert!(
         error.contains("at step 39 the loss is NaN") && error.ends_with(said),
         "{error}"
@@ -288,7 +288,7 @@ fn a_damaged_checkpoint_is_named_with_what_to_do() {
 
 #[test]
 fn weights_that_are_not_finite_are_no_result() {
-    // The last steps are left out: nothing else would notice what the one before did.
+    // The last steps are skipped, so that nothing hides the effect of the step before.
     let dir = tempfile::tempdir().expect("a directory");
     let backend = candle();
     let params = vec![(
@@ -306,7 +306,7 @@ fn weights_that_are_not_finite_are_no_result() {
         backend: &backend,
         work_dir: Some(dir.path()),
         name: "test",
-        ranks: &Single,
+        ranks: &SingleRank,
         options: &options,
         params: &params,
         ema: None,

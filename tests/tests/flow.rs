@@ -100,12 +100,12 @@ fn excluded_codes_are_never_chosen_and_a_certain_code_always_is() {
     }
 }
 
-/// Tokens of random logits and noise at a shape, held against float64.
+/// Tokens from random logits and noise at a shape, compared with float64.
 struct Shape {
     name: &'static str,
     codes: usize,
     dim: usize,
-    /// Length of a code, and whether all have exactly this one.
+    /// The length of a code, and whether all codes have exactly this length.
     length: f32,
     normalised: bool,
 }
@@ -172,7 +172,7 @@ impl Shape {
     }
 }
 
-/// Of noise whose elements are about 1: what f32 leaves of them after some dozens of steps.
+/// For noise with elements around 1: the accuracy of f32 after some dozens of steps.
 const TIE: f32 = 1e-4;
 
 #[test]

@@ -1,5 +1,5 @@
-//! A teacher's generation: given tokens in one pass, guidance for a part of the way, tokens drawn at once, and how many passes
-//! of networks each sampler makes.
+//! A teacher's generation: given tokens in one pass, guidance for some of the steps, parallel drawing of tokens, and how many
+//! network passes each sampler makes.
 
 use std::cell::Cell;
 
@@ -8,8 +8,8 @@ use retort_engine::Result;
 use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::{
-    CaptionFeatures, CaptionShape, ConditionShape, Conditions, Generation, Guidance, Prediction,
-    PrefixMask, Student, Teacher, TokenShape,
+    BatchConditioning, CaptionBatch, CaptionShape, ConditioningShape, Generation, Guidance,
+    Prediction, PrefixMask, Student, Teacher, TokenShape,
 };
 use retort_engine::random::noise;
 use retort_engine::sampler::{
@@ -36,7 +36,7 @@ fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
 }
 
-/// A teacher and a student of each family, with weights at random.
+/// A teacher and a student of each family, with random weights.
 fn cases() -> [Case; 2] {
     let [(raster, of_raster), (scales, of_scales)] = small::families(&[1, 2, 3, 4]);
     [
@@ -67,9 +67,9 @@ impl Case {
         }
     }
 
-    fn conditions(&self) -> Conditions<Candle> {
+    fn conditioning(&self) -> BatchConditioning<Candle> {
         let labels: Vec<u32> = (0..BATCH as u32).collect();
-        Conditions::Classes(self.backend.indices(&labels, &[BATCH]).expect("labels"))
+        BatchConditioning::Classes(self.backend.indices(&labels, &[BATCH]).expect("labels"))
     }
 
     /// Tokens of the first AR steps (b, l).
@@ -87,7 +87,7 @@ impl Case {
         let all = self.tokens(shape.steps.len());
         let mut generation = self
             .teacher
-            .generate(&self.conditions(), guidance)
+            .generate(&self.conditioning(), guidance)
             .expect("a generation");
         let (mut previous, mut at) = (None, 0);
         let each = shape.steps.iter().map(|&count| {
@@ -100,7 +100,7 @@ impl Case {
     }
 }
 
-/// What a network's parameters are drawn as, with noise added.
+/// A network's initial parameters, with noise added.
 fn disturbed(backend: &Candle, build: impl FnOnce(&mut Loader<Candle>) -> Result<()>) -> Weights {
     let mut loader = Loader::new(backend, Source::Init(1), true, "drawn");
     build(&mut loader).expect("a network");
@@ -131,13 +131,13 @@ fn close(what: &str, a: &[f32], b: &[f32]) {
     assert!(most <= 1e-5 * scale, "{what}: {most} of {scale}");
 }
 
-/// A dropped caption is the unconditional features behind its own padding, and no gradient reaches these.
+/// A dropped caption has the unconditional features after its own padding, and they get no gradient.
 #[test]
 fn a_dropped_caption_is_that_of_none() {
     let [(mut network, tokenizer), _] = small::families(&[1, 2]);
     let (positions, width) = (5, 6);
     if let NetworkConfig::Llamagen(c) = &mut network {
-        c.condition = ConditionShape::Captions(CaptionShape { positions, width });
+        c.condition = ConditioningShape::Captions(CaptionShape { positions, width });
     }
     let backend = candle();
     let weights = disturbed(&backend, |loader| {
@@ -159,7 +159,7 @@ fn a_dropped_caption_is_that_of_none() {
     }
     let forced = |features: &[f32], dropped: &[bool]| {
         let shape = [BATCH, positions, width];
-        let captions = CaptionFeatures {
+        let captions = CaptionBatch {
             features: backend.floats(features, &shape).expect("features"),
             padding: padding.clone(),
             dropped: dropped.to_vec(),
@@ -169,7 +169,7 @@ fn a_dropped_caption_is_that_of_none() {
             .indices(&vec![3; BATCH * l], &[BATCH, l])
             .expect("tokens");
         teacher
-            .forced(&Conditions::Captions(captions), &tokens)
+            .forced(&BatchConditioning::Captions(captions), &tokens)
             .expect("logits")
     };
     let logits = |features: &[f32], dropped: &[bool]| {
@@ -188,7 +188,7 @@ fn a_dropped_caption_is_that_of_none() {
         let squares = forced(&given, &[true, false, true]).unary(Unary::Square);
         squares.and_then(|x| x.mean_all()).expect("a loss")
     };
-    // The features of no caption are no parameter: no gradient reaches them, and one each of the others.
+    // The unconditional features are not a parameter and get no gradient; every parameter gets one.
     let error = backward(loss(), &params).expect_err("one without a part");
     assert!(
         error
@@ -207,7 +207,7 @@ fn a_dropped_caption_is_that_of_none() {
     }
 }
 
-/// Two rows of four tokens are the first half of four rows of four: what comes later changes nothing before it.
+/// Two rows of four tokens are the first half of four rows of four: later tokens do not change earlier ones.
 #[test]
 fn a_map_may_have_other_rows_than_columns() {
     let of = |height, width| {
@@ -221,7 +221,7 @@ fn a_map_may_have_other_rows_than_columns() {
             c.autoencoder.image_size = Sides { height, width };
         }
         let case = Case::new(&network, &tokenizer);
-        // Of the first image: the tokens of the others depend on their number.
+        // Only of the first image, because the other images' tokens depend on their number.
         let first = |logits: Vec<f32>| logits[..16].to_vec();
         case.logits(None).into_iter().map(first).collect::<Vec<_>>()
     };
@@ -230,7 +230,7 @@ fn a_map_may_have_other_rows_than_columns() {
     for (k, logits) in wide.iter().enumerate() {
         close(&format!("wide, step {k}"), &square[k], logits);
     }
-    // The second row of a tall map begins two tokens earlier.
+    // The second row of a tall map starts two tokens earlier.
     close("tall, first row", &square[1], &tall[1]);
     let apart = square[4].iter().zip(&tall[4]);
     assert!(apart.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) > 1e-3);
@@ -245,14 +245,14 @@ fn given_tokens_go_through_in_one_pass() {
             for known in [1, steps / 2, steps - 1] {
                 let mut generation = case
                     .teacher
-                    .generate(&case.conditions(), guided)
+                    .generate(&case.conditioning(), guided)
                     .expect("a generation");
                 let logits = generation
                     .prefill(&case.tokens(known), PrefixMask::Causal)
                     .expect("logits");
                 let logits = Candle::to_floats(&logits).expect("floats");
                 close(&format!("step {known}"), &expected[known], &logits);
-                // And it goes on from there.
+                // And it continues from there.
                 if known + 1 < steps {
                     let (all, count) =
                         (case.tokens(steps), case.teacher.token_shape().steps[known]);
@@ -271,7 +271,7 @@ fn given_tokens_go_through_in_one_pass() {
 fn guidance_ends_after_its_interval() {
     for case in cases() {
         let (all, none) = (case.logits(guidance(None)), case.logits(None));
-        // As published: token 0, and those after it up to number `interval`, counted from 0.
+        // As published: token 0 and the tokens after it up to number `interval`, counted from 0.
         let some = case.logits(guidance(Some(1)));
         for (step, logits) in some.iter().enumerate() {
             let (expected, other) = match step {
@@ -279,7 +279,7 @@ fn guidance_ends_after_its_interval() {
                 _ => (&none, &all),
             };
             close(&format!("step {step}"), &expected[step], logits);
-            // VAR's first scale has no guidance anyhow.
+            // VAR's first scale never has guidance.
             assert!(step == 0 || other[step] != *logits, "step {step}");
         }
     }
@@ -294,7 +294,7 @@ fn tokens_drawn_at_once_see_the_known_ones_alone() {
             let tokens = (known > 0).then(|| case.tokens(known));
             let logits = case
                 .teacher
-                .at_once(&case.conditions(), guidance(None), tokens.as_ref())
+                .at_once(&case.conditioning(), guidance(None), tokens.as_ref())
                 .expect("logits");
             let l = shape.count() - shape.tokens_before(known);
             assert_eq!(Candle::shape(&logits), [BATCH, l, k]);
@@ -302,14 +302,14 @@ fn tokens_drawn_at_once_see_the_known_ones_alone() {
             Candle::to_floats(&first).expect("floats")
         };
         let expected = case.logits(guidance(None));
-        // The next step is that of the sampler that goes on step by step.
+        // The next step is the same as when sampling step by step.
         for known in [0, 1, steps - 1] {
             close(&format!("{known} known"), &expected[known], &at_once(known));
         }
     }
 }
 
-/// With or without the tokens before it, a position has the guidance that it has step by step.
+/// With or without the tokens before it, a position has the same guidance as step by step.
 #[test]
 fn tokens_drawn_at_once_are_guided_as_step_by_step() {
     for case in cases() {
@@ -320,7 +320,7 @@ fn tokens_drawn_at_once_are_guided_as_step_by_step() {
             let tokens = (known > 0).then(|| case.tokens(known));
             let logits = case
                 .teacher
-                .at_once(&case.conditions(), guidance, tokens.as_ref())
+                .at_once(&case.conditioning(), guidance, tokens.as_ref())
                 .expect("logits");
             let start = shape.tokens_before(known);
             let each = (known..steps).map(|step| {
@@ -342,7 +342,7 @@ fn tokens_drawn_at_once_are_guided_as_step_by_step() {
                     _ => (&none[i], &all[i]),
                 };
                 close(&format!("step {step}, {known} known"), own, logits);
-                // VAR's first scale has no guidance anyhow.
+                // VAR's first scale never has guidance.
                 assert!(step == 0 || other != logits, "step {step}, {known} known");
             }
         }
@@ -359,7 +359,7 @@ fn a_guidance_that_guides_nothing_is_none() {
     };
     let [raster, scales] = cases();
     let at_once = |case: &Case, guidance| {
-        let logits = case.teacher.at_once(&case.conditions(), guidance, None);
+        let logits = case.teacher.at_once(&case.conditioning(), guidance, None);
         Candle::to_floats(&logits.expect("logits")).expect("floats")
     };
     for (case, nothing, something) in [
@@ -376,11 +376,11 @@ fn a_guidance_that_guides_nothing_is_none() {
     }
 }
 
-/// The last step is one pass of the teacher's too.
+/// The last step takes a pass of the teacher too.
 #[test]
 fn a_teacher_without_its_last_step_is_the_teacher() {
     for case in cases() {
-        let (conditions, steps) = (case.conditions(), case.teacher.token_shape().steps.len());
+        let (conditioning, steps) = (case.conditioning(), case.teacher.token_shape().steps.len());
         let distribution = Distribution {
             guidance: Some(2.0),
             cfg_interval: Some(1),
@@ -392,7 +392,7 @@ fn a_teacher_without_its_last_step_is_the_teacher() {
             let ids = match skip {
                 0 => autoregressive(
                     teacher,
-                    &conditions,
+                    &conditioning,
                     &distribution,
                     &mut choice,
                     None,
@@ -400,7 +400,7 @@ fn a_teacher_without_its_last_step_is_the_teacher() {
                 ),
                 _ => {
                     let end = steps - skip;
-                    skipping(teacher, &conditions, &distribution, &mut choice, end)
+                    skipping(teacher, &conditioning, &distribution, &mut choice, end)
                 }
             };
             Candle::to_indices(&ids.expect("tokens")).expect("ids")
@@ -430,32 +430,36 @@ impl Teacher<Candle> for Counted<'_, dyn Teacher<Candle>> {
         self.network.token_shape()
     }
 
-    fn forced(&self, conditions: &Conditions<Candle>, tokens: &Tensor) -> Result<Variable<Candle>> {
+    fn forced(
+        &self,
+        conditioning: &BatchConditioning<Candle>,
+        tokens: &Tensor,
+    ) -> Result<Variable<Candle>> {
         count(self.passes);
-        self.network.forced(conditions, tokens)
+        self.network.forced(conditioning, tokens)
     }
 
     fn recompute(&mut self, _: bool) {}
 
     fn generate<'a>(
         &'a self,
-        conditions: &Conditions<Candle>,
+        conditioning: &BatchConditioning<Candle>,
         guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<Candle> + 'a>> {
         Ok(Box::new(CountedGeneration {
-            inner: self.network.generate(conditions, guidance)?,
+            inner: self.network.generate(conditioning, guidance)?,
             passes: self.passes,
         }))
     }
 
     fn at_once(
         &self,
-        conditions: &Conditions<Candle>,
+        conditioning: &BatchConditioning<Candle>,
         guidance: Option<Guidance>,
         known: Option<&Tensor>,
     ) -> Result<Tensor> {
         count(self.passes);
-        self.network.at_once(conditions, guidance, known)
+        self.network.at_once(conditioning, guidance, known)
     }
 }
 
@@ -479,11 +483,11 @@ impl Student<Candle> for Counted<'_, dyn Student<Candle>> {
     fn predict(
         &self,
         x: &Tensor,
-        conditions: &Conditions<Candle>,
+        conditioning: &BatchConditioning<Candle>,
         data: &Tensor,
     ) -> Result<Prediction<Candle>> {
         count(self.passes);
-        self.network.predict(x, conditions, data)
+        self.network.predict(x, conditioning, data)
     }
 
     fn recompute(&mut self, _: bool) {}
@@ -493,7 +497,7 @@ impl Student<Candle> for Counted<'_, dyn Student<Candle>> {
     }
 }
 
-/// The passes that a sampler makes for a batch.
+/// A sampler's passes for a batch.
 fn passes(case: &Case, sampler: &Sampler) -> usize {
     let passes = Cell::new(0);
     let teacher = Counted::<dyn Teacher<Candle>> {
@@ -512,7 +516,7 @@ fn passes(case: &Case, sampler: &Sampler) -> usize {
         .expect("noise");
     let mut drawn = choices(1, 0, BATCH);
     let mut choice = Choice::Random(&mut drawn);
-    let (conditions, plain) = (case.conditions(), Distribution::default());
+    let (conditioning, plain) = (case.conditioning(), Distribution::default());
     let of_student = StudentSampler {
         student: &student,
         codebook: &case.codebook,
@@ -520,10 +524,10 @@ fn passes(case: &Case, sampler: &Sampler) -> usize {
     };
     match sampler {
         Sampler::Teacher { .. } => {
-            autoregressive(&teacher, &conditions, &plain, &mut choice, None, steps).map(drop)
+            autoregressive(&teacher, &conditioning, &plain, &mut choice, None, steps).map(drop)
         }
         Sampler::Student { timesteps, .. } => {
-            of_student.sample(&eps, &conditions, timesteps).map(drop)
+            of_student.sample(&eps, &conditioning, timesteps).map(drop)
         }
         Sampler::Assisted {
             timesteps,
@@ -538,11 +542,11 @@ fn passes(case: &Case, sampler: &Sampler) -> usize {
                 mask: *prefix,
             };
             of_student
-                .assisted(&eps, &conditions, *timesteps, &assistant, &mut choice)
+                .assisted(&eps, &conditioning, *timesteps, &assistant, &mut choice)
                 .map(drop)
         }
         Sampler::Skip { skip, .. } => {
-            skipping(&teacher, &conditions, &plain, &mut choice, steps - skip).map(drop)
+            skipping(&teacher, &conditioning, &plain, &mut choice, steps - skip).map(drop)
         }
         Sampler::Flow { .. } | Sampler::Independent { .. } => unreachable!("not tried here"),
     }
@@ -611,7 +615,7 @@ fn assisted_passes_are_the_steps_of_the_tables() {
         steps: vec![1; 256],
         vocabulary: 16384,
         dim: 8,
-        condition: ConditionShape::Classes(1000),
+        condition: ConditioningShape::Classes(1000),
     };
     let scales = TokenShape {
         steps: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16].map(|n| n * n).to_vec(),
@@ -632,7 +636,7 @@ fn assisted_passes_are_the_steps_of_the_tables() {
     }
 }
 
-/// The paper's VAR-skip-1 and -2, LlamaGen-skip-106 and -156, as the recipe has them.
+/// The paper's VAR-skip-1 and -2, LlamaGen-skip-106 and -156, as in the recipe.
 #[test]
 fn baselines_take_the_steps_of_the_table() {
     let recipe = concat!(
@@ -650,7 +654,7 @@ fn baselines_take_the_steps_of_the_table() {
             steps: vec![1; steps],
             vocabulary: 16384,
             dim: 8,
-            condition: ConditionShape::Classes(1000),
+            condition: ConditioningShape::Classes(1000),
         };
         let text = format!(r#"{{"kind": "skip", "teacher": "t", "skip": {skip}}}"#);
         let sampler: Sampler = serde_json::from_str(&text).expect("a sampler");

@@ -1,9 +1,9 @@
-//! What freshly drawn networks start from, and what weight decay spares: as the published trainings have it.
+//! The initial values of networks, and the parameters without weight decay: as in the published trainings.
 
 use retort_candle::Candle;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::NetworkConfig;
-use retort_engine::model::{ConditionShape, decays, llamagen, var};
+use retort_engine::model::{ConditioningShape, decays, llamagen, var};
 use retort_engine::size::Sides;
 use retort_engine::weights::{Loader, Params, Source};
 
@@ -29,7 +29,7 @@ fn raster() -> NetworkConfig {
         vocabulary: 64,
         codebook_dim: 8,
         map: Sides::square(4),
-        condition: ConditionShape::Classes(100),
+        condition: ConditioningShape::Classes(100),
     })
 }
 
@@ -40,7 +40,7 @@ fn student(network: &NetworkConfig) -> Params<Candle> {
     loader.into_params()
 }
 
-/// Deviation of some elements of a parameter from 0.
+/// The standard deviation of some elements of a parameter around 0.
 fn deviation(params: &Params<Candle>, name: &str, part: impl Fn(&[f32]) -> &[f32]) -> f64 {
     let (_, p) = params
         .iter()
@@ -114,7 +114,7 @@ fn weight_decay_spares_what_the_published_trainings_spare() {
     expected.sort();
     found.sort();
     assert_eq!(found, expected);
-    // Vectors have none in any family; matrices and class embeddings have.
+    // In every family, vectors have no weight decay; matrices and class embeddings do.
     for network in [raster(), scales(false)] {
         for (name, p) in student(&network) {
             let vector = p.shape().len() == 1;

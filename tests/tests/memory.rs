@@ -1,10 +1,11 @@
-//! Loading takes one copy of the weights in memory: the model's own. The only test here: no other may allocate meanwhile.
+//! Loading needs a single copy of the weights in memory, the model's. The only test here, because others would allocate
+//! meanwhile.
 //!
 //! `RETORT_MEMORY_MIB=1024 cargo test --release -p retort-tests --test memory -- --nocapture` for a larger file.
 
 use retort_candle::Candle;
 use retort_engine::backend::Tensors;
-use retort_engine::weights::{Init, Loader, Source, Stored, write_each};
+use retort_engine::weights::{CheckpointWeights, Init, Loader, Source, write_each};
 use retort_tests::memory::{peak, resident};
 use retort_tests::torch::Archive;
 
@@ -16,7 +17,7 @@ fn weights_are_loaded_and_written_one_at_a_time() {
         .ok()
         .and_then(|s| s.parse::<usize>().ok());
     let size = asked.unwrap_or(128) << 10; // KiB
-    let shape = [size / TENSORS, 256]; // 1 KiB a row
+    let shape = [size / TENSORS, 256]; // 1 KiB per row
     let dir = tempfile::tempdir().expect("a directory");
     let (torch, safetensors) = (dir.path().join("w.pth"), dir.path().join("w.safetensors"));
     let mut archive = Archive::create(&torch);
@@ -30,7 +31,7 @@ fn weights_are_loaded_and_written_one_at_a_time() {
 
     let names: Vec<String> = (0..TENSORS).map(|i| i.to_string()).collect();
     let (before, clock) = (peak(), std::time::Instant::now());
-    let stored = Stored::open(&torch, None).expect("the file");
+    let stored = CheckpointWeights::open(&torch, None).expect("the file");
     let shapes = names
         .iter()
         .map(|name| (name.clone(), shape.to_vec()))
@@ -45,7 +46,7 @@ fn weights_are_loaded_and_written_one_at_a_time() {
 
     for path in [torch, safetensors] {
         let (before, clock) = (resident(), std::time::Instant::now());
-        let stored = Stored::open(&path, None).expect("the file");
+        let stored = CheckpointWeights::open(&path, None).expect("the file");
         let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
         let mut loader = Loader::new(
             &backend,
@@ -66,7 +67,7 @@ fn weights_are_loaded_and_written_one_at_a_time() {
             "{size} KiB loaded: {took} KiB more at the peak, {:?}",
             clock.elapsed()
         );
-        // The model, the tensor on its way, and what was compared.
+        // The model, the tensor being loaded, and the copy for comparison.
         assert!(
             took < size + size / 4,
             "{took} KiB for {size} KiB of weights"

@@ -1,4 +1,4 @@
-//! Every backend against the results of the published code.
+//! Compares every backend with the results of the published code.
 
 use retort_candle::Candle;
 use retort_tests::golden;

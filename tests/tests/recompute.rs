@@ -1,4 +1,4 @@
-//! Activations that are computed again in the backward pass: the same gradients, less memory.
+//! Recomputation of activations in the backward pass: the same gradients, less memory.
 
 use retort_candle::Candle;
 use retort_engine::Result;
@@ -6,17 +6,17 @@ use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig};
 use retort_engine::model::lpips::Lpips;
 use retort_engine::model::msvq::{Config, MultiScaleVq};
-use retort_engine::model::{Conditions, Student};
+use retort_engine::model::{BatchConditioning, Student};
 use retort_engine::perceptual::{self, PerceptualMetric};
-use retort_engine::published::{self, Hints};
+use retort_engine::published::{self, ShapeHints};
 use retort_engine::random::noise;
 use retort_engine::tape::{Variable, backward, backward_as_ready};
 use retort_engine::weights::{Loader, Params, Source};
 use retort_tests::memory::{peak, resident};
 
-/// A student of a published size with so many blocks, and its parameters.
-fn student(family: Family, size: &str, depth: usize) -> Made {
-    let hints = Hints {
+/// A student of a published size with this many blocks, and its parameters.
+fn student(family: Family, size: &str, depth: usize) -> LoadedStudent {
+    let hints = ShapeHints {
         size: Some(size.into()),
         ..Default::default()
     };
@@ -33,14 +33,14 @@ fn student(family: Family, size: &str, depth: usize) -> Made {
 }
 
 /// A student, and its parameters.
-type Made = (Candle, Box<dyn Student<Candle>>, Params<Candle>);
+type LoadedStudent = (Candle, Box<dyn Student<Candle>>, Params<Candle>);
 
-/// The mean square of what a student predicts, and its cross-entropy.
-fn loss((backend, student, _): &Made, batch: usize) -> Result<Variable<Candle>> {
+/// The mean square of a student's predictions, and its cross-entropy.
+fn loss((backend, student, _): &LoadedStudent, batch: usize) -> Result<Variable<Candle>> {
     let (l, d) = (student.token_shape().count(), student.token_shape().dim);
     let x = backend.floats(&noise(5, 0, batch * l, d), &[batch, l, d])?;
     let labels: Vec<u32> = (0..batch as u32).collect();
-    let labels = Conditions::Classes(backend.indices(&labels, &[batch])?);
+    let labels = BatchConditioning::Classes(backend.indices(&labels, &[batch])?);
     let kinds = backend.indices(&vec![0; batch * l], &[batch, l])?;
     let prediction = student.predict(&x, &labels, &kinds)?;
     let square = student
@@ -54,7 +54,7 @@ fn loss((backend, student, _): &Made, batch: usize) -> Result<Variable<Candle>> 
 }
 
 /// Its gradients.
-fn gradients(made: &Made, batch: usize) -> Vec<Vec<f32>> {
+fn gradients(made: &LoadedStudent, batch: usize) -> Vec<Vec<f32>> {
     let all = loss(made, batch).and_then(|loss| backward(loss, &made.2));
     all.expect("gradients")
         .iter()
@@ -76,7 +76,7 @@ fn recomputed_activations_give_the_same_bits() {
     }
 }
 
-/// Each gradient is handed on once, complete, those of later blocks while earlier ones are still to come.
+/// Each gradient is passed on once, when complete; those of later blocks come before those of earlier ones.
 #[test]
 fn gradients_are_handed_on_as_soon_as_they_are_complete() {
     for (family, size, blocks) in [
@@ -88,13 +88,13 @@ fn gradients_are_handed_on_as_soon_as_they_are_complete() {
             made.1.recompute(recompute);
             let expected = gradients(&made, 1);
             let mut told: Vec<(usize, Vec<f32>)> = Vec::new();
-            let mut ready = |number: usize, gradient: &<Candle as Tensors>::Tensor| {
-                told.push((number, Candle::to_floats(gradient)?));
+            let mut ready = |number: usize, gradient: <Candle as Tensors>::Tensor| {
+                told.push((number, Candle::to_floats(&gradient)?));
                 Ok(())
             };
             let loss = loss(&made, 1).expect("a loss");
-            let all = backward_as_ready(loss, &made.2, &mut ready).expect("gradients");
-            assert_eq!((all.len(), told.len()), (made.2.len(), made.2.len()));
+            backward_as_ready(loss, &made.2, &mut ready).expect("gradients");
+            assert_eq!(told.len(), made.2.len());
             for (number, gradient) in &told {
                 assert_eq!(gradient, &expected[*number], "{}", made.2[*number].0);
             }
@@ -116,7 +116,7 @@ fn gradients_are_handed_on_as_soon_as_they_are_complete() {
     }
 }
 
-/// What activations take at a published size.
+/// The memory of activations at a published size.
 #[test]
 #[ignore = "a minute and some GB: make test-long"]
 fn recomputed_activations_take_less_memory() {
@@ -124,7 +124,7 @@ fn recomputed_activations_take_less_memory() {
     let mut peaks = Vec::new();
     for (batch, recompute) in [(4, true), (4, false)] {
         made.1.recompute(recompute);
-        // SAFETY: gives what the pass before has freed back to the system, which counts it as used until then.
+        // SAFETY: returns memory that the previous pass freed to the system, which would count it as used.
         unsafe { libc::malloc_trim(0) };
         std::fs::write("/proc/self/clear_refs", "5").expect("Linux");
         let (before, clock) = (resident(), std::time::Instant::now());
@@ -140,7 +140,7 @@ fn recomputed_activations_take_less_memory() {
     assert!(peaks[0] < peaks[1], "{peaks:?}");
 }
 
-/// What decoder and LPIPS take for the perceptual term, at the widths that were published.
+/// The memory of decoder and LPIPS for the perceptual term, at the published widths.
 #[test]
 #[ignore = "minutes and some GB: make test-long"]
 fn images_decoded_a_few_at_a_time_take_less_memory() {

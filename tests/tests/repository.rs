@@ -1,6 +1,6 @@
-//! Rules of the repository: what ARCHITECTURE.md, README.md and docs/ promise and a program can check.
+//! Rules of the repository: promises of ARCHITECTURE.md, README.md and docs/ that a program can check.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,8 @@ use std::process::{Command, Output};
 
 use retort_tests::skip::skip;
 
+#[path = "repository/pages.rs"]
+mod pages;
 #[path = "repository/structure.rs"]
 mod structure;
 
@@ -66,7 +68,7 @@ fn the_walk_of_a_recipe_leads_through_files_that_are_there() {
     }
 }
 
-/// Paths from the root that the map in ARCHITECTURE.md names.
+/// Paths from the root in ARCHITECTURE.md's map.
 fn mapped() -> BTreeSet<PathBuf> {
     let text = read("ARCHITECTURE.md");
     let map = text.split("## The map").nth(1).expect("a map");
@@ -236,7 +238,7 @@ fn the_book_is_built_and_its_links_lead_somewhere() {
     let book = dir.path().join("book");
     let mut checked = 0;
     for page in files(&book, ".html") {
-        // All pages in one, to print; and the one that a server shows for what is not there.
+        // All pages in one, for printing; and the server's page for missing addresses.
         if ["print.html", "404.html"]
             .iter()
             .any(|name| page.ends_with(name))
@@ -267,7 +269,7 @@ fn the_book_is_built_and_its_links_lead_somewhere() {
     assert!(checked > 300, "links were found: {checked}");
 }
 
-/// What SECURITY.md says was found is kept out by tests: each that it names is one.
+/// Every regression test named in SECURITY.md exists.
 #[test]
 fn the_tests_of_found_faults_are_there() {
     let tests: BTreeSet<String> = sources()
@@ -292,78 +294,6 @@ fn the_tests_of_found_faults_are_there() {
         }
     }
     assert!(named >= 28, "{named} tests");
-}
-
-#[test]
-fn commands_of_the_documentation_exist() {
-    let texts: Vec<String> = documentation()
-        .iter()
-        .map(|page| fs::read_to_string(page).unwrap())
-        .collect();
-    let commands: Vec<&str> = texts
-        .iter()
-        .flat_map(|text| text.lines())
-        .filter_map(|line| line.strip_prefix("    "))
-        .collect();
-    let makefile = read("Makefile");
-    for target in commands
-        .iter()
-        .filter_map(|line| line.strip_prefix("make "))
-    {
-        let target = target.split_whitespace().next().unwrap_or_default();
-        assert!(makefile.contains(&format!("\n{target}:")), "make {target}");
-    }
-    for needed in ["make digits", "make test"] {
-        assert!(commands.contains(&needed), "{needed}");
-    }
-
-    let Some(retort) = retort() else { return };
-    let lines: Vec<&str> = commands
-        .iter()
-        .filter_map(|line| line.strip_prefix("retort "))
-        .collect();
-    let mut known: BTreeMap<Vec<&str>, BTreeSet<String>> = BTreeMap::new();
-    for line in &lines {
-        let line = line.split(" #").next().unwrap();
-        let words: Vec<&str> = line.split_whitespace().collect();
-        // A command of a command (`runs list`), or one that takes what follows (`plan recipe.yaml`).
-        let is_name = |word: &&str| word.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
-        let names = words.iter().copied().take(2).take_while(is_name);
-        let names: Vec<&str> = names.collect();
-        let flags = (1..=names.len()).rev().find_map(|count| {
-            let names = names[..count].to_vec();
-            if let Some(flags) = known.get(&names) {
-                return Some(flags.clone());
-            }
-            let flags = flags(&retort, &names)?;
-            known.insert(names, flags.clone());
-            Some(flags)
-        });
-        let flags = flags.unwrap_or_else(|| panic!("no such command: retort {line}"));
-        for word in words.iter().filter(|word| word.starts_with('-')) {
-            let flag = word.split('=').next().unwrap();
-            assert!(flags.contains(flag), "no {flag} of retort {line}");
-        }
-    }
-    assert!(known.len() > 15, "commands were found: {:?}", known.keys());
-}
-
-/// The flags that the help of a command lists; none where there is no such command.
-fn flags(retort: &Path, names: &[&str]) -> Option<BTreeSet<String>> {
-    let help = Command::new(retort).args(names).arg("--help").output();
-    let help = help.unwrap();
-    if !help.status.success() {
-        return None;
-    }
-    let text = String::from_utf8(help.stdout).unwrap();
-    let is_flag = |word: &&str| word.starts_with('-');
-    let words = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| line.starts_with('-'))
-        .flat_map(|line| line.split([' ', ',', '=']).filter(is_flag));
-    let words = words.map(|word| word.trim_end_matches(['.', '[']).to_owned());
-    Some(words.collect())
 }
 
 #[test]
@@ -440,86 +370,6 @@ fn recipes_tell_editors_their_schema() {
     }
 }
 
-#[test]
-fn recipes_of_the_documentation_are_valid() {
-    let Some(retort) = retort_with_plugin() else {
-        return;
-    };
-    let dir = tempfile::tempdir().unwrap();
-    fs::create_dir(dir.path().join("data")).unwrap();
-    fs::copy(
-        root().join("recipes/data/digits.csv"),
-        dir.path().join("data/digits.csv"),
-    )
-    .unwrap();
-    let texts: Vec<String> = documentation()
-        .iter()
-        .map(|page| fs::read_to_string(page).unwrap())
-        .collect();
-    let blocks: Vec<&str> = texts
-        .iter()
-        .flat_map(|text| text.split("```yaml\n").skip(1))
-        .filter_map(|rest| rest.split("```").next())
-        .collect();
-    let (whole, parts): (Vec<&str>, Vec<&str>) = blocks
-        .into_iter()
-        .partition(|block| block.starts_with("version:"));
-    assert!(whole.len() >= 2 && parts.len() >= 5);
-    let recipe = dir.path().join("documented.yaml");
-    for block in whole {
-        fs::write(&recipe, block).unwrap();
-        check_recipe(&retort, &["plan"], &recipe, &dir.path().join("store"));
-    }
-    for block in parts {
-        let faults = completions(block).map(|text| {
-            fs::write(&recipe, text).unwrap();
-            faults(&retort, &recipe)
-        });
-        let fewest = faults.min_by_key(Vec::len).unwrap();
-        assert!(fewest.is_empty(), "{block}\n{fewest:#?}");
-    }
-}
-
-/// Recipes that a part of one may belong to: sections, stages, or options of a stage.
-fn completions(part: &str) -> impl Iterator<Item = String> {
-    let lines = part.lines().filter(|line| line.trim() != "...");
-    let part = lines.map(|line| format!("{line}\n")).collect::<String>();
-    let stages = match part.len() - part.trim_start().len() {
-        0 => vec![format!(
-            "{part}stages: {{x: {{kind: classifier, data: {{folder: .}}}}}}\n"
-        )],
-        2 => vec![format!("stages:\n{part}")],
-        _ => ["evaluate", "distill", "tokenizer", "sample"]
-            .map(|kind| format!("stages:\n  x:\n    kind: {kind}\n{part}"))
-            .to_vec(),
-    };
-    stages
-        .into_iter()
-        .map(|stages| format!("version: 1\nbackend: candle\n{stages}"))
-}
-
-/// What `validate` has against a recipe, but for what the rest of it would bring.
-fn faults(retort: &Path, recipe: &Path) -> Vec<String> {
-    let output = Command::new(retort)
-        .args(["validate", "--json"])
-        .arg(recipe)
-        .output()
-        .unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|_| panic!("{}: {}", recipe.display(), shown(&output)));
-    let findings = report[0]["findings"].as_array().unwrap().iter();
-    let errors = findings.filter(|finding| finding["severity"] == "error");
-    let messages = errors.map(|finding| finding["message"].as_str().unwrap().to_owned());
-    let missing = [
-        " is missing",
-        ", which is not in the recipe",
-        ": nothing to measure against: give `data`, `real` or `statistics`",
-    ];
-    messages
-        .filter(|message| !missing.iter().any(|missing| message.ends_with(missing)))
-        .collect()
-}
-
 fn check_recipe(retort: &Path, command: &[&str], recipe: &Path, store: &Path) {
     let output = Command::new(retort)
         .args(command)
@@ -554,7 +404,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The pages of docs/, and those elsewhere.
+/// The pages in docs/ and elsewhere.
 fn documentation() -> Vec<PathBuf> {
     let mut pages = files(&root().join("docs"), ".md");
     let others = [
@@ -575,7 +425,7 @@ fn sources() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Files below a folder whose names end so, build outputs and hidden folders left out.
+/// Files below a folder with this ending, without build outputs and hidden folders.
 fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -598,7 +448,7 @@ fn retort() -> Option<PathBuf> {
     built("retort")
 }
 
-/// The binary, when the candle plugin is beside it.
+/// The binary, if the candle plugin is beside it.
 fn retort_with_plugin() -> Option<PathBuf> {
     built("libretort_candle.so").and_then(|_| retort())
 }

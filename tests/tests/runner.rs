@@ -1,7 +1,7 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `ablations`,
-//! `dividing` and `measuring`, from candle.
+//! The stages come from a plugin in C (`fixtures/faulty.c`) whose options control its behaviour; in `training`, `ablations`,
+//! `dividing` and `measuring` they come from candle.
 
 #[path = "runner/abi.rs"]
 mod abi;
@@ -27,6 +27,8 @@ mod history;
 mod images;
 #[path = "runner/imports.rs"]
 mod imports;
+#[path = "runner/interrupted_transfers.rs"]
+mod interrupted_transfers;
 #[path = "runner/interruptions.rs"]
 mod interruptions;
 #[path = "runner/lab.rs"]

@@ -1,11 +1,11 @@
-//! What the perceptual term of a student's loss sees: the sequence that sampling would end with.
+//! The input of a student's perceptual term: the sequence that sampling would end with.
 
 use std::collections::BTreeMap;
 
 use retort_candle::Candle;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
-use retort_engine::model::{Conditions, Prediction, Student, Tokenizer};
+use retort_engine::model::{BatchConditioning, Prediction, Student, Tokenizer};
 use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::random::noise;
 use retort_engine::sampler::StudentSampler;
@@ -16,7 +16,7 @@ use retort_tests::small;
 
 type Tensor = <Candle as Tensors>::Tensor;
 
-/// A small student and its tokenizer, with weights that leave no part of it idle.
+/// A small student and its tokenizer, with weights that use every part.
 struct Case {
     backend: Candle,
     network: NetworkConfig,
@@ -86,20 +86,20 @@ impl Case {
         (State { x, known }, target)
     }
 
-    fn conditions(&self, b: usize) -> Conditions<Candle> {
+    fn conditioning(&self, b: usize) -> BatchConditioning<Candle> {
         let labels: Vec<u32> = (0..b as u32).collect();
-        Conditions::Classes(self.backend.indices(&labels, &[b]).expect("labels"))
+        BatchConditioning::Classes(self.backend.indices(&labels, &[b]).expect("labels"))
     }
 
     fn predict(&self, student: &dyn Student<Candle>, state: &State<Candle>) -> Prediction<Candle> {
-        let conditions = self.conditions(state.known.len());
+        let conditioning = self.conditioning(state.known.len());
         let kinds = state.kinds().expect("kinds");
         student
-            .predict(&state.x, &conditions, &kinds)
+            .predict(&state.x, &conditioning, &kinds)
             .expect("a prediction")
     }
 
-    /// The perceptual term on pixels, of which at most `most` images are decoded at once.
+    /// The perceptual term on pixels, with at most `most` images decoded at once.
     fn term(
         &self,
         student: &dyn Student<Candle>,
@@ -127,7 +127,7 @@ impl Case {
         let prediction = self.predict(&*student, &state.0);
         let term = self.term(&*student, &prediction, &state, most);
         let value = value(&term);
-        // The logits' own head has no part in the term.
+        // The logits' head does not affect the term.
         let logits = prediction
             .logits
             .mean_all()
@@ -142,7 +142,7 @@ impl Case {
     }
 }
 
-/// The values of parameters with noise added.
+/// Parameters' values with noise added.
 fn disturbed(params: &Params<Candle>) -> Weights {
     let each = params.iter().enumerate().map(|(i, (name, p))| {
         let mut data = Candle::to_floats(p.value()).expect("floats");
@@ -158,7 +158,7 @@ fn value(x: &Variable<Candle>) -> f32 {
     Candle::to_floats(x.value()).expect("a value")[0]
 }
 
-/// Other logits at the positions that hold tokens (`known`) or at all others.
+/// Different logits at the positions of tokens (`known`), or at all others.
 fn with_other_logits(prediction: &mut Prediction<Candle>, state: &State<Candle>, known: bool) {
     let shape = prediction.logits.shape();
     let mut logits = Candle::to_floats(prediction.logits.value()).expect("floats");
@@ -179,7 +179,7 @@ fn with_other_logits(prediction: &mut Prediction<Candle>, state: &State<Candle>,
 fn logits_of_known_tokens_do_not_move_the_perceptual_term() {
     for case in cases() {
         let (student, _) = case.student(&case.weights);
-        // The known tokens reach `split`, or not, in one batch.
+        // In one batch, the known tokens of some samples reach `split` and those of others do not.
         for (timesteps, reached) in [(vec![case.split; 3], true), (vec![0, case.split, 1], false)] {
             let state = case.state(&timesteps);
             let mut prediction = case.predict(&*student, &state.0);
@@ -211,7 +211,7 @@ fn training_sees_the_sequence_that_sampling_ends_with() {
                 split: case.split,
             };
             let sampled = sampler
-                .pass(&target, &noise.x, &case.conditions(2), t)
+                .pass(&target, &noise.x, &case.conditioning(2), t)
                 .expect("a pass");
             let prediction = case.predict(&*student, &state);
             let head = || student.continuous(&prediction);
@@ -222,7 +222,7 @@ fn training_sees_the_sequence_that_sampling_ends_with() {
             let [sampled, trained, target] =
                 [&sampled, trained.value(), &target].map(|x| Candle::to_floats(x).expect("floats"));
             assert_eq!(sampled, trained, "t = {t}");
-            // By hand: known tokens, then argmax codes, then the head.
+            // Computed by hand: known tokens, then argmax codes, then the head.
             let codes = Candle::rows(&case.codebook, &Candle::argmax_last(logits).expect("ids"));
             let codes = Candle::to_floats(&codes.expect("codes")).expect("floats");
             let head = student.continuous(&prediction).expect("a head");
@@ -258,7 +258,7 @@ fn the_gradient_of_the_head_is_the_slope_of_the_perceptual_term() {
             .collect();
         assert_eq!(names.len(), 3);
         for name in names {
-            // Along the gradient itself, so that nothing cancels.
+            // Along the gradient, so that nothing cancels.
             let g = &gradients[name];
             let norm = g.iter().map(|x| x * x).sum::<f32>().sqrt();
             assert!(norm > 1e-3, "{name}: {norm}");

@@ -1,11 +1,10 @@
-//! What a tokenizer is trained by and measured by, against NumPy in float64 (tests/peers/losses.py) and against the tape.
+//! A tokenizer's losses and metrics, compared with NumPy in float64 (tests/peers/losses.py) and with the tape.
 
 use std::ops::Range;
-use std::sync::{Arc, Barrier, Mutex};
 
 use retort_candle::Candle;
 use retort_engine::backend::{Tensors, Unary};
-use retort_engine::collective::{Collective, Single};
+use retort_engine::collective::{Collective, SingleRank};
 use retort_engine::model::LastConvolution;
 use retort_engine::model::discriminator::{self, Discriminator};
 use retort_engine::stage::tokenizer::codebook::Codebook;
@@ -15,7 +14,7 @@ use retort_engine::stage::tokenizer::loss::{
 use retort_engine::stage::tokenizer::quality::{psnr, ssim};
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Floats, Loader, Source, Weights};
-use retort_engine::{Error, Result};
+use retort_tests::threads::{ThreadRank, together};
 
 type Tensor = <Candle as Tensors>::Tensor;
 
@@ -23,7 +22,7 @@ fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
 }
 
-/// A sine, sampled: the numbers that losses.py makes too.
+/// Samples of a sine: the same numbers as in losses.py.
 fn values(count: usize, step: f64, shift: f64, scale: f64) -> Vec<f32> {
     let value = |i: usize| (scale * (step * i as f64).sin() + shift) as f32;
     (1..=count).map(value).collect()
@@ -121,7 +120,7 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
             adversary: None,
             at_once: 1,
         };
-        // Nobody asks what the last convolution saw where there is no adversary.
+        // Without an adversary, nothing uses the last convolution's input.
         let last = LastConvolution {
             input: x.clone(),
             kernel: x.clone(),
@@ -134,7 +133,7 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
     }
 }
 
-/// Gradients of the kernel of a convolution whose outputs are judged, by who has these parameters.
+/// Gradients of the kernel of a convolution whose outputs are judged by an adversary with these parameters.
 fn pull(
     x: &Tensor,
     judge: &[(String, Variable<Candle>)],
@@ -194,7 +193,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
             (gradient, figures)
         };
     let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-    // Before it begins, pixels alone pull.
+    // Before it begins, only pixels contribute.
     let (pixels, figures) = judged(&criterion, &[], 9);
     assert_eq!(figures.len(), 1);
     let (both, figures) = judged(&criterion, &params, 10);
@@ -223,7 +222,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
     );
     assert!(length(&capped) < 1.01 * length(&pixels));
 
-    // What it learns from is the hinge loss alone: the tokenizer's terms do not reach it.
+    // The adversary learns only from the hinge loss: the tokenizer's terms do not reach it.
     let (criterion, params) = of(0.5, 1e4, 0);
     let made = Variable::<Candle>::constant(seen.clone());
     let (loss, _) = criterion
@@ -250,62 +249,15 @@ fn entropy_is_low_where_choices_are_sure_and_even() {
     assert!(number(&sum) > 0.0);
 }
 
-/// Two ranks of this process, which add up through memory that they share.
-struct Rank {
-    number: usize,
-    sum: Arc<Mutex<Vec<f32>>>,
-    all: Arc<Barrier>,
-}
-
-impl Collective for Rank {
-    fn rank(&self) -> usize {
-        self.number
-    }
-
-    fn size(&self) -> usize {
-        2
-    }
-
-    fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
-        {
-            let mut sum = self.sum.lock().expect("the sum");
-            sum.resize(values.len(), 0.0);
-            sum.iter_mut().zip(&*values).for_each(|(sum, x)| *sum += x);
-        }
-        self.all.wait();
-        values.copy_from_slice(&self.sum.lock().expect("the sum"));
-        if self.all.wait().is_leader() {
-            self.sum.lock().expect("the sum").clear();
-        }
-        self.all.wait();
-        Ok(())
-    }
-
-    fn broadcast(&self, _: &mut [f32], _: usize) -> Result<()> {
-        Err(Error::Internal("not asked for".into()))
-    }
-
-    fn barrier(&self) -> Result<()> {
-        Err(Error::Internal("not asked for".into()))
-    }
-}
-
-/// What two ranks make of a part each, in order.
-fn by_two<T: Send>(of: impl Fn(&Rank) -> T + Sync) -> [T; 2] {
-    let (sum, all) = (Arc::default(), Arc::new(Barrier::new(2)));
-    let rank = |number| Rank {
-        number,
-        sum: Arc::clone(&sum),
-        all: Arc::clone(&all),
+/// Two ranks' results for a part each, in order.
+fn by_two<T: Send>(of: impl Fn(&ThreadRank) -> T + Sync) -> [T; 2] {
+    let Ok(both) = together(2, of).try_into() else {
+        panic!("two results of two ranks");
     };
-    let (first, second) = (rank(0), rank(1));
-    std::thread::scope(|scope| {
-        let second = scope.spawn(|| of(&second));
-        [of(&first), second.join().expect("the second rank")]
-    })
+    both
 }
 
-/// The choices of two ranks are as even as those of both, which is no mean of how even each one's are.
+/// The evenness of choices is computed over both ranks, and is not the mean of theirs.
 #[test]
 fn ranks_judge_their_choices_together() {
     let (of_z, of_codes) = (values(20, 0.9, 0.0, 1.0), values(24, 1.9, 0.0, 1.0));
@@ -328,7 +280,7 @@ fn ranks_judge_their_choices_together() {
     };
     let whole = term(0..5, &BatchPart::WHOLE);
     let [first, second] = by_two(|rank| {
-        let rows = [0..2, 2..5][rank.number].clone();
+        let rows = [0..2, 2..5][rank.rank()].clone();
         let fraction = rows.len() as f64 / 5.0;
         let part = BatchPart {
             ranks: rank,
@@ -351,7 +303,7 @@ fn ranks_judge_their_choices_together() {
     }
 }
 
-/// Codes see what all ranks looked up, in the order of the batch.
+/// Codes use the vectors that all ranks looked up, in batch order.
 #[test]
 fn ranks_keep_one_codebook() {
     let kept = |ranks: &dyn Collective, own: Range<usize>| {
@@ -370,16 +322,16 @@ fn ranks_keep_one_codebook() {
         let kept = codebook.kept.borrow().clone();
         (lookups.tokens, lookups.z, kept)
     };
-    let alone = kept(&Single, 0..3);
-    let [first, second] = by_two(|rank| kept(rank, [0..1, 1..3][rank.number].clone()));
+    let alone = kept(&SingleRank, 0..3);
+    let [first, second] = by_two(|rank| kept(rank, [0..1, 1..3][rank.rank()].clone()));
     assert_eq!(first, alone);
     assert_eq!(second, alone);
 }
 
-/// How much an adversary weighs follows from what pulls at the kernel in all shares together.
+/// The adversary's weight follows from the kernel's gradients over all shares together.
 #[test]
 fn ranks_weigh_their_adversary_alike() {
-    let weight = |ranks: &Rank, own: Range<usize>| {
+    let weight = |ranks: &ThreadRank, own: Range<usize>| {
         let backend = candle();
         let (size, shape) = (3 * 16 * 16, [own.len(), 3, 16, 16]);
         let place = own.start * size..own.end * size;
@@ -423,7 +375,7 @@ fn ranks_weigh_their_adversary_alike() {
             .expect("a weight")
             .1
     };
-    let [first, second] = by_two(|rank| weight(rank, rank.number..rank.number + 1));
+    let [first, second] = by_two(|rank| weight(rank, rank.rank()..rank.rank() + 1));
     assert_eq!(first.to_bits(), second.to_bits());
     assert!(first > 0.0);
 }
@@ -467,7 +419,7 @@ fn codes_are_averages_of_what_they_are_looked_up_for() {
         let z = backend.floats(z, &[tokens.len(), 2]).expect("vectors");
         codebook.look_up(&ids, Some(&z)).expect("looked up");
     }
-    let lookups = codebook.note(&Single, 0..2, 2).expect("noted");
+    let lookups = codebook.note(&SingleRank, 0..2, 2).expect("noted");
     let z = lookups.z;
     assert_eq!(lookups.tokens, [0, 0, 1]);
     codebook.settle().expect("settled");
@@ -479,7 +431,7 @@ fn codes_are_averages_of_what_they_are_looked_up_for() {
     near(used, 2.0 / 3.0, "use");
     // Two thirds and one third.
     near(perplexity, 1.889_881_6, "perplexity");
-    // The one that nobody used moves onto a vector that was looked up, and stays there when the codes settle.
+    // The unused code moves onto a vector that was looked up, and stays there when the codes settle.
     assert_eq!(codebook.restart(&z, 1, 0).expect("restarted"), [2]);
     let moved = codes()[4..].to_vec();
     assert!(

@@ -1,29 +1,29 @@
 //! `retort ui`: what the server answers and refuses, over plain HTTP; and every page in a real browser.
 //!
-//! Pictures of the pages are kept under `target/ui-screenshots`; their paths are printed.
+//! Screenshots are saved under `target/ui-screenshots`; their paths are printed.
 
 #[path = "ui/browser.rs"]
 mod browser;
+#[path = "ui/fixture.rs"]
+mod fixture;
 #[path = "runner/lab.rs"]
 #[allow(dead_code, reason = "the tests of the runner use all of it")]
 mod lab;
 #[path = "ui/serving.rs"]
 mod serving;
-#[path = "ui/shelf.rs"]
-mod shelf;
 #[path = "ui/staying.rs"]
 mod staying;
 
 use browser::Browser;
+use fixture::{FixtureRuns, HOSTILE};
 use lab::{Lab, block_on};
 use serving::Server;
-use shelf::{HOSTILE, ShelfContents};
 
-/// A store, its server and a browser; none where there is no browser.
-fn open() -> Option<(Lab, ShelfContents, Server, Browser)> {
+/// A store, its server and a browser; None without a browser.
+fn open() -> Option<(Lab, FixtureRuns, Server, Browser)> {
     let browser = Browser::start()?;
     let lab = Lab::new(&[]);
-    let made = block_on(shelf::make(&lab.store_dir()));
+    let made = block_on(fixture::make(&lab.store_dir()));
     let server = Server::start(&lab, &[]);
     Some((lab, made, server, browser))
 }
@@ -124,7 +124,7 @@ fn tables_are_read_without_scripts() {
     };
     browser.scripts(false);
     browser.open(&server.at("/?show=metrics.student.loss.last"));
-    // Scripts of tests do not run either: what is shown is asked of the elements.
+    // Test scripts do not run either, so the elements are queried instead.
     assert_eq!(browser.count("table.runs tbody tr"), 3);
     assert_eq!(browser.count(".picked button"), 3);
     browser.open(&server.at(&format!("/run/{}", made.first)));
@@ -151,7 +151,7 @@ fn a_filter_an_order_and_a_selection_are_in_the_address() {
         browser.address()
     );
 
-    // An error points at its place, and the filter can be mended.
+    // An error points at its position, and the filter can be corrected.
     browser.enter("#where", "recipes = digits");
     browser.click(".filter button[type=submit]");
     browser.wait_for_text("there is no field `recipes`");
@@ -184,7 +184,7 @@ fn a_filter_an_order_and_a_selection_are_in_the_address() {
     browser.click(".picked button.primary");
     browser.wait_for_text("What differs");
     browser.expect_sound();
-    // The best loss is the second run's.
+    // The second run has the best loss.
     let best = browser.script("return document.querySelector('td.best')?.cellIndex");
     let columns = browser.script(
         "return [...document.querySelectorAll('thead th a.mono')].map(link => link.textContent)",
@@ -210,7 +210,7 @@ fn keys_lead_everywhere_and_a_baseline_stays() {
     browser.keys("?");
     browser.wait_until("document.querySelector('#help').open");
     browser.keep("keys");
-    // Somebody who goes through the page with Tab sees where he is, and skips to the content first.
+    // With Tab, the focus is visible, and the first stop skips to the content.
     browser.keys("\u{e00c}");
     browser.wait_until("!document.querySelector('#help').open");
     browser.open(&server.at("/?show=metrics.student.loss.last"));
@@ -320,7 +320,7 @@ fn curves_are_zoomed_smoothed_and_taken_along() {
         status == 200 && csv.starts_with("run,stage,series,from_step"),
         "{csv}"
     );
-    // A link shows the same.
+    // The link reproduces it.
     browser.open(&browser.address());
     browser.wait_until("document.querySelector('[data-knob=logy]').checked && document.querySelectorAll('.plot .raw').length === 2");
     browser.expect_sound();
@@ -333,7 +333,7 @@ fn axes_of_curves_go_by_logarithms() {
     };
     browser.open(&server.at(&format!("/curves?run={}&series=student/loss", made.first)));
     browser.wait_for("figure.chart svg .line");
-    // Where the curve is at a share of its steps, from left and top, and what stands at the axes.
+    // The curve's position at a share of its steps, from left and top, and the labels of the axes.
     let place = |share: f64| {
         let script = format!(
             "const line = document.querySelector('.plot .line'); const all = line.getTotalLength(); \
@@ -354,7 +354,7 @@ fn axes_of_curves_go_by_logarithms() {
     browser.click("[data-knob=logy]");
     browser.wait_until("location.search.includes('logy=1')");
     let (same, log) = place(0.5);
-    // The loss falls from 2.1 to 0.1: at half its steps, 0.33, it is higher up by logarithms.
+    // The loss falls from 2.1 to 0.1: at half the steps, 0.33 is higher up on a logarithmic axis.
     assert!(
         (same - middle).abs() < 0.02 && log < linear - 20.0,
         "{linear} {log}"
@@ -378,7 +378,7 @@ fn axes_of_curves_go_by_logarithms() {
         "{svg}"
     );
     browser.expect_sound();
-    // A link shows the same, and going back undoes nothing that is not in it.
+    // The link reproduces it, and going back undoes only what the link contains.
     browser.open(&browser.address());
     browser.wait_for("figure.chart svg .line");
     browser.wait_until("document.querySelector('[data-knob=logx]').checked && document.querySelector('[data-knob=logy]').checked");
@@ -395,8 +395,8 @@ fn the_best_point_of_a_sweep_is_one_that_has_come() {
         return;
     };
     let lab = Lab::new(&[]);
-    let (id, runs) = block_on(shelf::sweep(&lab.store_dir()));
-    // As the command line has it.
+    let (id, runs) = block_on(fixture::sweep(&lab.store_dir()));
+    // As on the command line.
     let best = lab.retort(&["sweep", "best", "--json"]).expect(0).json();
     assert_eq!(best[0]["run"], runs[2].0.as_str(), "{best}");
     let server = Server::start(&lab, &[]);
@@ -414,7 +414,7 @@ fn the_best_point_of_a_sweep_is_one_that_has_come() {
         );
         assert_eq!(starred, serde_json::json!([runs[2].0]));
         browser.wait_until("document.querySelectorAll('svg.swept').length === 2");
-        // Drawn in the page's colours, and large enough to be read; what is wider than the page scrolls by itself.
+        // Drawn in the page's colours, and readable; wider parts scroll separately.
         let drawn = browser.script(
             "const color = (element, what) => getComputedStyle(element)[what]; \
              const texts = [...document.querySelectorAll('svg.swept text')]; \
@@ -468,7 +468,7 @@ fn names_stay_readable_on_a_narrow_page() {
         assert_eq!(narrow, serde_json::json!([]), "{address}");
         browser.expect_sound();
     }
-    // The open tab is in sight, wherever it stands among the others.
+    // The open tab is visible, wherever it is in the row.
     browser.open(&server.at(&format!("/run/{}/environment", made.first)));
     browser.wait_until("document.documentElement.classList.contains('js')");
     browser.wait_until("(() => { const tab = document.querySelector('.tabs [aria-current]').getBoundingClientRect(); return tab.left >= 0 && tab.right <= innerWidth; })()");
@@ -487,7 +487,7 @@ fn a_log_is_searched() {
     let path = format!("/run/{}/log", made.first);
     browser.open(&server.at(&path));
     browser.wait_until("document.querySelectorAll('.log li').length === 4");
-    // From the keyboard: a text, in any case.
+    // From the keyboard: a text, in upper or lower case.
     browser.keys("/");
     browser.wait_until("document.activeElement.id === 'text'");
     browser.enter("#text", "LEARNING Rate\u{e007}");
@@ -498,7 +498,7 @@ fn a_log_is_searched() {
         "{}",
         browser.address()
     );
-    // Going back shows the whole, and the address the same again.
+    // Going back shows the whole curve, and restores the address.
     let searched = browser.address();
     browser.back();
     browser.wait_until("document.querySelectorAll('.log li').length === 4");
@@ -507,7 +507,7 @@ fn a_log_is_searched() {
     browser.keep("log-search");
     browser.open(&server.at(&path));
     browser.wait_until("document.querySelectorAll('.log li').length === 4");
-    // What SQL would take for a pattern is text.
+    // SQL's wildcards are plain text.
     browser.enter("#text", "%\u{e007}");
     browser.wait_for_text("No such lines");
     browser.expect_sound();
@@ -544,14 +544,14 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     let first = browser.script(
         "return [...document.querySelectorAll('table.samples tbody tr:first-child td img')].map(image => image.getAttribute('src').split('/').pop())",
     );
-    // Class 3 begins with sample 3; the set of another seed has its own first one of the class.
+    // Class 3 begins with sample 3; the set with another seed has a different first sample of the class.
     assert_eq!(
         first,
         serde_json::json!(["3.png", "3.png", "3.png", "3.png"])
     );
     assert_eq!(browser.count("table.samples thead .odd"), 1);
     assert_eq!(browser.count("table.samples tbody tr"), 4);
-    // Classes have the names that the network knows them by.
+    // Classes have the network's names.
     browser.wait_for_text("digit 3");
     let sharp = browser
         .script("return getComputedStyle(document.querySelector('img.pixels')).imageRendering");
@@ -561,18 +561,18 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     browser.keep("picture-close");
     browser.keys("\u{e00c}");
     browser.wait_until("!document.querySelector('dialog.picture')");
-    // Snapshots over training, by step.
+    // Snapshots during training, by step.
     browser.wait_until("document.querySelector('.strip output').textContent === '1000'");
     browser.script("const slider = document.querySelector('.strip input'); slider.value = 0; slider.dispatchEvent(new Event('input', {bubbles: true}))");
     browser.wait_until("document.querySelector('.strip output').textContent === '500'");
     browser.wait_until("new URL(location.href).searchParams.get('step') === '500'");
-    // Whoever is given the address sees that step.
+    // The address shows that step.
     let shared = browser.script("return location.href");
     browser.open(&server.at("/"));
     browser.open(shared.as_str().expect("an address"));
     browser.wait_until("document.querySelector('.strip output')?.textContent === '500'");
     browser.wait_until("document.querySelectorAll('.strip figure.shown').length === 1");
-    // What a tokenizer makes of real images is said to be that, wherever it is shown.
+    // A tokenizer's reconstructions are labelled as such wherever they are shown.
     for address in [
         format!("/pictures?run={}", made.first),
         format!("/run/{}", made.first),
@@ -634,10 +634,10 @@ fn a_run_is_followed_while_it_goes_on() {
     let Some(browser) = Browser::start() else {
         return;
     };
-    // A store, so that it can be looked at from the beginning.
+    // A store, which starts the search from the beginning.
     let lab = Lab::new(&["first: {kind: do, act: succeed}"]);
     lab.run(&[]).expect(0);
-    lab.recipe(&["a: {kind: do, act: work, amount: 3000}"]);
+    lab.recipe(&["a: {kind: do, act: work, amount: 36000}"]);
     let server = Server::start(&lab, &[]);
     browser.open(&server.at("/"));
     browser.wait_until("document.querySelectorAll('tr[data-run]').length === 1");

@@ -66,7 +66,7 @@ macro_rules! export_plugin {
                 &**PLUGIN.get_or_init(|| ::std::boxed::Box::new($plugin))
             }
 
-            // SAFETY of the four: the host passes what `retort_plugin.h` promises, and `export` needs nothing else.
+            // SAFETY of all four: the host passes what `retort_plugin.h` promises, and `export` needs nothing else.
             unsafe extern "C" fn describe(out: Sink, err: Sink) -> i32 {
                 // SAFETY: see above.
                 unsafe { $crate::export::describe(plugin, out, err) }
@@ -106,7 +106,7 @@ macro_rules! export_plugin {
     };
 }
 
-/// Gives the plugin; runs its constructor at the first call, which may panic.
+/// Returns the plugin. The first call runs its constructor, which may panic.
 pub type PluginSource = fn() -> &'static dyn Plugin;
 
 /// The table of a Rust plugin.
@@ -203,7 +203,7 @@ unsafe fn answer<T: Serialize>(
         serde_json::to_string(&value).map_err(|error| {
             Failure::new(
                 FailureCode::Internal,
-                format!("the answer is no JSON: {error}"),
+                format!("the answer is not valid JSON: {error}"),
             )
         })
     });
@@ -241,7 +241,7 @@ unsafe fn read_job(job: Str) -> Result<StageJob, Failure> {
 
 /// The most recent panic of any thread of the plugin: message and place.
 ///
-/// A payload that crosses threads (as with rayon) arrives without its place; the hook saw it where it happened.
+/// A payload that crosses threads (as with rayon) arrives without its location; the hook saw it where it happened.
 static LAST_PANIC: Mutex<Option<(String, String)>> = Mutex::new(None);
 
 fn remember_panics() {
@@ -339,7 +339,7 @@ impl CHost {
     }
 }
 
-// In all of these: `retort_plugin.h` obliges the host to accept the call, and to copy its arguments before it returns.
+// SAFETY of all of these: `retort_plugin.h` obliges the host to accept the call, and to copy its arguments before it returns.
 impl Host for CHost {
     fn log(&self, level: LogLevel, message: &str) {
         if let Some(log) = host_member!(self, log) {
@@ -403,7 +403,7 @@ impl Host for CHost {
         let meta = serde_json::to_string(meta).map_err(|error| {
             Failure::new(
                 FailureCode::Internal,
-                format!("the artifact's facts are no JSON: {error}"),
+                format!("the artifact's metadata is not valid JSON: {error}"),
             )
         })?;
         let mut err = Vec::new();
@@ -427,7 +427,7 @@ impl Host for CHost {
     }
 }
 
-/// A status code and the error sink's content as a result, for either side of the boundary.
+/// Turns a status code and the error sink's content into a result, for either side of the boundary.
 pub fn check_status(status: i32, error: &[u8]) -> Result<(), Failure> {
     if status == ffi::OK {
         return Ok(());
@@ -454,7 +454,7 @@ mod tests {
     use std::ffi::c_void;
     use std::mem::offset_of;
 
-    /// Does what the stage's kind says.
+    /// Behaves as the stage's kind says.
     struct Fixture;
 
     impl Plugin for Fixture {
@@ -622,7 +622,7 @@ mod tests {
         );
     }
 
-    /// What `probe`, which begins an artifact, says to a host's table.
+    /// The outcome of `probe`, which begins an artifact, with a host's table.
     fn probed(table: *const HostTable) -> (i32, Failure) {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         // SAFETY: table and buffers outlive the call.
@@ -678,7 +678,7 @@ mod tests {
 
     #[test]
     fn a_newer_host_is_used_as_far_as_it_is_known() {
-        /// A table with members that nobody knows yet.
+        /// A table with members that this version does not know.
         #[repr(C)]
         struct Newer {
             known: HostTable,

@@ -51,7 +51,7 @@ impl Str {
 
     /// The bytes.
     ///
-    /// Ends the process if the length is absurd: the caller's memory can no longer be trusted.
+    /// Aborts the process if the length is absurd: the caller's memory can no longer be trusted.
     ///
     /// # Safety
     /// `data` points to `len` readable bytes (or is NULL) that nobody changes during `'a`.
@@ -178,8 +178,8 @@ pub struct PluginTable {
 pub type StageCall =
     unsafe extern "C" fn(host: *const HostTable, stage_json: Str, out: Sink, err: Sink) -> i32;
 
-// SAFETY: the tables are plain data; the plugin's is immutable for the life of the process, and what the host's
-// functions do with ctx from several threads is the host's promise in the header.
+// SAFETY: the tables are plain data. The plugin's is immutable for the life of the process; the header obliges the host's
+// functions to be callable with ctx from several threads.
 unsafe impl Sync for PluginTable {}
 // SAFETY: as above.
 unsafe impl Send for HostTable {}
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn header_is_clean_c_and_cpp() {
-        // Of a whole table, of one of a newer version, of one that ends before a member, and of one that lacks it.
+        // A complete table, one of a newer version, one that ends before a member, and one that lacks the member.
         let source = "#include \"retort_plugin.h\"\n\
             static int32_t run(const retort_host *host, retort_str job, retort_sink out, retort_sink err) {\n\
             (void)host, (void)job, (void)out, (void)err; return RETORT_OK; }\n\
@@ -342,7 +342,7 @@ mod tests {
         }
     }
 
-    /// Finds values of a job, writes them as JSON, and reads every beginning of the job from memory that ends there.
+    /// Finds values of a job, writes them as JSON, and reads every prefix of the job from memory that ends with it.
     const READER: &str = r#"
         #include "retort_text.h"
         #include <stdio.h>

@@ -26,7 +26,7 @@ pub enum LogLevel {
 pub enum Cancel {
     /// Go on.
     Run = 0,
-    /// Stop at the next point from which work can resume, having saved it.
+    /// Save the work and stop at the next point from which it can resume.
     AtCheckpoint = 1,
     /// Stop at once.
     Now = 2,
@@ -42,7 +42,7 @@ pub trait Host: Send + Sync {
     fn progress(&self, done: u64, total: u64, unit: &str);
     /// Whether to continue; cheap enough for every step.
     fn cancelled(&self) -> Cancel;
-    /// A failure with code `cancelled` if the stage must stop: for `?` in a loop that has nothing to save.
+    /// Fails with code `cancelled` if the stage must stop: for `?` in a loop that has nothing to save.
     fn check_cancelled(&self) -> Result<(), Failure> {
         match self.cancelled() {
             Cancel::Run => Ok(()),
@@ -51,7 +51,7 @@ pub trait Host: Send + Sync {
     }
     /// Opens a staging directory for a new artifact; returns its id and path.
     fn artifact_begin(&self, kind: &str, name: &str) -> Result<(u64, PathBuf), Failure>;
-    /// Makes the staged files an artifact: synced, hashed, moved to their place.
+    /// Publishes the staged files as an artifact: synced, hashed and moved to its directory.
     fn artifact_commit(&self, id: u64, meta: &ArtifactMeta) -> Result<(), Failure>;
     /// Drops the staged files.
     fn artifact_abort(&self, id: u64);
@@ -82,7 +82,7 @@ impl<'h> ArtifactDraft<'h> {
         &self.path
     }
 
-    /// Makes the files an artifact and returns its id.
+    /// Publishes the files as an artifact and returns its id.
     pub fn commit(mut self, meta: &ArtifactMeta) -> Result<u64, Failure> {
         self.open = false;
         self.host.artifact_commit(self.id, meta)?;

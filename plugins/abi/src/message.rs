@@ -1,7 +1,7 @@
 //! The JSON messages that cross the plugin boundary.
 //!
-//! Everything that is not a progress tick or a metric is JSON text: it evolves by added fields, which both sides
-//! ignore when they do not know them. No tensor ever crosses; results are files committed as artifacts.
+//! Everything except metrics and progress is JSON text. It evolves by added fields; both sides ignore unknown ones. No tensor
+//! ever crosses; results are files committed as artifacts.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,13 +52,15 @@ pub struct StageKind {
     /// Whether several processes can share the work ([`StageJob::part`]): recipes may then say `workers: 4`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub divisible: bool,
-    /// Whether these processes work on the same thing and wait for each other (`MASTER_ADDR` and `MASTER_PORT` say where
-    /// they meet), so that all must run at the same time; only the first reports metrics and progress.
+    /// Whether these processes work on one result and wait for each other (they meet at `MASTER_ADDR` and `MASTER_PORT`), so
+    /// that all must run at the same time. Only the first reports metrics and progress.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub together: bool,
-    /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
-    /// String schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose
-    /// output is one of these kinds; `x-retort-file: "file" | "dir" | "weights"` marks a path (relative to the recipe).
+    /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s. String
+    /// schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose output is one of
+    /// these kinds; `x-retort-file: "file" | "dir" | "images" | "weights"` marks a path (relative to the recipe). Any schema
+    /// may carry `x-retort-same-result: true`: another value of that option gives the same output, so its result can be
+    /// reused.
     pub schema: Value,
 }
 
@@ -115,8 +117,8 @@ pub struct StageJob {
     /// Inputs by the name of the stage that made them. Empty in `validate`.
     #[serde(default)]
     pub inputs: BTreeMap<String, Input>,
-    /// Which part of the work to do, in a stage of a divisible kind. A part leaves its output in the work directory,
-    /// beside the other parts, and commits no artifact; a final job without a part makes the artifact from them.
+    /// Which part of the work to do, for a divisible kind. A part leaves its output in the work directory and commits no
+    /// artifact; a final job without a part makes the artifact from all parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<Part>,
 }
@@ -153,13 +155,13 @@ pub struct Input {
 pub struct StageResult {
     /// Id (from `artifact_commit`) of the artifact that references to this stage stand for; of a part 0.
     pub output: u64,
-    /// Facts worth keeping, free-form.
+    /// Facts worth keeping, free-form; the host takes up to 4 MiB of JSON.
     #[serde(default)]
     pub summary: Value,
 }
 
 impl StageResult {
-    /// That of a [`Part`], which makes no artifact.
+    /// The result of a [`Part`], which makes no artifact.
     pub fn of_part() -> Self {
         Self {
             output: 0,
@@ -269,6 +271,13 @@ pub struct Failure {
     pub hint: Option<String>,
 }
 
+impl Failure {
+    /// Whether a retry may succeed: the failure says so, or contact with another worker was lost.
+    pub fn is_retryable(&self) -> bool {
+        self.retryable || self.code == FailureCode::WorkerLost
+    }
+}
+
 /// Kinds of [`Failure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -287,6 +296,10 @@ pub enum FailureCode {
     Io,
     /// Stopped because the host asked; work done so far is in the work directory.
     Cancelled,
+    /// Another worker of the same training is gone, or timed out. The reason to record is what happened to that one.
+    WorkerLost,
+    /// The workers of a training no longer hold the same weights.
+    WorkersDiffer,
     /// The plugin cannot do this.
     Unsupported,
     /// The plugin panicked.
@@ -296,14 +309,14 @@ pub enum FailureCode {
 }
 
 impl From<std::io::Error> for Failure {
-    /// What the operating system says; better with the path before it.
+    /// An error of the operating system; put the path in front of it.
     fn from(error: std::io::Error) -> Self {
         Self::new(FailureCode::Io, error.to_string())
     }
 }
 
 impl Failure {
-    /// A failure with a code and a message and nothing else.
+    /// A failure with only a code and a message.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
         Self {
             code,

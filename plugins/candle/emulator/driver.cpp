@@ -1,5 +1,5 @@
-// An emulated GPU: the functions of libcuda and libcublas that the CUDA variant calls, on the host, with its kernels
-// compiled from the same text. Tests run the plugin as it is on it; nothing but tests may know of it.
+// An emulated GPU: the functions of libcuda and libcublas that the CUDA variant calls, on the host, with its kernels compiled
+// from the same text. Tests run the unmodified plugin on it; only tests may depend on it.
 //
 // It is stricter than a GPU where that finds mistakes. Memory begins as NaN, and a write beyond its end is noticed when it
 // is given back. A kernel has to be in the module's PTX and within the limits of a launch. Nobody's kernels but the

@@ -1,6 +1,6 @@
 // An emulated NCCL: the functions that the CUDA variant calls, between processes or threads of one machine, over a file in
-// shared memory. The emulated GPU does everything at once, and so does this: a call returns when all ranks have come.
-// Tests run the plugin on it as it is; nothing but tests may know of it.
+// shared memory. Like the emulated GPU it is synchronous: a call returns when all ranks have arrived. Tests run the
+// unmodified plugin on it; only tests may depend on it.
 
 #include <atomic>
 #include <cstdint>

@@ -12,7 +12,7 @@ use crate::view::{floats, fresh, tensor, whole};
 const ROOT: f32 = 0.797_884_6;
 const CUBE: f32 = 0.044_715;
 
-/// A function of each element; None where candle's scalar loop serves (log, tanh and erf have no vector form here).
+/// A function of each element. None for functions without a vector form here (log, tanh, erf): use candle's scalar loop.
 pub fn unary(x: &T, f: Unary) -> Option<Result<T>> {
     Some(match f {
         Unary::Exp => map(x, exp),
@@ -93,7 +93,7 @@ pub fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
     tensor(dx, &shape)
 }
 
-/// Halves the last dimension and returns what it is now.
+/// Halves the last dimension and returns its new size.
 fn halve(shape: &mut [usize]) -> usize {
     let last = shape.len() - 1;
     shape[last] /= 2;

@@ -9,8 +9,7 @@ use crate::T;
 use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
-/// A function of pairs, where one argument has the result's shape and the other is repeated in a regular way; None
-/// where neither has.
+/// A function of pairs, if one argument has the result's shape and the other repeats regularly; otherwise None.
 pub fn binary(a: &T, b: &T, f: Binary) -> Option<Result<T>> {
     if let Some(repeat) = Repeat::of(a.dims(), b.dims()) {
         return Some(apply(a, b, repeat, f, false));
@@ -39,7 +38,7 @@ pub fn sum(x: &T, dims: &[usize]) -> Result<T> {
     let mut y = whole(x)?;
     let mut over = vec![false; x.rank()];
     dims.iter().for_each(|&d| over[d] = true);
-    // Neighbouring dimensions are one; groups of them go one after the other, the last first.
+    // Adjacent dimensions are summed together; groups of them one after the other, the last first.
     let mut end = over.len();
     while let Some(last) = over[..end].iter().rposition(|&o| o) {
         let first = over[..last].iter().rposition(|&o| !o).map_or(0, |d| d + 1);
@@ -49,8 +48,8 @@ pub fn sum(x: &T, dims: &[usize]) -> Result<T> {
     Ok(y)
 }
 
-/// How an argument is read beside one of the result's shape. Its element for position i is (i / run) % period, in block
-/// i / (run period turns) of `period` elements.
+/// How the repeated argument is read for a result of full shape. Its element for position i is (i / run) % period, in block i
+/// / (run period turns) of `period` elements.
 #[derive(Clone, Copy)]
 struct Repeat {
     run: usize,

@@ -278,8 +278,8 @@ impl Job {
         })
     }
 
-    /// The bias, a square (lq, lk) for each sequence and head that has its own, and how far apart those are; any one
-    /// element where there is none.
+    /// The bias: a matrix (lq, lk) for each sequence and head that has its own, and the steps between them. A single dummy
+    /// element without a bias.
     fn bias(&self, mask: &Mask<T>) -> Result<(T, [usize; 2])> {
         let Mask::Bias(bias) = mask else {
             return Ok((tensor(vec![0.0], &[1])?, [0, 0]));
@@ -313,7 +313,7 @@ impl Job {
         (128 * 1024 / (self.lq * self.lk * self.d * self.h)).clamp(1, 64)
     }
 
-    /// Queries per block: short under a causal mask, where a block computes up to its last query's keys.
+    /// Queries per block: few under a causal mask, because a block computes all keys up to those of its last query.
     fn block(&self) -> usize {
         if self.causal && self.lk <= 64 { 8 } else { 32 }
     }
@@ -335,7 +335,7 @@ impl Job {
         )
     }
 
-    /// One query (a step of generation): plain inner products, nothing is packed.
+    /// One query (a step of generation): plain inner products without packing.
     #[inline(always)]
     fn single(
         &self,
@@ -527,7 +527,7 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// c (m, n) = or += a (m, k) b (k, n), n a multiple of [`TILE`]; small enough to live in the cache, so nothing is packed.
+/// c (m, n) = or += a (m, k) b (k, n), n a multiple of [`TILE`]; small enough for the cache, so nothing is packed.
 #[inline(always)]
 fn tiles<const GROW: bool>(
     c: &mut [f32],

@@ -1,5 +1,5 @@
-//! Convolutions as matrix products over unfolded images, a tile of output rows at a time, so that what is unfolded
-//! stays in the cache; large ones with 3 x 3 kernels by Winograd's tiles.
+//! Convolutions as matrix products over unfolded images, a tile of output rows at a time, so that the unfolded tile stays in
+//! the cache; large 3 x 3 convolutions use Winograd's tiles.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
@@ -9,10 +9,10 @@ use crate::view::{floats, fresh, tensor, whole, zeros};
 use crate::winograd::Convolution;
 use crate::{T, failed};
 
-/// Elements of an unfolded tile: 1 MiB, the second-level cache of the processors this is for.
+/// Elements of an unfolded tile: 1 MiB, the second-level cache of the target processors.
 const UNFOLDED: usize = 256 * 1024;
 
-/// Images whose share of the kernel's gradient is summed by one task: fixed, so that the order of the sum is.
+/// Images whose contributions to the kernel's gradient one task sums. Fixed, so that the order of summation is fixed.
 const BLOCK: usize = 8;
 
 /// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o) and a residual of the result's shape
@@ -53,7 +53,7 @@ pub fn conv2d(
     tensor(y, &dims)
 }
 
-/// Stride 1 and images twice as high and wide, where that takes no image of that size.
+/// Stride 1 over images enlarged twofold, if that is possible without materialising the enlarged image.
 pub fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<Option<T>> {
     let (b, c, h, wide) = x.dims4().map_err(failed)?;
     let shape = Shape::of([b, c, 2 * h, 2 * wide], w, 1, padding)?;
@@ -164,7 +164,7 @@ impl Shape {
         (UNFOLDED / (self.deep() * self.out_w)).clamp(1, self.out_h)
     }
 
-    /// The same as Winograd's tiles, where they pay.
+    /// The same with Winograd's tiles, if that is faster.
     fn winograd(&self) -> Option<Convolution> {
         let tiles = Convolution {
             c: self.c,
@@ -325,7 +325,7 @@ impl Shape {
         dw
     }
 
-    /// The kernel (o, c, kh, kw) as (c, o, kh, kw), each plane turned by half a circle.
+    /// The kernel (o, c, kh, kw) as (c, o, kh, kw), each plane rotated by 180 degrees.
     fn turn(&self, w: &[f32]) -> Vec<f32> {
         let area = self.kh * self.kw;
         let mut turned = vec![0.0; w.len().min(self.o * self.c * area)];

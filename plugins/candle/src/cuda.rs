@@ -1,10 +1,9 @@
 //! The CUDA variant of the plugin: the engine on NVIDIA GPUs.
 //!
-//! [`Cuda`] is what the engine runs on. candle holds the tensors, their memory and their views, cuBLAS multiplies, and
-//! `kernels.cu` does the rest; nothing is computed on the host. All tensors are f32 but those that only products read:
-//! with `dtype: bf16` products (linear maps, attention) take their operands in bf16, convolutions in fp16 or TF32, and add
-//! up in f32.
-//! One stream orders everything; the host waits only where it reads results.
+//! [`Cuda`] is what the engine runs on. candle manages tensors, memory and views, cuBLAS multiplies matrices, and
+//! `kernels.cu` does the rest; nothing is computed on the host. All tensors are f32 except operands of products: with `dtype:
+//! bf16` linear maps and attention take operands in bf16, convolutions in fp16 or TF32, and all accumulate in f32. One stream
+//! orders all work; the host waits only when it reads results.
 
 mod arguments;
 mod attention;
@@ -35,9 +34,9 @@ pub use nccl::{Nccl, meet};
 
 use crate::failed;
 
-/// The toolkit that this was built with.
+/// The toolkit that this plugin was built with.
 const TOOLKIT: &str = env!("RETORT_CUDA_VERSION");
-/// The least compute capability that the kernels were compiled for: 90 is 9.0.
+/// The lowest compute capability that the kernels were compiled for: 90 is 9.0.
 const CAPABILITY: &str = env!("RETORT_CUDA_CAPABILITY");
 
 const ABOUT: PluginInfo = PluginInfo {
@@ -92,14 +91,14 @@ impl Cuda {
                 let why = device.unusable.clone().unwrap_or_default();
                 return Err(refused(format!("{name} cannot be used: {why}")));
             }
-            // Where there is none, the first says why.
+            // Without any, the first entry says why.
             None => {
                 let why = found.iter().find_map(|device| device.unusable.clone());
                 let none = || format!("this machine has {} CUDA devices", found.len());
                 return Err(refused(format!("{name}: {}", why.unwrap_or_else(none))));
             }
         }
-        // An error here means that the pool exists already; whoever made it chose its size.
+        // An error means that the pool already exists, with the size that its creator chose.
         let _ = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build_global();
@@ -119,8 +118,8 @@ fn opened(index: usize) -> candle_core::Result<Device> {
         let stream = cuda.cuda_stream();
         let mut pool = std::ptr::null_mut();
         let mut all = u64::MAX;
-        // SAFETY: the device is open, and the outputs are variables of this function. Where there are no pools, memory is
-        // taken from the driver each time, as before.
+        // SAFETY: the device is open, and the outputs are variables of this function. Without memory pools, every allocation
+        // goes to the driver.
         unsafe {
             let found = sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device());
             if found == sys::CUresult::CUDA_SUCCESS {
@@ -132,7 +131,7 @@ fn opened(index: usize) -> candle_core::Result<Device> {
     Ok(device)
 }
 
-/// Bytes that the device has left, with those that its pool keeps for the next tensor.
+/// Free bytes of the device, including those that its pool keeps for the next tensor.
 pub(crate) fn free_memory(device: &Device) -> Option<u64> {
     let Device::Cuda(cuda) = device else {
         return None;
@@ -141,7 +140,7 @@ pub(crate) fn free_memory(device: &Device) -> Option<u64> {
     context.bind_to_thread().ok()?;
     let (mut free, mut all) = (0, 0);
     let mut pool = std::ptr::null_mut();
-    // Without a pool, or where it says nothing, it keeps nothing.
+    // Without a pool, or without an answer, assume that it keeps nothing.
     let (mut held, mut used) = (0u64, 0u64);
     // SAFETY: the device is open and its context current; the outputs are variables of this function, of the types that
     // these attributes have.
@@ -178,7 +177,7 @@ pub(crate) fn plugin() -> EnginePlugin<Cuda> {
     }
 }
 
-/// The GPUs of this machine; where there is none, one that says why.
+/// The GPUs of this machine; without any, one entry that says why.
 fn devices() -> Vec<retort_abi::Device> {
     match gpus() {
         Ok(found) if !found.is_empty() => found,
@@ -193,7 +192,8 @@ fn devices() -> Vec<retort_abi::Device> {
 
 fn gpus() -> Result<Vec<retort_abi::Device>, String> {
     libraries::driver()?;
-    let driver = |error| format!("the NVIDIA driver refuses: {error}");
+    let driver =
+        |error| format!("the NVIDIA driver cannot be used: {error} (`nvidia-smi` shows its state)");
     // SAFETY: initialises the driver's state of this process.
     match unsafe { sys::cuInit(0) } {
         sys::CUresult::CUDA_SUCCESS => {}
@@ -238,7 +238,7 @@ fn gpus() -> Result<Vec<retort_abi::Device>, String> {
     (0..count).map(described).collect()
 }
 
-/// Why a driver cannot be used: it takes the code of the toolkits up to its own version. `version` is 13000 for 13.0.
+/// Why a driver cannot be used: it only accepts code of toolkits up to its own version. `version` is 13000 for 13.0.
 fn too_old(version: i32) -> Option<String> {
     let (major, minor) = TOOLKIT.split_once('.')?;
     let needed = 1000 * major.parse::<i32>().ok()? + 10 * minor.parse::<i32>().ok()?;

@@ -1,10 +1,9 @@
 //! candle as a backend of retort.
 //!
-//! [`Candle`] is what the engine runs on. [`plain::Plain`] brings every operation in candle's own terms, on any device
-//! and type; `Candle` takes a fused CPU kernel where one fits (f32 in host memory) and falls back to `Plain`, that is
-//! to the engine's composed definitions, where none does. All tensors are plain: candle's own differentiation is never
-//! used, the engine's tape asks for values only. With the feature `cuda` this is another plugin of the same name, the
-//! variant for NVIDIA GPUs.
+//! [`Candle`] is what the engine runs on. [`plain::Plain`] implements every operation with candle's own, on any device and
+//! type. `Candle` uses a fused CPU kernel where one applies (f32 in host memory) and otherwise falls back to `Plain`, that is
+//! to the engine's composed definitions. candle's own differentiation is never used: the engine's tape asks only for values.
+//! With the feature `cuda` this is another plugin of the same name, the variant for NVIDIA GPUs.
 
 mod activation;
 mod arithmetic;
@@ -69,11 +68,11 @@ impl Candle {
     }
 }
 
-/// Has the C library keep what is given back: tensors live for an operation or two, and memory that comes anew from the
-/// kernel is cleared page by page at its first touch, which took a fifth of a decoder's time.
+/// Makes the C library keep freed memory: tensors live for an operation or two, and memory fresh from the kernel is cleared
+/// page by page on first touch, which took a fifth of a decoder's time.
 fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: both only set what the allocator does from now on.
+    // SAFETY: both only set options of the allocator.
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
@@ -83,7 +82,7 @@ fn keep_memory() {
 /// Folds candle's errors into the engine's: running out of memory is a kind of its own, because the user can act on it.
 fn failed(error: candle_core::Error) -> Error {
     let text = match error {
-        // A backtrace is for the log of a crash, not for a message.
+        // A backtrace belongs in a crash log, not in a message.
         candle_core::Error::WithBacktrace { inner, .. } => inner.to_string(),
         other => other.to_string(),
     };

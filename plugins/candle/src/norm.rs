@@ -8,7 +8,7 @@ use crate::T;
 use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
-/// Rows whose share of a parameter's gradient is summed by one task: fixed, so that the order of the sum is.
+/// Rows whose contributions to a parameter's gradient one task sums. Fixed, so that the order of summation is fixed.
 const BLOCK: usize = 64;
 
 /// x / sqrt(mean(x^2) + eps) * w over the last dimension.
@@ -88,7 +88,7 @@ pub fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
     })
 }
 
-/// Rows less their means over their deviations; `then` gets each, by its number, while it is in the cache.
+/// Rows minus their means, divided by their deviations; `then` gets each row with its number while it is in the cache.
 fn standardised(x: &T, eps: f64, then: impl Fn(usize, &mut [f32]) + Sync) -> Result<T> {
     let x = &whole(x)?;
     let shape = x.dims().to_vec();
@@ -242,7 +242,7 @@ fn group_backward(
     }
 }
 
-/// Mean and reciprocal deviation, in two passes: the difference of two great sums would lose what matters.
+/// Mean and reciprocal deviation, in two passes: the difference of two large sums would lose precision.
 #[inline(always)]
 fn moments(x: &[f32], eps: f64) -> (f32, f32) {
     let n = x.len() as f32;
@@ -256,7 +256,7 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
     1.0 / (mean_square + eps as f32).sqrt()
 }
 
-/// The shares' sum, in their order.
+/// The sum of the shares, in order.
 fn total(shares: &[f32], width: usize) -> Vec<f32> {
     let mut sum = vec![0.0; width];
     {

@@ -1,7 +1,7 @@
 //! The required operations in candle's own terms, for any device and float type.
 //!
-//! The fused operations keep the engine's composed definitions here, so [`Plain`] is at once the way for devices and
-//! types without a kernel and the yardstick for the kernels.
+//! The fused operations keep the engine's composed definitions here, so [`Plain`] serves devices and types without a kernel,
+//! and is the reference for the kernels.
 
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
@@ -123,8 +123,8 @@ impl Tensors for Plain {
     }
 
     fn argmax_last(x: &T) -> Result<T> {
-        // Candle keeps the first of equals on the CPU and promises nothing elsewhere; so the lowest index is searched
-        // for by hand: where x is the maximum, its index, else a number too great.
+        // Candle returns the first of equal values on the CPU and promises nothing elsewhere, so the lowest index is computed
+        // explicitly: the minimum over the index where x is the maximum, and a larger number elsewhere.
         let search = || {
             let last = x.rank() - 1;
             let n = x.dims()[last];
@@ -137,7 +137,7 @@ impl Tensors for Plain {
     }
 
     fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
-        // Candle walks any strides within a matrix and one stride over the batch: the rest is copied.
+        // Candle supports any strides within a matrix and one stride over the batch; anything else is copied.
         let turned = |x: &T, turn: bool| {
             let x = if turn { x.t()? } else { x.clone() };
             let lead = x.rank() - 2;
@@ -213,7 +213,7 @@ impl Tensors for Plain {
         let input = || {
             let size = |d: usize| x.dims()[d] + 2 * padding[d - 2];
             let missing = |d: usize| size(d) - ((grad.dims()[d] - 1) * stride + w.dims()[d]);
-            // One number serves both sides of candle's call: take the greater and cut what is too much.
+            // Candle takes one number for both sides: use the larger one and cut off the excess.
             let dx = grad.contiguous()?.conv_transpose2d(
                 &w.contiguous()?,
                 0,
@@ -274,7 +274,7 @@ impl Attention for Plain {}
 impl Optimiser for Plain {}
 impl Sampling for Plain {}
 
-/// Images (b, c, h, w) with zeros around them, as candle's convolutions take one padding for both directions.
+/// Images (b, c, h, w) padded with zeros, because candle's convolutions take one padding for both directions.
 fn padded(x: &T, [high, wide]: [usize; 2]) -> candle_core::Result<T> {
     let pad = |x: T, d: usize, n: usize| match n {
         0 => Ok(x),

@@ -1,4 +1,4 @@
-//! The greatest value of sliding windows: lines of an image are folded into one, then the windows along it.
+//! Maximum of sliding windows: first over the lines of a window, then along the line.
 
 use rayon::prelude::*;
 use retort_engine::backend::Window;
@@ -34,7 +34,7 @@ pub fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
     tensor(dx, &d)
 }
 
-/// Whether images and windows fit each other: each window sees at least one pixel.
+/// Whether images and windows fit: each window covers at least one pixel.
 pub fn pooled(x: &T, window: Window) -> bool {
     x.rank() == 4
         && window.padding < window.size
@@ -64,7 +64,7 @@ impl Size {
         }
     }
 
-    /// The pixels that window `i` along a side of `n` sees.
+    /// The pixels that window `i` covers along a side of `n`.
     fn seen(&self, i: usize, n: usize) -> std::ops::Range<usize> {
         let first = i * self.window.stride;
         let end = (first + self.window.size - self.window.padding).min(n);

@@ -122,7 +122,7 @@ pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
             .for_each(|y| y.copy_from_slice(&bias[..o]));
     }
     let grow = bias.is_some();
-    // For few results gemm turns to inner products, which add up in another order.
+    // For few results gemm switches to inner products, which sum in another order.
     if n <= FEW || o * n <= 256 || (i > 512 && o <= 64 && n < 65) {
         skinny::product(&Rayon, &mut y, x, (w, w_row), [n, i, o], grow);
         return tensor(y, &shape);
@@ -209,7 +209,7 @@ pub fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
     tensor(y, &shape)
 }
 
-/// Where each matrix of a batch begins.
+/// The start of each matrix of a batch.
 fn starts(batch: &[usize], stride: &[usize]) -> Vec<usize> {
     let mut starts = vec![0];
     for (&n, &step) in batch.iter().zip(stride) {

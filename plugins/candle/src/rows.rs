@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-/// Elements that are worth a task of their own; a constant, so that no result depends on the number of threads.
+/// Minimum elements of a task; a constant, so that no result depends on the number of threads.
 const GRAIN: usize = 16 * 1024;
 
 /// Fills `out`, rows of `width` elements, in parallel: `body` gets the number of its first row and its rows.

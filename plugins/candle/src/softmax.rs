@@ -112,7 +112,7 @@ pub fn exponentials(x: &mut [f32]) -> f32 {
     sum(x, |x| x)
 }
 
-/// The logits row-major, their shape, and the ids on the host, all within range.
+/// The row-major logits, their shape, and the ids on the host, checked to be in range.
 fn prepare(logits: &T, ids: &T) -> Result<(T, (usize, usize), Vec<u32>)> {
     let (n, k) = logits.dims2().map_err(failed)?;
     let ids = host_ids(ids)?;

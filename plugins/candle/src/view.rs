@@ -1,4 +1,4 @@
-//! From candle's tensors to slices and back: the only place that knows how candle stores things on the host.
+//! From candle's tensors to slices and back: the only file that knows candle's storage on the host.
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor};
 use retort_engine::error::{Error, Result};
@@ -6,8 +6,8 @@ use std::sync::Mutex;
 
 use crate::{T, failed};
 
-/// Binds names of tensors to their elements, for the rest of the scope: from the first element on, so that a whole
-/// tensor reads as a plain slice and a view through its strides.
+/// Binds tensors' names to slices of their elements for the rest of the scope. A slice starts at the first element, so a
+/// whole tensor is a plain slice, and a view is read through its strides.
 macro_rules! floats {
     ($($x:ident),+) => {
         $(
@@ -37,16 +37,16 @@ pub fn rows(x: &T) -> Result<T> {
     }
 }
 
-/// Elements that a kernel is about to write, all of them: what they hold before is unspecified, for clearing them would
-/// take a tenth of a training step.
+/// Elements that a kernel is about to overwrite completely. Their initial values are unspecified: clearing them would take a
+/// tenth of a training step.
 pub fn fresh(shape: &[usize]) -> Vec<f32> {
     let count = shape.iter().product();
     if cfg!(debug_assertions) {
         return vec![f32::NAN; count];
     }
     let mut data: Vec<f32> = Vec::with_capacity(count);
-    // SAFETY: the memory is the vector's own, of `count` elements. For the compiler the assembly, which is handed its
-    // address, writes every one of them; whatever bits lie there are a float.
+    // SAFETY: the memory is the vector's own, of `count` elements. The assembly gets its address, so the compiler must assume
+    // that it writes every element; any bits are a valid float.
     unsafe {
         std::arch::asm!("/* {0} */", in(reg) data.as_mut_ptr(), options(nostack, preserves_flags));
         data.set_len(count);
@@ -64,7 +64,7 @@ pub fn tensor(data: Vec<f32>, shape: &[usize]) -> Result<T> {
     Tensor::from_vec(data, shape, &Device::Cpu).map_err(failed)
 }
 
-/// A host tensor's elements, from its first on.
+/// A host tensor's storage from its first element on.
 pub fn elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     match storage {
         Storage::Cpu(CpuStorage::F32(data)) => Ok(&data[layout.start_offset()..]),

@@ -5,9 +5,9 @@
 //! Y = A^T ( (G g G^T) . (B^T d B) ) A
 //! ```
 //!
-//! and the product in the middle, over all channels, is a matrix product for each of the 36 places. Its rounding errors
-//! are some times those of the direct sum: the test has both beside float64. For maps large enough that transforming the
-//! kernel is soon paid for; the choice depends on nothing but the sizes of one image.
+//! and the product in the middle, over all channels, is a matrix product for each of the 36 positions. Its rounding errors
+//! are a few times those of the direct sum; the test compares both with float64. It is used for maps that are large enough to
+//! amortise the transformed kernel; the choice depends only on the sizes of one image.
 
 use rayon::prelude::*;
 
@@ -32,12 +32,12 @@ pub struct Convolution {
     pub h: usize,
     /// Width of both.
     pub w: usize,
-    /// 2, where the input is given half as high and wide, and each of its pixels becomes a block of 2 x 2; else 1.
+    /// 2 if the input is given at half the height and width, each pixel standing for a block of 2 x 2; else 1.
     pub scale: usize,
 }
 
 impl Convolution {
-    /// Whether this is faster than the direct way.
+    /// Whether this is faster than direct convolution.
     pub fn pays(&self) -> bool {
         self.h * self.w >= 1024 && self.w >= 8 && self.c >= 32 && self.o >= 32
     }
@@ -65,7 +65,7 @@ impl Convolution {
         let row = broad.next_multiple_of(8);
         let rows = (TILES / row).clamp(1, high);
         let mut y = fresh(&[b, o, h * width]);
-        // Bands of rows of one image: what a task writes lies in pieces, one per channel.
+        // Bands of rows of one image: a task's output consists of one piece per channel.
         let bands = high.div_ceil(rows);
         let mut pieces: Vec<Vec<&mut [f32]>> = (0..b * bands).map(|_| Vec::new()).collect();
         for (i, plane) in y.chunks_exact_mut(h * width).enumerate() {
@@ -93,7 +93,7 @@ impl Convolution {
                     );
                 }
                 for place in 0..PLACES {
-                    // The third part of a transformed tile is a difference of equal pixels.
+                    // With an enlarged input the third component of a transformed tile is zero.
                     if scale == 2 && (place / 6 == 2 || place % 6 == 2) {
                         to[place * o * n..][..o * n].fill(0.0);
                         continue;
@@ -148,7 +148,7 @@ impl Convolution {
         all
     }
 
-    /// B^T d B of the tiles of some rows of a plane; `at` says where the tiles of a place begin.
+    /// B^T d B of the tiles of some rows of a plane; `at` gives the start of the tiles of a position.
     #[expect(clippy::too_many_arguments, reason = "one pass over them all")]
     fn spread(
         &self,

@@ -1,8 +1,8 @@
 //! The directory of a zip archive, read by position and within limits.
 //!
-//! In: any archive, of more than 4 GiB too. Out: its entries, where their bytes lie, and their sums (`checksum.rs`); nothing
-//! is unpacked. Only the directory at the end of the file counts, as for Python; its size and the number of its entries are
-//! known before any of it is read. Deliberately absent: encrypted entries, archives in several files.
+//! In: any archive, of more than 4 GiB too. Out: its entries, the positions of their bytes, and their checksums
+//! (`checksum.rs`); nothing is unpacked. Only the directory at the end of the file counts, as in Python; its size and number
+//! of entries are checked before any of it is read. Deliberately absent: encrypted entries, archives in several files.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::source::Source;
 const ENTRIES: u64 = 100_000;
 /// The most bytes of its directory.
 const DIRECTORY: u64 = 32 << 20;
-/// What ends an archive, without the remark behind it.
+/// Bytes of the end record of an archive, without the trailing comment.
 const END: usize = 22;
 /// The longest remark.
 const REMARK: u64 = 0xffff;
@@ -26,7 +26,7 @@ pub enum Packing {
     Stored,
     /// By deflate.
     Deflate,
-    /// In a way that is not read here, or encrypted.
+    /// In a way that is not supported here, or encrypted.
     Other,
 }
 
@@ -37,17 +37,17 @@ pub struct Entry {
     pub name: String,
     /// How it is packed.
     pub packing: Packing,
-    /// Bytes unpacked, by what the directory says.
+    /// Unpacked size, according to the directory.
     pub size: u64,
     /// Bytes in the archive.
     pub packed: u64,
-    /// CRC-32 of its bytes unpacked, by what the directory says.
+    /// CRC-32 of the unpacked bytes, according to the directory.
     pub(crate) sum: u32,
     /// Position of its header.
     header: u64,
 }
 
-/// An archive of which the directory has been read.
+/// An archive whose directory has been read.
 pub struct Archive {
     source: Source,
     entries: Vec<Entry>,
@@ -75,7 +75,7 @@ impl Archive {
         let mut fields = Fields(&bytes);
         let mut entries = Vec::new();
         while !fields.0.is_empty() {
-            // The number that the end of the file states need not be true.
+            // The count in the end record need not be true.
             if entries.len() as u64 == ENTRIES {
                 return limit("entries in the archive", ENTRIES);
             }
@@ -97,7 +97,7 @@ impl Archive {
         &self.entries
     }
 
-    /// The entry of a name: the last one, if there are several, as in Python.
+    /// The entry with a name: the last one if there are several, as in Python.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.entries.iter().rev().find(|entry| entry.name == name)
     }
@@ -163,7 +163,7 @@ struct Directory {
     count: u64,
     start: u64,
     len: u64,
-    /// Bytes in front of the archive, as of a program that unpacks itself: what positions are counted from.
+    /// Bytes in front of the archive, as in a self-extracting program: the origin of all positions.
     shift: u64,
 }
 
@@ -172,7 +172,7 @@ impl Directory {
         let len = source.len();
         let tail = len.min(END as u64 + REMARK);
         let bytes = source.bytes(len - tail, tail)?;
-        // The last place at which an end fits with its remark to the end of the file.
+        // The last position at which an end record and its comment reach exactly to the end of the file.
         let at = (0..(bytes.len() + 1).saturating_sub(END))
             .rev()
             .find(|&at| {
@@ -211,7 +211,7 @@ impl Directory {
         }
     }
 
-    /// What an archive with large numbers has in front of its end: where that lies, and the numbers.
+    /// The ZIP64 end record in front of the normal one: its position and its numbers.
     fn wide(source: &Source, end: u64) -> Result<Option<(u64, (u64, u64, u64, u64, u64, u64))>> {
         let Some(locator) = end.checked_sub(20) else {
             return Ok(None);
@@ -221,7 +221,7 @@ impl Directory {
             return Ok(None);
         }
         let told = Fields(&bytes[8..]).take(8).unwrap_or_default();
-        // Something may stand in front of the archive: then it is where it is without extensions.
+        // If something precedes the archive, the record is found by its position without extensions.
         for place in [Some(told), locator.checked_sub(56)].into_iter().flatten() {
             if place.checked_add(56).is_none_or(|end| end > locator) {
                 continue;
@@ -280,7 +280,7 @@ impl<'a> Fields<'a> {
         let name = String::from_utf8_lossy(self.bytes(name as usize)?).into_owned();
         let mut extra = Fields(self.bytes(extra as usize)?);
         self.bytes(remark as usize)?;
-        // Numbers too large for their fields stand here, in this order.
+        // Numbers too large for their fields are stored here, in this order.
         while let (Some(kind), Some(len)) = (extra.take(2), extra.take(2)) {
             let mut own = Fields(extra.bytes(len as usize)?);
             if kind == 1 {
@@ -328,7 +328,7 @@ mod tests {
         Archive::read(Source::Memory(bytes.into()))
     }
 
-    /// An archive whose end says what it likes: `wide` makes it one of large numbers.
+    /// An archive with arbitrary values in its end record; `wide` makes it ZIP64.
     fn end(count: u64, len: u64, offset: u64, wide: bool) -> Vec<u8> {
         let mut bytes = Vec::new();
         if wide {
@@ -356,13 +356,13 @@ mod tests {
     fn entries_and_their_bytes_are_found() {
         for large in [false, true] {
             let mut bytes = written(&[("aa", b"one"), ("b/c", b""), ("QQ", b"other")], large);
-            // A name that comes twice, which no writer writes.
+            // A duplicate name, which no writer produces.
             for at in 0..bytes.len() - 1 {
                 if bytes[at..].starts_with(b"QQ") {
                     bytes[at..at + 2].copy_from_slice(b"aa");
                 }
             }
-            // A program in front, a remark behind.
+            // A program in front, a comment behind.
             let mut shifted = [b"#!/bin/sh\n".as_slice(), &bytes].concat();
             let len = shifted.len();
             shifted[len - 2..].copy_from_slice(&3u16.to_le_bytes());
@@ -395,7 +395,7 @@ mod tests {
         check(b"PK\x05\x06".to_vec(), "it has no end");
         check(b"PK".to_vec(), "it has no end");
         check(Vec::new(), "it has no end");
-        // More entries than are told.
+        // More entries than the end record says.
         let mut many = b"PK\x01\x02".to_vec();
         many.resize(46, 0);
         let directory = many.repeat(200_000);
@@ -408,7 +408,7 @@ mod tests {
         let long = vec![0; (DIRECTORY + 1) as usize];
         let bytes = [long.as_slice(), &end(5, long.len() as u64, 0, true)].concat();
         check(bytes, "bytes of the archive's directory");
-        // A directory and headers that are none.
+        // An invalid directory and invalid headers.
         let whole = written(&[("a", b"one")], false);
         let place = |what: &[u8]| whole.windows(4).position(|four| four == what).unwrap();
         let mut broken = whole.clone();

@@ -1,7 +1,8 @@
 //! Checks the entries of a zip archive against their CRC-32.
 //!
-//! The directory of a zip archive holds the CRC-32 of each entry. NumPy checks it; torch does not, and writes 0 instead if told
-//! to save the time. Here both kinds of archive are checked, so that a corrupted byte is an error and not another number.
+//! The directory of a zip archive holds the CRC-32 of each entry. NumPy checks it; torch does not, and can be told to write 0
+//! instead to save time. Here both kinds of archive are checked, so that a corrupted byte is an error instead of a wrong
+//! number.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,9 +14,9 @@ use crate::error::{Error, Result};
 use crate::source::Source;
 use crate::tensor::Tensor;
 
-/// Bytes read at a time if they are only checked.
+/// Bytes read at a time when they are only checked.
 const CHUNK: u64 = 1 << 20;
-/// The largest entry that is checked when only a part of it is read.
+/// The largest entry that is checked as a whole when only a part of it is read.
 const FOR_A_PART: u64 = 1 << 30;
 
 impl Entry {
@@ -41,8 +42,8 @@ impl Entry {
         self.expect(crc32fast::hash(bytes))
     }
 
-    /// Checks the entry's bytes while `unpacked` gives them: reading the last one fails if the checksum does not match. What
-    /// `unpacked` gives beyond the entry's size is not read.
+    /// Checks the entry's bytes while they are read from `unpacked`: reading the last byte fails if the checksum does not
+    /// match. Nothing beyond the entry's size is read.
     pub fn checked<R: Read>(&self, unpacked: R) -> Checked<R> {
         Checked {
             unpacked,
@@ -92,7 +93,7 @@ pub(crate) struct Sums {
 struct Stored {
     start: u64,
     entry: Entry,
-    /// Whether it was checked when a part of it was read.
+    /// Whether it has already been checked.
     is_checked: AtomicBool,
 }
 
@@ -122,9 +123,9 @@ impl Sums {
         }
     }
 
-    /// Gives the elements of a tensor as [`Tensor::visit`] does, and checks them. If the tensor is a whole entry, it is checked
-    /// at its end: after an error nothing that was given is valid. If it is a part of an entry, or its elements are in another
-    /// order, the whole entry is checked before, once, unless it is very large.
+    /// Passes on the elements of a tensor like [`Tensor::visit`], and checks them. A tensor that is a whole entry is checked
+    /// at its end: after an error none of its elements are valid. If it is part of an entry, or its elements are in another
+    /// order, the whole entry is checked first, once, unless it is very large.
     pub fn visit(
         &self,
         source: &Source,
@@ -155,7 +156,7 @@ impl Sums {
         })
     }
 
-    /// The entry that a tensor with elements begins in.
+    /// The entry in which a non-empty tensor begins.
     fn around(&self, tensor: &Tensor) -> Option<&Stored> {
         let start = tensor.begins()?;
         let after = self.entries.partition_point(|stored| stored.start <= start);
@@ -165,7 +166,7 @@ impl Sums {
 }
 
 impl Stored {
-    /// Checks it, unless that was done before or takes long.
+    /// Checks it, unless that has been done or would take long.
     fn check(&self, source: &Source) -> Result<()> {
         let size = self.entry.size;
         if size > FOR_A_PART || self.is_checked.load(Ordering::Relaxed) {
@@ -215,7 +216,7 @@ mod tests {
         let read = |file: &[u8], pieces: usize| {
             let archive = Archive::read(Source::Memory(file.into())).unwrap();
             let entry = archive.entry("a").unwrap();
-            // More than the entry behind it: what a deflated stream may give.
+            // More bytes than the entry has, as a deflated stream may yield.
             let packed = archive.packed(entry).unwrap().chain(&b"more"[..]);
             let mut checked = entry.checked(packed);
             let mut all: Vec<u8> = Vec::new();
@@ -282,7 +283,7 @@ mod tests {
                 "{said}"
             );
         }
-        // torch may leave sums out, in the directory and in the headers.
+        // torch may omit checksums, in the directory and in the headers.
         let sum = place(&file, b"PK\x01\x02") + 16;
         file[sum..sum + 4].fill(0);
         let (whole, part) = read(&file);

@@ -14,15 +14,15 @@ pub enum Error {
     /// The file is not a checkpoint, is damaged, or uses what is not supported.
     #[error("{0}")]
     Format(String),
-    /// The file asks for more than any checkpoint needs.
+    /// The file demands more than any checkpoint needs.
     #[error("{what}: more than {limit}, the most that is read; this is not a file of weights")]
     Limit {
-        /// What there is too much of.
+        /// The quantity that is too large.
         what: &'static str,
         /// The most that is read.
         limit: u64,
     },
-    /// No dictionary of tensors was selected, or not clearly.
+    /// No dictionary of tensors was selected, or the choice is ambiguous.
     #[error("{0}")]
     Select(String),
 }
@@ -32,7 +32,7 @@ impl Error {
         Self::Format(message.into())
     }
 
-    /// The same of a file of several, or in a folder: who opened these does not know which it was.
+    /// The same in one of several files: whoever opened these does not know which one.
     pub(crate) fn of(self, file: &str) -> Self {
         let file = file.escape_debug();
         match self {

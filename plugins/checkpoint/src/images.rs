@@ -1,14 +1,15 @@
 //! Folders of images: which of their files are data.
 //!
-//! In: a name, and the first bytes of a file. Out: whether a loader of images reads it. The runner asks, because what
-//! nobody reads decides no result, and the loader does, so that both mean the same files. Deliberately absent: decoding.
+//! In: a name, and the first bytes of a file. Out: whether a loader of images reads it. The runner needs this because unread
+//! files do not affect a result. The loader uses it too, so that both agree. It also checks what decoders take for
+//! granted. Deliberately absent: decoding.
 
 use std::io::{self, Read};
 use std::path::Path;
 
 use crate::regular;
 
-/// As many first bytes as tell the format of an image.
+/// How many bytes of a file identify an image's format.
 const START: u64 = 16;
 
 /// The longest image file that is decoded.
@@ -17,7 +18,10 @@ pub const LONGEST_FILE: u64 = 1 << 28;
 /// The most files that a folder of data may hold.
 pub const MOST_FILES: usize = 1 << 22;
 
-/// Tables in a folder, directly in it, that say what its images are; the first that is there counts.
+/// The most folders in it, links followed.
+pub const MOST_FOLDERS: usize = 1 << 18;
+
+/// Names of tables that describe the images of a folder, directly in it; the first one that exists counts.
 pub const TABLES: [&str; 4] = [
     "metadata.jsonl",
     "metadata.csv",
@@ -56,7 +60,7 @@ pub fn format(start: &[u8]) -> Option<Format> {
     }
 }
 
-/// Whether a file or folder of this name is no data: hidden, or put there by a system beside what people keep.
+/// Whether a file or folder with this name is not data: hidden, or created by a file manager.
 pub fn is_hidden(name: &str) -> bool {
     let known = [
         "thumbs.db",
@@ -68,7 +72,7 @@ pub fn is_hidden(name: &str) -> bool {
     name.starts_with('.') || known.contains(&&*name.to_ascii_lowercase())
 }
 
-/// Whether a name promises an image, so that other content means damage.
+/// Whether a name claims to be an image, so that other content means damage.
 pub fn promises_image(name: &str) -> bool {
     let endings = [
         "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff",
@@ -79,35 +83,34 @@ pub fn promises_image(name: &str) -> bool {
         .any(|known| ending.eq_ignore_ascii_case(known))
 }
 
-/// Whether a name promises a tar archive.
+/// Whether a name claims to be a tar archive.
 pub fn promises_tar(name: &str) -> bool {
     let ending = Path::new(name).extension().unwrap_or_default();
     ending.eq_ignore_ascii_case("tar")
 }
 
-/// Whether a name promises a Parquet file.
+/// Whether a name claims to be a Parquet file.
 pub fn promises_parquet(name: &str) -> bool {
     let ending = Path::new(name).extension().unwrap_or_default();
     ending.eq_ignore_ascii_case("parquet")
 }
 
-/// Whether a name promises a file of many images.
+/// Whether a name claims to be a file with many images.
 pub fn promises_archive(name: &str) -> bool {
     promises_tar(name) || promises_parquet(name)
 }
 
-/// Whether a file of data is too long for an image, so that nobody reads more than its beginning: `inner` is its name
-/// within the folder.
+/// Whether a data file is too long for an image, so that only its beginning is read. `inner` is its name within the folder.
 pub fn is_too_long(inner: &str, bytes: u64) -> bool {
     let is_list = !inner.contains('/') && (promises_archive(inner) || TABLES.contains(&inner));
     bytes > LONGEST_FILE && !is_list
 }
 
-/// Whether a loader reads the file at `path`, whose name within the folder is `inner`: it is an image, or its name says
-/// so, or it is a table or an archive directly in the folder. A file whose name says nothing is looked into.
+/// Whether a loader reads the file at `path`, whose name within the folder is `inner`: it is an image, or its name says so,
+/// or it is a table or an archive directly in the folder. If the name says nothing, the content decides.
 ///
 /// # Errors
-/// It has to be looked into, and cannot be.
+/// The content has to decide and cannot be read.
 pub fn is_data(path: &Path, inner: &str) -> io::Result<bool> {
     let outermost = !inner.contains('/');
     if promises_image(inner) || outermost && (promises_archive(inner) || TABLES.contains(&inner)) {
@@ -116,6 +119,28 @@ pub fn is_data(path: &Path, inner: &str) -> io::Result<bool> {
     let mut start = Vec::new();
     regular::open(path)?.take(START).read_to_end(&mut start)?;
     Ok(format(&start).is_some())
+}
+
+/// Checks that the palette of a PNG consists of whole colours: the library that decodes it assumes so. `content` may be the
+/// beginning of a file.
+///
+/// # Errors
+/// It does not.
+pub fn check_palettes(content: &[u8]) -> Result<(), String> {
+    let mut at = 8_usize;
+    while let Some(&[a, b, c, d, ref kind @ ..]) = content.get(at..at.saturating_add(8)) {
+        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        match kind {
+            b"PLTE" if length > 768 || !length.is_multiple_of(3) => {
+                return Err(format!(
+                    "a palette of {length} bytes: expected three for each of up to 256 colours"
+                ));
+            }
+            b"IDAT" => break,
+            _ => at = at.saturating_add(length).saturating_add(12),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -144,5 +169,30 @@ mod tests {
         check("0/without-ending", b"\xff\xd8\xff\xe0", true);
         check("0/a.dat", b"RIFF\x10\0\0\0WEBPVP8L", true);
         check("0/a.wav", b"RIFF\x10\0\0\0WAVE", false);
+    }
+
+    #[test]
+    fn a_palette_has_whole_colours() {
+        let chunk = |kind: &[u8; 4], length: usize| {
+            let length_field = (length as u32).to_be_bytes();
+            [&length_field[..], kind, &vec![0; length], &[0; 4]].concat()
+        };
+        let check = |palette: usize, expected: bool| {
+            let start = b"\x89PNG\r\n\x1a\n".to_vec();
+            let file = [
+                start,
+                chunk(b"IHDR", 13),
+                chunk(b"PLTE", palette),
+                chunk(b"IDAT", 1),
+            ];
+            let file = file.concat();
+            assert_eq!(check_palettes(&file).is_ok(), expected, "{palette}");
+            // Of its beginning alone nothing is known.
+            assert!(check_palettes(&file[..20]).is_ok());
+        };
+        check(12, true);
+        check(768, true);
+        check(13, false);
+        check(771, false);
     }
 }

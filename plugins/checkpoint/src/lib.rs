@@ -1,12 +1,12 @@
 //! Reads checkpoint files as data: torch's zip archives, its older pickles, and safetensors. Writes the first of these.
 //!
-//! In: a file that somebody published. Out: dictionaries of named tensors, read one at a time and converted on the way,
-//! so that a large file takes no more memory than its largest tensor. No instruction of a pickle is carried out; see
-//! `pickle.rs`. All sizes are checked before anything is allocated: a hostile file gets an error, never a crash, an
-//! endless loop or the machine's memory.
+//! In: a file that somebody published. Out: dictionaries of named tensors, read one at a time and converted on the way, so
+//! that a large file takes no more memory than its largest tensor. No code in a pickle is executed; see `pickle.rs`. All
+//! sizes are checked before anything is allocated: a hostile file causes an error, never a crash, an endless loop or
+//! exhausted memory.
 //!
-//! Deliberately absent: any tensor library; and, but for where published scripts look for weights ([`published`]), any
-//! knowledge of which networks there are.
+//! Deliberately absent: any tensor library, and any knowledge of particular networks, except the layouts that published
+//! scripts expect ([`published`]).
 
 pub mod archive;
 pub mod checksum;
@@ -16,12 +16,12 @@ pub mod json;
 mod ndarray;
 pub mod parquet;
 mod pickle;
-pub mod pieces;
 pub mod published;
 pub mod regular;
 mod safetensors;
-pub mod shards;
-pub mod sign;
+pub mod sample_shards;
+pub mod sharded_weights;
+pub mod signature;
 mod source;
 pub mod tar;
 mod tensor;
@@ -80,7 +80,7 @@ impl Dictionary {
         }
     }
 
-    /// A name that comes twice has its last value, as in Python.
+    /// A duplicate name has its last value, as in Python.
     fn insert(&mut self, name: String, tensor: Tensor) {
         match self.places.get(&name) {
             Some(&place) => self.tensors[place].1 = tensor,
@@ -103,7 +103,7 @@ impl Dictionary {
         self.places.get(name).map(|&place| &self.tensors[place].1)
     }
 
-    /// The tensors whose names have a prefix, without it; nothing, if there are none.
+    /// The tensors whose names have a prefix, with the prefix removed; None if there are none.
     pub fn part(&self, prefix: &str) -> Option<Self> {
         let mut part = Self::new(self.path.clone());
         for (name, tensor) in &self.tensors {
@@ -114,8 +114,8 @@ impl Dictionary {
         (!part.tensors.is_empty()).then_some(part)
     }
 
-    /// What the names of all tensors begin with, up to a dot: what some program put in front of them. Empty, if there is
-    /// no such thing, or but one tensor.
+    /// The common prefix of all tensors' names, up to a dot, as added by some program. Empty if there is none, or only one
+    /// tensor.
     pub fn prefix(&self) -> &str {
         let [(first, _), rest @ ..] = self.tensors.as_slice() else {
             return "";
@@ -140,7 +140,7 @@ impl Dictionary {
 struct Content {
     dictionaries: Vec<Dictionary>,
     strangers: Vec<String>,
-    /// Elements of arrays that a pickle holds itself: the source after the file.
+    /// Elements of arrays stored in the pickle itself: the source after the file.
     arrays: Vec<u8>,
 }
 
@@ -155,8 +155,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a file and reads what it says of its tensors; their elements stay in the file. A folder or an index stands
-    /// for the files of a network in several, see [`shards`].
+    /// Opens a file and reads the descriptions of its tensors; the elements stay in the file. A folder or an index stands for
+    /// the files of a sharded network, see [`shards`].
     ///
     /// # Errors
     /// It cannot be read, is none, is damaged, or is beyond the limits.
@@ -164,29 +164,29 @@ impl Checkpoint {
         Self::open_part(path, |_| true)
     }
 
-    /// The same; of several files, those that hold a wanted weight.
+    /// The same; of several files only those with a wanted weight.
     ///
     /// # Errors
     /// As [`Self::open`].
     pub fn open_part(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Self> {
-        match shards::ShardPlace::find(path)? {
-            shards::ShardPlace::File(file) => {
+        match sharded_weights::ShardPlace::find(path)? {
+            sharded_weights::ShardPlace::File(file) => {
                 let opened = Source::open(&file).map_err(Error::from);
                 opened
                     .and_then(Self::read)
-                    .map_err(|e| shards::of(e, path, &file))
+                    .map_err(|e| sharded_weights::of(e, path, &file))
             }
-            shards::ShardPlace::Index(index) => Self::join(&index, wanted),
+            sharded_weights::ShardPlace::Index(index) => Self::join(&index, wanted),
         }
     }
 
     /// The tensors of several files as one dictionary.
-    fn join(index: &shards::Index, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+    fn join(index: &sharded_weights::Index, wanted: impl Fn(&str) -> bool) -> Result<Self> {
         let (mut sources, mut sums, mut strangers) = (Vec::new(), Vec::new(), Vec::new());
         let mut dictionary = Dictionary::new(String::new());
         let mut container = None;
         let mut files = 0;
-        // Names of files: many links to one would have it read as often.
+        // Files may be links: many links to one file would cause it to be read many times.
         let mut known = HashMap::new();
         for (file, weights) in index.files() {
             let mut names = weights.iter().filter(|name| wanted(name)).peekable();
@@ -249,7 +249,7 @@ impl Checkpoint {
 
     fn read(source: Source) -> Result<Self> {
         let start = source.bytes(0, source.len().min(9))?;
-        // Safetensors first: the length it begins with may look like anything.
+        // Safetensors first: its leading length may look like any other format.
         let mut sums = Sums::default();
         let (container, mut content) = if safetensors::recognise(&start) {
             let content = Content {
@@ -305,17 +305,17 @@ impl Checkpoint {
         sources.map(Source::len).sum()
     }
 
-    /// Dictionaries that hold tensors, outer ones first. One reached by several paths is listed under the first.
+    /// Dictionaries with tensors, outer ones first. A dictionary reachable by several paths is listed under the first.
     pub fn dictionaries(&self) -> &[Dictionary] {
         &self.content.dictionaries
     }
 
-    /// Functions and classes that Python would call to load the file and that were taken for opaque values, at most 100.
+    /// Functions and classes that Python would call to load the file, here treated as opaque values; at most 100.
     pub fn strangers(&self) -> &[String] {
         &self.content.strangers
     }
 
-    /// The dictionary of a path; without a path, the only one that holds no optimiser's state.
+    /// The dictionary at a path; without a path, the only one that is not an optimiser's state.
     pub fn select(&self, path: Option<&str>) -> Result<&Dictionary> {
         let all = self.dictionaries();
         let list = |of: &[&Dictionary]| -> String {
@@ -380,7 +380,7 @@ impl Checkpoint {
             Dtype::I16 => |bytes, out| extend(bytes, out, |b| i64::from(i16::from_le_bytes(b))),
             Dtype::U32 => |bytes, out| extend(bytes, out, |b| i64::from(u32::from_le_bytes(b))),
             Dtype::I32 => |bytes, out| extend(bytes, out, |b| i64::from(i32::from_le_bytes(b))),
-            // Above i64 the sign is wrong, and refused below like any negative number.
+            // Values above i64 wrap to negative numbers, which are refused below.
             Dtype::I64 | Dtype::U64 => |bytes, out| extend(bytes, out, i64::from_le_bytes),
             other => return Err(Error::format(format!("type {other}, expected integers"))),
         };
@@ -412,7 +412,7 @@ impl Checkpoint {
         mut convert: impl FnMut(&[u8], &mut Vec<T>),
     ) -> Result<Vec<T>> {
         let source = &self.sources[tensor.source];
-        // Elements that are not there cost no memory: they are refused before room is made for them.
+        // Missing elements are refused before any memory is allocated for them.
         let elements = tensor.check(source)?;
         let mut out = Vec::new();
         out.try_reserve_exact(

@@ -1,4 +1,4 @@
-//! NumPy's arrays in a pickle, as data: what `torch.save` and `pickle.dump` write of them.
+//! NumPy's arrays in a pickle, as data: the form in which `torch.save` and `pickle.dump` write them.
 //!
 //! ```text
 //! numpy.core.multiarray._reconstruct(..)   with the state (version, shape, type, is Fortran's order, bytes)
@@ -7,8 +7,8 @@
 //! _codecs.encode(text, 'latin1')           bytes, where the pickle's protocol knows texts only
 //! ```
 //!
-//! NumPy 2 says `numpy._core`. In: a value of a pickle. Out: a tensor in a source of its own, made of the decoded bytes
-//! in the machine's order. Arrays of anything but numbers are values that nobody looks into.
+//! NumPy 2 says `numpy._core`. In: a value of a pickle. Out: a tensor in a source of its own, made of the decoded bytes in
+//! the machine's order. Arrays of anything but numbers are opaque values.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::pickle::{Id, MOST_BYTES, Node, Pickle};
 use crate::tensor::{DIMENSIONS, Tensor, row_major};
 
-/// The source that the arrays of a file lie in: the one after the file.
+/// The source with the arrays of a file: the one after the file.
 const SOURCE: usize = 1;
 
 /// The arrays found so far, each once.
@@ -32,7 +32,7 @@ pub(crate) struct Arrays {
 type Type = (Dtype, bool);
 
 impl Arrays {
-    /// The array that a value stands for, if it does.
+    /// The array that a value stands for, if any.
     pub fn read(&mut self, pickle: &Pickle, id: Id) -> Result<Option<Tensor>> {
         if let Some(known) = self.known.get(&id) {
             return Ok(Some(known.clone()));
@@ -74,7 +74,7 @@ impl Arrays {
         Ok(Some(tensor))
     }
 
-    /// Whether a function or class is one of those that stand for the arrays found.
+    /// Whether a function or class is one that creates arrays.
     pub fn understand(&self, module: &str, name: &str) -> bool {
         let own = matches!(
             name,
@@ -83,13 +83,13 @@ impl Arrays {
         own && !self.known.is_empty() && (module.starts_with("numpy") || module == "_codecs")
     }
 
-    /// The bytes that the tensors lie in.
+    /// The bytes of the tensors.
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
 }
 
-/// Shape, type, whether the first dimension is the fastest, and the value with the bytes.
+/// Shape, type, whether the order is Fortran's, and the value with the bytes.
 fn parts(pickle: &Pickle, id: Id) -> Option<(Vec<usize>, Type, bool, Id)> {
     let is = |callable: Id, module: &str, name: &str| {
         let found = pickle.global(callable);
@@ -173,7 +173,7 @@ fn element_type(pickle: &Pickle, id: Id) -> Option<Type> {
     Some((dtype, turned))
 }
 
-/// Appends the bytes of a value, if there are so many.
+/// Appends the bytes of a value, if their number is right.
 fn decode(pickle: &Pickle, id: Id, out: &mut Vec<u8>, wanted: usize) -> Option<()> {
     match pickle.node(id) {
         Node::Bytes(range) => {
@@ -186,7 +186,7 @@ fn decode(pickle: &Pickle, id: Id, out: &mut Vec<u8>, wanted: usize) -> Option<(
         } => {
             let arguments = pickle.elements(arguments)?;
             match (pickle.global(callable)?, arguments) {
-                // What protocol 2 has for no bytes at all.
+                // Protocol 2's form of empty bytes.
                 (("__builtin__" | "builtins", "bytes"), []) => (wanted == 0).then_some(()),
                 (("_codecs", "encode"), &[text, code]) if pickle.text(code)? == "latin1" => {
                     let Node::Text(range) = pickle.node(text) else {
@@ -274,7 +274,7 @@ mod tests {
         Checkpoint::from_bytes(zip.finish().unwrap().into_inner())
     }
 
-    /// NumPy before 2 calls its modules otherwise.
+    /// NumPy before 2 has other module names.
     fn older(pickle: &[u8]) -> Vec<u8> {
         let (new, old) = (b"numpy._core", b"numpy.core");
         let at = pickle
@@ -282,7 +282,7 @@ mod tests {
             .position(|own| own == new)
             .unwrap();
         let mut older = [&pickle[..at], old, &pickle[at + new.len()..]].concat();
-        // Texts of protocol 4 on say their length, and frames theirs.
+        // From protocol 4 on, texts and frames have a length.
         if pickle[1] >= 4 {
             older[at - 1] -= 1;
             older[3] -= 1;

@@ -1,15 +1,17 @@
-//! Parquet files, as data sets of images have them: columns read page by page, in their order.
+//! Parquet files as used for image data sets: columns are read page by page, in order.
 //!
 //! ```text
 //! PAR1  pages of column 1, 2, .. of row group 1  pages of row group 2  ..  footer  its length  PAR1
 //! ```
 //!
-//! In: a file that somebody published. Out: its columns, and of each of them the cells, a page of them in memory at a time.
-//! All sizes are checked before anything is allocated. Read are truth values, whole numbers and bytes, plain or by
-//! dictionary; packed by Snappy, gzip, Zstandard or not at all. Deliberately absent: lists and maps, encryption, the rarer
-//! encodings, the statistics and indexes that help to skip rows, and writing.
+//! In: a file that somebody published. Out: its columns and their cells, one page in memory at a time. All sizes are checked
+//! before anything is allocated. Supported are booleans, integers and bytes, plain or dictionary-encoded, compressed by
+//! Snappy, gzip, Zstandard or not at all. Deliberately absent: lists and maps, encryption, the rarer encodings, the
+//! statistics and indexes that help to skip rows, and writing.
 
+mod dictionary;
 mod page;
+mod plain;
 mod thrift;
 
 use std::fs::File;
@@ -18,21 +20,22 @@ use std::sync::Arc;
 
 use crate::source::Source;
 use crate::{Error, Result};
-pub use page::{Cell, Cells, Page, Pages};
+pub use page::{Cells, Page, Pages};
+pub use plain::Cell;
 use thrift::{Fault, Kind, Reader};
 
-/// With what a file begins and ends.
+/// The first and last bytes of a file.
 const MAGIC: [u8; 4] = *b"PAR1";
-/// With what one ends whose footer is encrypted.
+/// The last bytes of a file with an encrypted footer.
 const ENCRYPTED: [u8; 4] = *b"PARE";
 
 /// The longest footer that is read.
 const FOOTER: u64 = 64 << 20;
-/// The most columns, and how deep they lie in each other.
+/// The most columns, and their deepest nesting.
 const MOST_COLUMNS: usize = 1 << 14;
 const DEEPEST: usize = 32;
-/// The most row groups, chunks of columns in all of them, notes and rows: an entry of the footer may take a byte there, and
-/// some fifty in memory.
+/// The most row groups, column chunks in all of them, metadata entries and rows: an entry may take one byte in the footer,
+/// and some fifty in memory.
 const MOST_GROUPS: usize = 1 << 20;
 const MOST_CHUNKS: usize = 1 << 22;
 const MOST_NOTES: usize = 1 << 10;
@@ -49,20 +52,20 @@ pub enum Values {
     Int64,
     /// Bytes, or a text.
     Bytes,
-    /// What is not read here, by name.
+    /// A type that is not supported here, by name.
     Other(&'static str),
 }
 
 /// A column.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Column {
-    /// Its name, after those of the structures that it is a part of.
+    /// Its name, preceded by the names of the structures around it.
     pub path: Vec<Arc<str>>,
     /// What its cells are.
     pub values: Values,
-    /// Whether a row has any number of cells.
+    /// Whether it is repeated: a row may have any number of cells.
     pub repeated: bool,
-    /// How many of the structures around a cell, and the cell itself, may be missing.
+    /// How many of the cell and the structures around it are optional.
     optional: u32,
 }
 
@@ -99,7 +102,7 @@ pub struct Parquet {
     source: Source,
     /// Its columns.
     pub columns: Vec<Column>,
-    /// What its writer says beside the data, by keys.
+    /// The writer's metadata, by key.
     pub notes: Vec<(String, String)>,
     /// Number of rows.
     pub rows: u64,
@@ -114,7 +117,7 @@ pub struct Parquet {
 }
 
 impl Parquet {
-    /// Opens a file and reads what it says of itself.
+    /// Opens a file and reads its footer.
     ///
     /// # Errors
     /// It cannot be read, or is no such file.
@@ -134,8 +137,8 @@ impl Parquet {
         let (start, length) = footer(&source)?;
         let bytes = source.bytes(start, length)?;
         let told = Footer::read(&bytes).map_err(|fault| match fault {
-            Fault::Short => Error::format("a damaged Parquet file: its footer is cut short"),
-            Fault::Wrong(what) => {
+            Fault::Truncated => Error::format("a damaged Parquet file: its footer is cut short"),
+            Fault::Malformed(what) => {
                 Error::format(format!("a damaged Parquet file: its footer has {what}"))
             }
         })?;
@@ -172,7 +175,7 @@ impl Parquet {
         Ok(parquet)
     }
 
-    /// Holds fewer bytes of pages than it would, where the caller holds others.
+    /// Lowers the limit of bytes for pages by the memory that the caller uses.
     pub fn hold_at_most(&mut self, bytes: u64) {
         self.held = self.held.min(bytes);
     }
@@ -199,7 +202,7 @@ impl Parquet {
         Pages::new(self, column)
     }
 
-    /// The chunk of a column in a group of so many rows.
+    /// The chunk of a column in a row group, with the group's number of rows.
     fn chunk(&self, group: usize, column: usize) -> Option<(Chunk, u64)> {
         let rows = *self.groups.get(group)?;
         let chunk = *self.chunks.get(group * self.columns.len() + column)?;
@@ -207,12 +210,12 @@ impl Parquet {
     }
 }
 
-/// Where the footer is, and its length.
+/// The footer's position and length.
 fn footer(source: &Source) -> Result<(u64, u64)> {
     let (head, tail) = (MAGIC.len() as u64, 4 + MAGIC.len() as u64);
     let all = source.len();
     if all < head + tail {
-        return Err(Error::format("no Parquet file: it is too short for one"));
+        return Err(Error::format("not a Parquet file: it is too short for one"));
     }
     let begin = source.bytes(0, head)?;
     let end = source.bytes(all - tail, tail)?;
@@ -222,7 +225,9 @@ fn footer(source: &Source) -> Result<(u64, u64)> {
         ));
     }
     if begin != MAGIC {
-        return Err(Error::format("no Parquet file: it does not begin as one"));
+        return Err(Error::format(
+            "not a Parquet file: its first bytes are wrong",
+        ));
     }
     if end[4..] != MAGIC {
         return Err(Error::format(
@@ -243,7 +248,7 @@ fn footer(source: &Source) -> Result<(u64, u64)> {
     }
 }
 
-/// Why a file that ends so is no whole Parquet file; nothing, where it may be.
+/// Why a file with these last bytes cannot be a complete Parquet file; None if it may be one.
 pub(crate) fn broken(file: File) -> Option<String> {
     let size = file.metadata().ok()?.len();
     let told = footer(&Source::File(Arc::new(file), size));
@@ -258,14 +263,14 @@ struct Footer {
     /// Rows and number of columns of each group.
     groups: Vec<(u64, usize)>,
     chunks: Vec<Chunk>,
-    /// Why the file is not read, though it is whole.
+    /// Why the file is not supported although it is complete.
     refused: Option<&'static str>,
 }
 
-/// An element of the schema, which lies there as a tree in the order in which one writes it.
+/// An element of the schema, a tree flattened depth-first.
 struct Element {
     name: Arc<str>,
-    /// What its cells are, where it is a column.
+    /// The type of its cells, if it is a column.
     values: Option<Values>,
     optional: bool,
     repeated: bool,
@@ -279,7 +284,7 @@ impl Footer {
             match field {
                 2 => reader.list(kind, |reader, kind| {
                     if told.elements.len() > 2 * MOST_COLUMNS {
-                        return Err(Fault::Wrong("more columns than any table"));
+                        return Err(Fault::Malformed("more columns than any table"));
                     }
                     told.elements.push(element(reader, kind)?);
                     Ok(())
@@ -287,7 +292,7 @@ impl Footer {
                 4 => reader.list(kind, |reader, kind| told.group(reader, kind))?,
                 5 => reader.list(kind, |reader, kind| {
                     if told.notes.len() == MOST_NOTES {
-                        return Err(Fault::Wrong("more notes than any table"));
+                        return Err(Fault::Malformed("more notes than any table"));
                     }
                     told.notes.push(note(reader, kind)?);
                     Ok(())
@@ -313,9 +318,9 @@ impl Footer {
             }
             Ok(true)
         })?;
-        let rows = rows.ok_or(Fault::Wrong("a row group without a number of rows"))?;
+        let rows = rows.ok_or(Fault::Malformed("a row group without a number of rows"))?;
         if self.groups.len() == MOST_GROUPS {
-            return Err(Fault::Wrong("more row groups than any table"));
+            return Err(Fault::Malformed("more row groups than any table"));
         }
         self.groups.push((rows, self.chunks.len() - before));
         Ok(())
@@ -323,7 +328,9 @@ impl Footer {
 
     fn chunk(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), Fault> {
         if self.chunks.len() == MOST_CHUNKS {
-            return Err(Fault::Wrong("more columns in row groups than any table"));
+            return Err(Fault::Malformed(
+                "more columns in row groups than any table",
+            ));
         }
         let mut found = None;
         let mut refused = None;
@@ -352,9 +359,11 @@ impl Footer {
         };
         match (found, refused) {
             (Some(chunk), _) => self.chunks.push(chunk),
-            // An encrypted one says no more here.
+            // An encrypted chunk has no further fields.
             (None, Some(_)) => self.chunks.push(nowhere),
-            (None, None) => return Err(Fault::Wrong("a column that says nothing of its pages")),
+            (None, None) => {
+                return Err(Fault::Malformed("a column that says nothing of its pages"));
+            }
         }
         Ok(())
     }
@@ -365,8 +374,8 @@ impl Footer {
         let Some((root, elements)) = self.elements.split_first() else {
             return wrong("it has no schema");
         };
-        // Of each structure around the present element: elements of it still to come, cells of it that may be missing,
-        // and whether there are many.
+        // For each structure around the current element: its remaining elements, how many levels are optional, and whether it
+        // is repeated.
         let mut around = vec![(root.children, 0u32, false)];
         let (mut path, mut columns): (Vec<Arc<str>>, Vec<Column>) = (Vec::new(), Vec::new());
         for element in elements {
@@ -425,7 +434,7 @@ fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
                     4 | 5 => Values::Other("fractions"),
                     6 => Values::Bytes,
                     7 => Values::Other("bytes of fixed length"),
-                    _ => return Err(Fault::Wrong("a column of no known type")),
+                    _ => return Err(Fault::Malformed("a column of no known type")),
                 })
             }
             3 => repetition = reader.int(kind)?,
@@ -436,12 +445,12 @@ fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
         Ok(true)
     })?;
     if !(0..=2).contains(&repetition) {
-        return Err(Fault::Wrong("a column of no known repetition"));
+        return Err(Fault::Malformed("a column of no known repetition"));
     }
-    // A structure without a field is no column either.
+    // A structure without fields is not a column either.
     let children = children.unwrap_or(0);
     Ok(Element {
-        name: name.ok_or(Fault::Wrong("a column without a name"))?,
+        name: name.ok_or(Fault::Malformed("a column without a name"))?,
         values: values.filter(|_| children == 0),
         optional: repetition == 1,
         repeated: repetition == 2,
@@ -492,7 +501,7 @@ fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
         (data, _) => data,
     };
     match (codec, values, first) {
-        // Of a row group without rows nothing lies anywhere.
+        // A row group without rows has no pages.
         (Some(codec), Some(0), _) => Ok(Chunk {
             start: 0,
             codec,
@@ -503,7 +512,7 @@ fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
             codec,
             values,
         }),
-        _ => Err(Fault::Wrong(
+        _ => Err(Fault::Malformed(
             "a column that does not say where its pages are",
         )),
     }

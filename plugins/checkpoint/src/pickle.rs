@@ -1,11 +1,11 @@
-//! Pickles as data: a machine that builds a graph of plain values and can do nothing else.
+//! Pickles as data: a machine that builds a graph of plain values and does nothing else.
 //!
-//! Python's pickles are programs whose instructions import and call functions. This machine writes down what would have
-//! been called, [`Node::Call`], and calls nothing; whoever reads the graph knows the few calls that stand for tensors.
-//! Only calls that make dictionaries are understood here, since later instructions fill them.
+//! Python's pickles are programs whose instructions import and call functions. This machine records calls as [`Node::Call`]
+//! and makes none; readers of the graph recognise the few calls that stand for tensors. Only calls that make dictionaries are
+//! interpreted here, because later instructions fill them.
 //!
-//! In: bytes from the beginning of a pickle. Out: the graph and where the pickle ends. The graph may have cycles and
-//! shared parts. All that grows is paid for from one budget, so a small file cannot ask for much memory.
+//! In: bytes from the beginning of a pickle. Out: the graph and where the pickle ends. The graph may have cycles and shared
+//! parts. Everything that grows is charged to one budget, so a small file cannot demand much memory.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,7 +18,7 @@ pub(crate) type Id = u32;
 
 /// The most bytes of pickle that are read.
 pub(crate) const MOST_BYTES: u64 = 64 << 20;
-/// The longest text that is looked at: longer ones name nothing.
+/// The longest text that is read: longer ones are not names.
 const NAME: usize = 256;
 /// The most nodes, elements, stack and memo entries together; 10 000 tensors with their optimiser state take a tenth.
 const BUDGET: u64 = 4_000_000;
@@ -93,7 +93,7 @@ impl Pickle {
         })
     }
 
-    /// The node of an id that this pickle gave out.
+    /// The node of an id from this pickle.
     pub fn node(&self, id: Id) -> &Node {
         &self.nodes[id as usize]
     }
@@ -103,7 +103,7 @@ impl Pickle {
         self.nodes.iter()
     }
 
-    /// The text of a node, if it is one and not too long for a name.
+    /// The text of a node, if it is a text that is not too long for a name.
     pub fn text(&self, id: Id) -> Option<&str> {
         match self.node(id) {
             Node::Text(range) => self.str(range),
@@ -111,7 +111,7 @@ impl Pickle {
         }
     }
 
-    /// A range that a node gave out, as text, if it is not too long for a name.
+    /// A node's range as text, if it is not too long for a name.
     fn str(&self, range: &Range<u32>) -> Option<&str> {
         let bytes = self.raw(range);
         if bytes.len() > NAME {
@@ -120,12 +120,12 @@ impl Pickle {
         std::str::from_utf8(bytes).ok()
     }
 
-    /// A range that a node gave out.
+    /// The bytes of a node's range.
     pub fn raw(&self, range: &Range<u32>) -> &[u8] {
         &self.bytes[range.start as usize..range.end as usize]
     }
 
-    /// Module and name of a node, if it is something to import.
+    /// Module and name of a node, if it is an import.
     pub fn global(&self, id: Id) -> Option<(&str, &str)> {
         match self.node(id) {
             Node::Global { module, name } => Some((self.str(module)?, self.str(name)?)),
@@ -233,7 +233,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Carries out an instruction about the pickle, the stack or its marks; whether it is one.
+    /// Executes an instruction about the pickle, the stack or its marks; returns whether it was one.
     fn structure(&mut self, instruction: u8) -> Result<bool> {
         match instruction {
             b'\x80' => {
@@ -267,7 +267,7 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    /// The same of one that gives a value.
+    /// The same for an instruction that pushes a value.
     fn constant(&mut self, instruction: u8) -> Result<bool> {
         match instruction {
             b'N' => self.push(Node::None)?,
@@ -298,7 +298,7 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    /// The same of one that makes or fills a tuple, list, set or dictionary.
+    /// The same for an instruction that makes or fills a tuple, list, set or dictionary.
     fn container(&mut self, instruction: u8) -> Result<bool> {
         match instruction {
             b')' => self.push(Node::Tuple(Vec::new()))?,
@@ -341,7 +341,7 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    /// The same of one that keeps a value for later, or takes one that was kept.
+    /// The same for an instruction that stores a value in the memo or fetches one from it.
     fn memory(&mut self, instruction: u8) -> Result<bool> {
         match instruction {
             b'q' => self.remember(1)?,
@@ -357,7 +357,7 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    /// The same of one, at this byte, by which Python would import, call or fill something.
+    /// The same for an instruction, at this byte, by which Python would import, call or fill something.
     fn object(&mut self, instruction: u8, at: usize) -> Result<bool> {
         match instruction {
             b'c' => {
@@ -555,7 +555,7 @@ impl Machine<'_> {
         self.push_id(id)
     }
 
-    /// BUILD would give an object its attributes. Arrays of NumPy hold their elements there, nothing else holds weights.
+    /// BUILD would set an object's attributes. NumPy's arrays keep their elements there; nothing else there contains weights.
     fn build(&mut self, object: Id, state: Id) {
         let &Node::Call {
             callable,

@@ -1,4 +1,4 @@
-//! Networks of an artifact as files that the published scripts load.
+//! Networks of an artifact, exported for the published scripts.
 //!
 //! In: a directory with `config.json` and weights under published names, as `tokenizer`, `teacher` and `student` stages
 //! write it. Out: a torch file with the weights where those scripts look, and with the buffers without which they refuse
@@ -11,7 +11,7 @@
 //!           student              ema, model
 //! ```
 //!
-//! A student's artifact holds the moving average alone: it stands in both places, its elements once.
+//! A student's artifact contains only the moving average: both names refer to it, and its elements are stored once.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The one whose name the store knows.
+    /// The network that the artifact is named after.
     pub fn of(name: &str) -> Option<Self> {
         match name {
             "tokenizer" => Some(Self::Tokenizer),
@@ -53,7 +53,7 @@ impl Kind {
     }
 }
 
-/// What went wrong, and with which file.
+/// An error, and the file it is about.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
 pub struct ExportError {
@@ -65,9 +65,9 @@ pub struct ExportError {
 
 /// The most bytes of a configuration.
 const CONFIG_MOST: u64 = 1 << 20;
-/// Counters of LlamaGen's tokenizer, which its file always has.
+/// Counters that the file of LlamaGen's tokenizer always has.
 const CODEBOOK_USED: usize = 65536;
-/// The most tokens of an image: a mask says of each pair of them whether one sees the other.
+/// The most tokens of an image: the mask has an entry for each pair of them.
 const TOKENS_MOST: u64 = 1 << 14;
 /// The most blocks of a network, and their greatest width.
 const BLOCKS_MOST: u64 = 1000;
@@ -134,7 +134,7 @@ pub fn export(
         .map_err(|e| at(to)(&e))
 }
 
-/// Refuses a shape whose buffers are larger than those of any network: a few digits can ask for all memory.
+/// Refuses a shape whose buffers are larger than those of any network: a few digits could demand all memory.
 fn check_size(name: &str, shape: &Value) -> Result<(), String> {
     let number = |field: &str| shape[field].as_u64().unwrap_or(0);
     let sides = || shape["scales"].as_array().into_iter().flatten();
@@ -161,7 +161,7 @@ fn check_size(name: &str, shape: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// Which buffers stand beside the weights.
+/// Which buffers accompany the weights.
 #[derive(Clone, Copy)]
 enum Buffers {
     None,
@@ -222,7 +222,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Names, shapes and elements of buffers, of a shape that has been checked.
+    /// Names, shapes and elements of buffers, for a checked shape.
     fn values(&self, buffers: Buffers) -> Vec<(String, Vec<usize>, Values)> {
         let number = |value: &Value| value.as_u64().unwrap_or(0) as usize;
         let zeros = |name: &str, shape: Vec<usize>| {
@@ -307,7 +307,7 @@ mod tests {
                 r#""scales": [1], "depth": 1, "width": 1000000000000"#,
                 "`network` has 1000000000000 channels, expected at most 65536",
             ),
-            // A shape as they are published: then its weights are looked for.
+            // A published shape: the next step looks for its weights.
             (
                 r#""scales": [1, 2, 3, 4, 6, 9, 13, 18, 24, 32], "depth": 36, "width": 2304"#,
                 "model.safetensors: ",

@@ -1,15 +1,52 @@
-//! Files that are files: opening what somebody named without waiting for it.
+//! Opening regular files safely: a path may be anything, and opening it must not block.
 //!
-//! In: a path. Out: an open regular file, or an error that says what is there instead. A pipe would be waited for, a
-//! device may have no end, and opening one may already do something: so the path is looked at first, opened without
-//! waiting, and what was opened is looked at again. Links are followed, except by `open_itself` and its like. Deliberately
-//! absent: the path in messages; whoever asked has it.
+//! In: a path. Out: an open regular file, or an error that says what is there instead. Opening a pipe would block, a device
+//! may have no end, and merely opening one may have an effect. So the path is checked first, opened without blocking, and the
+//! open file is checked again. Links are followed, except by `open_itself` and its kin. Callers that expect stale handles use
+//! [`patiently`]. Deliberately absent: the path in messages, which the caller knows.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
+
+/// How often an operation is retried while a handle is stale, and the time between.
+const STALE_TRIES: u32 = 10;
+const STALE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Retries while the file system reports a stale handle. NFS does so after a file or directory was replaced: it exists under
+/// another handle. Other errors are returned at once, and this one after the last retry.
+///
+/// # Errors
+/// The last error of `act`.
+pub fn patiently<T>(act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    patiently_where(is_stale, act)
+}
+
+/// The same for another error type; `is_stale` says whether an error was caused by a stale handle.
+///
+/// # Errors
+/// As [`patiently`].
+pub fn patiently_where<T, E>(
+    is_stale: impl Fn(&E) -> bool,
+    mut act: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    for _ in 1..STALE_TRIES {
+        match act() {
+            Err(error) if is_stale(&error) => std::thread::sleep(STALE_PAUSE),
+            done => return done,
+        }
+    }
+    act()
+}
+
+/// Whether a file system has reported a stale handle.
+pub fn is_stale(error: &io::Error) -> bool {
+    // The kind is kept when a message with the file's name is added.
+    error.kind() == io::ErrorKind::StaleNetworkFileHandle
+}
 
 /// Opens a regular file for reading.
 ///
@@ -22,10 +59,38 @@ pub fn open(path: &Path) -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)?;
     expect_regular(&file.metadata()?)?;
+    expect_stored(&file)?;
     Ok(file)
 }
 
-/// Opens the regular file that lies at a path itself: no link is followed there.
+/// Refuses files that the kernel generates (`/proc`, `/sys`): they look regular but may have no end.
+fn expect_stored(file: &File) -> io::Result<()> {
+    const MADE_UP: [u32; 6] = [
+        0x9fa0,
+        0x6265_6572,
+        0x6462_6720,
+        0x7472_6163,
+        0x6367_7270,
+        0x7363_6673,
+    ];
+    // SAFETY: plain data, filled by the call; the descriptor is open.
+    let kind = unsafe {
+        let mut found: libc::statfs = std::mem::zeroed();
+        match libc::fstatfs(file.as_raw_fd(), &mut found) {
+            0 => found.f_type as u32,
+            _ => return Ok(()),
+        }
+    };
+    match MADE_UP.contains(&kind) {
+        true => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is made by the kernel when it is read (/proc, /sys), not a regular file",
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Opens the regular file at a path without following a link there.
 ///
 /// # Errors
 /// As [`open`]; it is a link.
@@ -36,13 +101,14 @@ pub fn open_itself(path: &Path) -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
         .open(path)?;
     expect_regular(&file.metadata()?)?;
+    expect_stored(&file)?;
     Ok(file)
 }
 
-/// Opens it for writing, empty, and makes it where there is none.
+/// Opens it for writing, empty, and creates it if missing.
 ///
 /// # Errors
-/// As [`open_itself`]. What is no regular file is left as it is.
+/// As [`open_itself`]. Anything else at the path is left untouched.
 pub fn create_itself(path: &Path) -> io::Result<File> {
     match std::fs::symlink_metadata(path) {
         Ok(found) => expect_regular(&found)?,
@@ -86,7 +152,7 @@ pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 /// It is longer ([`io::ErrorKind::FileTooLarge`]); it cannot be read.
 pub fn whole(file: File, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    // It may grow meanwhile: what counts is what was read.
+    // It may grow meanwhile: the bytes that were read count.
     file.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
         let message = format!("it is longer than {limit} bytes, the most that is read");
@@ -95,13 +161,12 @@ pub fn whole(file: File, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Bytes that a file, or all files of a folder, may have without it being asked whether they are on the disk.
+/// Below this size, a file or the files of a folder are not checked for sparseness.
 const MUCH: u64 = 1 << 30;
-/// How many times as many bytes as are on the disk then are too many.
+/// Above it, a size of more than this many times the bytes on the disk is refused.
 const HOLLOW: u64 = 16;
 
-/// What a file takes on the disk beside how long it is: files may have holes, which cost whoever made them nothing and
-/// whoever reads them as much as data.
+/// A file's length and its space on the disk. Files may have holes, which cost nothing to create but as much as data to read.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Extent {
     length: u64,
@@ -109,7 +174,7 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Of a file that was looked at.
+    /// From a file's metadata.
     pub fn of(found: &Metadata) -> Self {
         Self {
             length: found.len(),
@@ -135,13 +200,13 @@ impl Extent {
         self.length.saturating_sub(self.stored)
     }
 
-    /// Whether they are many, and most of what there is. File systems that compress store little, too: see [`has_hole`].
+    /// Whether most of a large size is missing on the disk. Compressing file systems also use little space: see [`has_hole`].
     pub fn is_hollow(self) -> bool {
         self.length > MUCH && self.stored.saturating_mul(HOLLOW) < self.length
     }
 }
 
-/// Whether a file has a hole. Not of a file that is only compressed, nor where the file system does not tell.
+/// Whether a file has a hole. False if it is only compressed, or if the file system does not report holes.
 ///
 /// # Errors
 /// As [`open`].
@@ -153,7 +218,7 @@ pub fn has_hole(path: &Path) -> io::Result<bool> {
     Ok(u64::try_from(hole).is_ok_and(|hole| hole < length))
 }
 
-/// Nothing, if this is what is known of a regular file.
+/// Succeeds if this is the metadata of a regular file.
 ///
 /// # Errors
 /// [`io::ErrorKind::InvalidInput`], with what it is.
@@ -217,6 +282,31 @@ mod tests {
     }
 
     #[test]
+    fn only_a_stale_handle_is_tried_again_and_not_for_ever() {
+        let tried = |errors: &[i32]| {
+            let mut tries = 0;
+            let done = patiently(|| {
+                tries += 1;
+                match errors.get(tries - 1) {
+                    Some(code) => Err(io::Error::from_raw_os_error(*code)),
+                    None => Ok("there"),
+                }
+            });
+            (done.map_err(|error| error.raw_os_error()), tries)
+        };
+        assert_eq!(tried(&[]), (Ok("there"), 1));
+        assert_eq!(tried(&[libc::ESTALE; 3]), (Ok("there"), 4));
+        let other = [libc::ESTALE, libc::EIO];
+        assert_eq!(tried(&other), (Err(Some(libc::EIO)), 2));
+        let always = [libc::ESTALE; 2 * STALE_TRIES as usize];
+        let (done, tries) = tried(&always);
+        assert_eq!(
+            (done, tries),
+            (Err(Some(libc::ESTALE)), STALE_TRIES as usize)
+        );
+    }
+
+    #[test]
     fn a_file_of_holes_is_known_without_being_read() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("file");
@@ -227,7 +317,7 @@ mod tests {
         file.set_len(60 << 30).unwrap();
         assert!(extent().is_hollow() && has_hole(&path).unwrap());
         assert!(extent().missing() > 59 << 30);
-        // Many files that are each too small to be asked about.
+        // Many files that are each too small to be checked.
         file.set_len(MUCH / 2).unwrap();
         assert!(!extent().is_hollow());
         let many = (0..10).fold(Extent::default(), |sum, _| sum.and(extent()));

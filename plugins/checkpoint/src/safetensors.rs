@@ -1,7 +1,7 @@
 //! Safetensors: a header in JSON, then the elements.
 //!
-//! The header is read here and not by the format's own library, which takes a million entries, or a shape of ten million
-//! sizes, into memory before anybody can look: what is counted here is refused at the first entry too many.
+//! The header is read here and not by the format's own library, which loads a million entries, or a shape of ten million
+//! sizes, before anybody can check them. This reader counts, and refuses at the first excess.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -18,7 +18,7 @@ use crate::tensor::{DIMENSIONS, TENSORS, Tensor};
 /// The most bytes of header that are read: some 150 for each of the most tensors.
 const HEADER: u64 = 16 << 20;
 
-/// Whether a file that begins so claims to be one.
+/// Whether these first bytes claim to be safetensors.
 pub(crate) fn recognise(start: &[u8]) -> bool {
     start.get(8) == Some(&b'{')
 }
@@ -83,7 +83,7 @@ pub(crate) fn read(source: &Source) -> Result<Dictionary> {
     Ok(dictionary)
 }
 
-/// What the header says of a tensor.
+/// A tensor's entry in the header.
 #[derive(Deserialize)]
 struct Info {
     dtype: Dtype,

@@ -1,7 +1,7 @@
 //! The bytes of a checkpoint, by position: in a file or in memory.
 //!
-//! Files are read by position and not mapped: a mapping needs `unsafe`, and a file that shrinks under it ends the
-//! process. The page cache serves both alike, and a tensor is converted on its way anyway.
+//! Files are read by position, not mapped: a mapping needs `unsafe`, and if the file shrinks the process is killed. The page
+//! cache serves both equally, and tensors are converted while they are read anyway.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ impl Source {
         Ok(Self::File(Arc::new(file), size))
     }
 
-    /// What a file is known by, whatever its names: device and number.
+    /// A file's identity, independent of its names: device and inode.
     pub fn identity(&self) -> io::Result<Option<(u64, u64)>> {
         match self {
             Self::File(file, _) => {

@@ -1,8 +1,7 @@
-//! Tar archives as they lie: which bytes are which file.
+//! Tar archives in place: which bytes belong to which file.
 //!
-//! Read are the headers that GNU tar, BSD tar and Python write (ustar, long names, pax paths and sizes). Nothing is
-//! unpacked. Deliberately absent: compressed archives, which could be read from the beginning only, sparse files, and
-//! what files mean.
+//! It reads the headers that GNU tar, BSD tar and Python write (ustar, long names, pax paths and sizes), and unpacks nothing.
+//! Deliberately absent: compressed archives, which can only be read sequentially, sparse files, and the meaning of files.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -33,7 +32,7 @@ pub struct FileRange {
 pub enum Stored {
     /// A file, whole.
     Whole,
-    /// A name of what lies elsewhere.
+    /// A link.
     Link,
     /// A file without its holes.
     Sparse,
@@ -46,7 +45,7 @@ pub struct Entry {
     pub name: String,
     /// Where its bytes are.
     pub range: FileRange,
-    /// Whether these are all of it.
+    /// Whether the range is the complete file, not a sparse one.
     pub stored: Stored,
 }
 
@@ -58,12 +57,12 @@ pub struct Archive {
     at: u64,
     /// Where the reader is.
     here: u64,
-    /// Headers that have been read, and until when more are.
+    /// The number of headers read, and the deadline for reading more.
     headers: u64,
     until: Option<Instant>,
 }
 
-/// What headers say of the entry behind them.
+/// Information from headers about the entry that follows.
 #[derive(Default)]
 struct PendingHeader {
     name: Option<String>,
@@ -94,7 +93,7 @@ impl Archive {
         ))
     }
 
-    /// Fills `bytes` with what begins at `start`. What is near has been read already.
+    /// Fills `bytes` from position `start`, from the read-ahead buffer if possible.
     fn read(&mut self, start: u64, bytes: &mut [u8]) -> Result<()> {
         let way = i128::from(start) - i128::from(self.here);
         let way = i64::try_from(way).map_err(|_| self.fault("it is too long"))?;
@@ -115,10 +114,10 @@ impl Archive {
         Ok(bytes)
     }
 
-    /// A part as a short text, without the space around it.
+    /// A range as a short text, trimmed.
     ///
     /// # Errors
-    /// It is long, or no text.
+    /// It is too long, or not text.
     pub fn text(&mut self, range: FileRange) -> Result<String> {
         let bytes = self.bytes(range)?;
         let text = String::from_utf8(bytes).map_err(|_| self.fault("a text that is not UTF-8"))?;
@@ -128,7 +127,7 @@ impl Archive {
     /// The next entry that stands for a file.
     ///
     /// # Errors
-    /// The archive is not whole, or cannot be read.
+    /// The archive is damaged, or cannot be read.
     #[expect(clippy::should_implement_trait, reason = "it lends nothing, and fails")]
     pub fn next(&mut self) -> Result<Option<Entry>> {
         let mut ahead = PendingHeader::default();
@@ -181,7 +180,7 @@ impl Archive {
         }
     }
 
-    /// What a header begins, where that is a file; else what it says of the next one is in `ahead`.
+    /// The entry that a header begins, if it is a file. Otherwise its information about the next entry goes to `ahead`.
     fn entry(
         &mut self,
         head: &[u8; BLOCK],
@@ -202,7 +201,7 @@ impl Archive {
                     b'1' | b'2' => Stored::Link,
                     b'S' => Stored::Sparse,
                     _ if sparse => Stored::Sparse,
-                    // Old archives mark folders by their names only.
+                    // Old archives mark folders only by their names.
                     _ if name.ends_with('/') => return Ok(None),
                     _ => Stored::Whole,
                 };
@@ -229,15 +228,15 @@ impl Archive {
                     }
                 }
             }
-            // Folders, devices, and what concerns the whole archive.
+            // Folders, devices, and global headers.
             _ => *ahead = PendingHeader::default(),
         }
         Ok(None)
     }
 }
 
-/// What is wrong with the headers of an archive, as far as they can be looked at until then. An archive whose middle is
-/// broken need not be read to its end for that.
+/// The first error in the headers of an archive that is found before the deadline. It finds damage in the middle without
+/// reading all the data.
 pub fn broken(file: File, until: Instant) -> Option<String> {
     let walk = || {
         let mut archive = Archive::new(file)?;
@@ -255,7 +254,7 @@ pub fn broken(file: File, until: Instant) -> Option<String> {
 /// Whether a block is a header, by its sum.
 pub fn is_header(head: &[u8; BLOCK]) -> bool {
     let sum = |bytes: &[u8]| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>();
-    // The sum counts itself as spaces.
+    // For the checksum, its own field counts as spaces.
     let sum = sum(&head[..148]) + 8 * 32 + sum(&head[156..]);
     number(&head[148..156]) == Some(sum)
 }

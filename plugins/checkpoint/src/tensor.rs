@@ -1,4 +1,4 @@
-//! A tensor in a file: type, shape, strides, where its first element lies; and how its elements are read.
+//! A tensor in a file: type, shape, strides, position of the first element, and how its elements are read.
 
 use safetensors::Dtype;
 
@@ -7,13 +7,13 @@ use crate::source::Source;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// Bytes of a view that are put in order at a time.
+/// Bytes of a view that are reordered at a time.
 const SLAB: usize = 8 << 20;
-/// Bytes between two elements that are read with them, rather than passed over.
+/// Gaps of up to this many bytes between elements are read instead of skipped.
 const GAP: u64 = 4096;
-/// Bytes read ahead where elements lie so close.
+/// Bytes read ahead when gaps are that small.
 const AHEAD: u64 = 64 << 10;
-/// The most bytes that are read at once for runs that lie no further apart than [`GAP`] on average.
+/// The most bytes read at once for runs whose average gap is at most [`GAP`].
 const HELD: u64 = 64 << 20;
 /// A view may be larger than its file up to this many bytes.
 const VIEW: u64 = 64 << 20;
@@ -38,7 +38,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor whose elements lie in the file one after the other, last dimension fastest.
+    /// A tensor whose elements are contiguous in the file, last dimension fastest.
     pub(crate) fn contiguous(dtype: Dtype, shape: Vec<usize>, start: u64) -> Self {
         let strides = row_major(&shape);
         Self {
@@ -121,7 +121,7 @@ impl Tensor {
         Some(part)
     }
 
-    /// One element as a tensor of shape (1), if it has that place.
+    /// One element as a tensor of shape (1), if the index is valid.
     pub fn element(&self, place: &[usize]) -> Option<Self> {
         if place.len() != self.shape.len() {
             return None;
@@ -178,8 +178,8 @@ impl Tensor {
             .div_ceil(8)
     }
 
-    /// Number of elements, once it is known to be worth the memory: a view may repeat elements, and so a small file
-    /// may speak of a huge tensor.
+    /// Number of elements, if the memory for them is justified: a view may repeat elements, so a small file may describe a
+    /// huge tensor.
     pub(crate) fn check(&self, source: &Source) -> Result<usize> {
         if self.dtype.bitsize() < 8 {
             return Err(Error::format(format!(
@@ -196,8 +196,8 @@ impl Tensor {
         Ok(self.elements() as usize)
     }
 
-    /// Gives the elements' little-endian bytes, last dimension fastest, in pieces of whole elements. The tensor must
-    /// have been checked.
+    /// Passes on the elements' little-endian bytes, last dimension fastest, in pieces of whole elements. The tensor must have
+    /// been checked.
     pub(crate) fn visit(&self, source: &Source, mut each: impl FnMut(&[u8])) -> Result<()> {
         let size = self.dtype.bitsize() / 8;
         if self.elements() == 0 {
@@ -243,7 +243,7 @@ impl Tensor {
         )
     }
 
-    /// Sizes and strides without dimensions of one entry, neighbours that lie one after the other as one dimension.
+    /// Sizes and strides without dimensions of size 1, with contiguous dimensions merged.
     fn merged(&self) -> Vec<(usize, usize)> {
         let mut merged: Vec<(usize, usize)> = Vec::new();
         for (&n, &stride) in self.shape.iter().zip(&self.strides) {
@@ -286,8 +286,8 @@ fn slabs(
     Ok(())
 }
 
-/// Puts the elements of a view in order. They are read in the order in which they lie, by runs: what a view passes over
-/// is not read, however far it reaches.
+/// Reorders the elements of a view. They are read in file order, by runs; skipped bytes are not read, however far the view
+/// reaches.
 fn gather(
     window: &mut Window<'_>,
     (start, size): (u64, usize),
@@ -308,7 +308,7 @@ fn gather(
     else {
         return Ok(());
     };
-    // A run of neighbours at once, anything else element by element.
+    // Contiguous runs at once, anything else element by element.
     let run = if stride == 1 { n.min(CHUNK / size) } else { 1 };
     let held = held(outer, (n, stride, run), size as u64);
     let mut index = vec![0; outer.len()];
@@ -357,7 +357,7 @@ fn gather(
     }
 }
 
-/// A part of a view whose bytes are read at once: so many entries of a dimension, with all that is within them.
+/// A part of a view whose bytes are read at once: some entries of a dimension, with everything inside them.
 struct Held {
     dim: usize,
     entries: usize,
@@ -365,8 +365,8 @@ struct Held {
     span: u64,
 }
 
-/// The largest part of a view that lies close enough together, if there is one: its elements may be strewn in an order
-/// that would have each of them read by itself. The dimension after `outer` has `n` entries, in runs of `run`.
+/// The largest part of a view that is dense enough to be read at once, if there is one: otherwise scattered elements would
+/// each be read separately. The dimension after `outer` has `n` entries, in runs of `run`.
 fn held(
     outer: &[(usize, usize, usize)],
     (n, stride, run): (usize, usize, usize),
@@ -403,17 +403,17 @@ fn held(
     found
 }
 
-/// The bytes of a source that were read last.
+/// The most recently read bytes of a source.
 struct Window<'a> {
     source: &'a Source,
-    /// Where what may be read ends.
+    /// The end of the readable range.
     end: u64,
     start: u64,
     bytes: Vec<u8>,
 }
 
 impl Window<'_> {
-    /// Reads so many bytes, up to the end, unless they are there.
+    /// Reads this many bytes, up to the end, unless they are in the buffer.
     fn hold(&mut self, position: u64, len: u64) -> Result<()> {
         let len = len.min(self.end - position);
         let last = self.start + self.bytes.len() as u64;
@@ -429,7 +429,7 @@ impl Window<'_> {
         let last = self.start + self.bytes.len() as u64;
         let held = position >= self.start && position + len as u64 <= last;
         if !held {
-            // What comes soon after the last bytes goes on like that.
+            // If the next bytes are close, read through the gap.
             let close = !self.bytes.is_empty() && position >= self.start && position <= last + GAP;
             let ahead = if close { AHEAD } else { 0 };
             let len = ahead.max(len as u64).min(self.end - position);
@@ -448,7 +448,7 @@ fn elements(shape: &[usize]) -> Option<u64> {
         .try_fold(1u64, |product, &n| product.checked_mul(n as u64))
 }
 
-/// Strides of a tensor whose elements lie one after the other; dimensions of size 1 have any.
+/// Strides of a contiguous tensor; dimensions of size 1 may have any.
 pub(crate) fn row_major(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1usize; shape.len()];
     for i in (1..shape.len()).rev() {
@@ -528,7 +528,7 @@ mod tests {
 
     #[test]
     fn strewn_elements_are_read_together() {
-        // No two neighbours of the view lie closer than a gap, and all of them lie among each other.
+        // Neighbours of the view are further apart than a gap, but interleaved.
         let storage: Vec<u8> = (0..2_000_000u32).map(|i| (i % 251) as u8).collect();
         for (shape, strides) in [([190, 200], [5000, 5001]), ([200, 190], [5001, 5000])] {
             let dims = (shape.to_vec(), strides.to_vec());
@@ -537,7 +537,7 @@ mod tests {
             let expected: Vec<u8> = (0..190 * 200).map(|i| storage[at(i)]).collect();
             assert!(bytes(&tensor, &storage) == expected);
         }
-        // All at once; as many entries as fit; repetitions with them; nothing that lies far apart.
+        // Everything at once; as many entries as fit; repetitions included; nothing that is far apart.
         let check = |outer: &[(usize, usize, usize)], inner, expected| {
             let found = held(outer, inner, 1);
             assert_eq!(
@@ -559,7 +559,7 @@ mod tests {
 
     #[test]
     fn what_a_view_passes_over_is_not_read() {
-        // 64 GiB of nothing, but for the ends.
+        // 64 GiB of holes, except for both ends.
         let file = tempfile::tempfile().unwrap();
         let len = 64u64 << 30;
         file.set_len(len).unwrap();

@@ -1,13 +1,12 @@
-//! Files of `torch.save`: the zip archives of today, and the row of pickles that torch wrote before 1.6.
+//! Files of `torch.save`: today's zip archives, and the sequence of pickles from before torch 1.6.
 //!
 //! ```text
 //! zip     NAME/data.pkl  NAME/byteorder  NAME/data/KEY ..           entries are stored, not compressed
 //! legacy  magic  protocol  system  value  [KEY ..]   then for each key: number of elements (u64), elements
 //! ```
 //!
-//! The pickled value speaks of storages by key, and of tensors as calls of a few functions with a storage, an offset,
-//! sizes and strides. These calls are understood, and those that stand for NumPy's arrays; all others are values that
-//! nobody looks into.
+//! The pickled value refers to storages by key, and to tensors by calls of a few functions with a storage, an offset, sizes
+//! and strides. These calls and those for NumPy's arrays are interpreted; all others are opaque values.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -23,26 +22,26 @@ use crate::source::Source;
 use crate::tensor::{DIMENSIONS, TENSORS, Tensor};
 use crate::{Content, Dictionary};
 
-/// Levels of dictionaries that are looked at.
+/// Levels of nested dictionaries that are searched.
 const DEPTH: usize = 32;
-/// The most calls that are listed as not understood.
+/// The most calls that are listed as not interpreted.
 const STRANGERS: usize = 100;
 /// The most bytes in all names and paths together.
 const NAMES: u64 = 32 << 20;
 
 const MAGIC: &[u8] = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
 
-/// Whether a file that begins so claims to be an archive.
+/// Whether these first bytes claim to be an archive.
 pub(crate) fn is_zip(start: &[u8]) -> bool {
     start.starts_with(b"PK")
 }
 
-/// Whether a file that begins so claims to be a pickle.
+/// Whether these first bytes claim to be a pickle.
 pub(crate) fn is_pickle(start: &[u8]) -> bool {
     start.first() == Some(&0x80)
 }
 
-/// Where storages lie: key -> (position, bytes).
+/// Locations of storages: key -> (position, bytes).
 type Storages = BTreeMap<String, (u64, u64)>;
 
 /// Reads an archive. Tensors are checked against the checksums when they are read.
@@ -137,7 +136,7 @@ pub(crate) fn read_legacy(source: &Source) -> Result<Content> {
     let value = next(system.end)?;
     let keys = next(value.end)?;
 
-    // The storages follow in the order of their keys; how wide their elements are, the value says.
+    // The storages follow in the order of their keys; the value says how wide their elements are.
     let mut widths = BTreeMap::new();
     for node in value.nodes() {
         if let Some(reference) = StorageRef::of(&value, node) {
@@ -169,7 +168,7 @@ pub(crate) fn read_legacy(source: &Source) -> Result<Content> {
     Content::of(value, storages)
 }
 
-/// What a value says of a storage: `("storage", type, key, device, elements[, view])`.
+/// A storage in a value: `("storage", type, key, device, elements[, view])`.
 struct StorageRef<'p> {
     key: &'p str,
     /// None: bytes without a type.
@@ -232,7 +231,7 @@ fn storage_type(module: &str, name: &str) -> Option<Option<Dtype>> {
     }))
 }
 
-/// `torch.float32` and so on, where a tensor names its type itself.
+/// `torch.float32` and so on, if the tensor itself has a type.
 fn element_type(name: &str) -> Option<Dtype> {
     Some(match name {
         "float64" => Dtype::F64,
@@ -252,7 +251,7 @@ fn element_type(name: &str) -> Option<Dtype> {
     })
 }
 
-/// A pickled value with the storages it speaks of.
+/// A pickled value with its storages.
 struct Value {
     pickle: Pickle,
     storages: Storages,
@@ -260,10 +259,11 @@ struct Value {
 }
 
 impl Value {
-    /// The tensor that a value stands for, if it does.
+    /// The tensor that a value stands for, if any.
     fn tensor(&self, id: Id) -> Result<Option<Tensor>> {
         let mut id = id;
-        // A parameter wraps a tensor, a subclass wraps the call that makes one; more wraps than two are made up.
+        // A parameter wraps a tensor, a subclass wraps the call that makes one; more than two wrappers do not occur in real
+        // files.
         for _ in 0..4 {
             let Node::Call {
                 callable,
@@ -318,7 +318,7 @@ impl Value {
         Ok(None)
     }
 
-    /// `(storage, offset, sizes, strides, ..)`; none where the elements have a type that is not known here.
+    /// `(storage, offset, sizes, strides, ..)`; None if the element type is unknown here.
     fn rebuild(&self, arguments: &[Id], dtype: Option<Dtype>) -> Result<Option<Tensor>> {
         let malformed = || {
             Error::format(
@@ -364,7 +364,7 @@ impl Value {
         Tensor::view(dtype, (shape, strides), offset, storage).map(Some)
     }
 
-    /// The name under which a container holds something.
+    /// The name of an entry in a container.
     fn name(&self, key: Id) -> Option<String> {
         match self.pickle.node(key) {
             Node::Int(n) => Some(n.to_string()),
@@ -434,7 +434,7 @@ impl Value {
         )
     }
 
-    /// Names of what Python would import and this crate does not understand.
+    /// Names of imports that this crate does not interpret.
     fn strangers(&self) -> Vec<String> {
         let calls = self.pickle.nodes().filter_map(|node| match node {
             Node::Call { callable, .. } | Node::Built { callable, .. } => Some(*callable),
@@ -459,7 +459,7 @@ impl Value {
     }
 }
 
-/// Something that is counted against a limit.
+/// A quantity with a limit.
 struct Limited {
     what: &'static str,
     limit: u64,

@@ -1,14 +1,14 @@
-//! Trajectory datasets on disk: (noise, class, tokens) of the AR flow map, in shards that anyone can make in any order.
+//! Trajectory datasets on disk: (noise, class, tokens) of the AR flow map, in shards that can be made anywhere and in any
+//! order.
 //!
 //! ```text
 //! trajectories/  manifest.json  shard-000000000.safetensors  shard-000010000.safetensors ..  captions.safetensors
 //! ```
 //!
-//! `captions.safetensors` is there where the teacher is conditioned on captions; `labels` number these then. A shard holds
-//! `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the
-//! manifest's seed and the sample's index and is not stored, unless it was given from a file: then `noise` (n, L, D)
-//! stands beside the tokens. Here: what a manifest says, and whether a file holds what it says.
-//! Deliberately absent: making samples, and noise.
+//! `captions.safetensors` exists if the teacher is conditioned on captions; then `labels` are their numbers. A shard holds
+//! `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the manifest's seed and the
+//! sample's index and is not stored, unless it came from a file: then `noise` (n, L, D) is stored with the tokens. This file
+//! reads manifests and checks shards against them. Deliberately absent: making samples, and noise.
 
 use std::ops::Range;
 use std::path::Path;
@@ -16,7 +16,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::pieces::{self, Fault, MANIFEST, Shard, hash, read_manifest};
+use crate::sample_shards::{self, Fault, MANIFEST, Shard, hash, parameters, read_manifest};
 use crate::{Checkpoint, Dtype};
 
 /// Name of the captions' file.
@@ -39,10 +39,11 @@ pub struct Manifest {
     pub vocabulary: usize,
     /// Codebook dimension D.
     pub dim: usize,
-    /// What its images were made for.
+    /// What its images are conditioned on.
     #[serde(flatten)]
-    pub condition: ConditionShape,
+    pub condition: ConditioningShape,
     /// The teacher's distribution: `guidance`, `temperature`, `top_k`, `top_p`.
+    #[serde(deserialize_with = "parameters")]
     pub distribution: Value,
     /// Steps of the flow map's solver.
     pub solver_steps: usize,
@@ -52,11 +53,11 @@ pub struct Manifest {
     pub shards: Vec<Shard>,
 }
 
-/// What the images of a model are made for.
+/// What the images of a model are conditioned on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ConditionShape {
-    /// Classes, so many of them; the class embedding has one row more, the unconditional one.
+pub enum ConditioningShape {
+    /// This many classes; the class embedding has an extra row, the unconditional one.
     Classes(usize),
     /// Captions, as features of a text encoder.
     Captions(CaptionShape),
@@ -71,8 +72,8 @@ pub struct CaptionShape {
     pub width: usize,
 }
 
-impl ConditionShape {
-    /// Positions of the sequence that the condition takes, in front of the image's tokens.
+impl ConditioningShape {
+    /// Number of positions that the conditioning occupies in front of the image's tokens.
     pub fn positions(&self) -> usize {
         match self {
             Self::Classes(_) => 1,
@@ -82,7 +83,7 @@ impl ConditionShape {
 }
 
 /// A file that holds the samples of its shard.
-pub struct Opened {
+pub struct OpenShard {
     /// The file.
     pub checkpoint: Checkpoint,
     /// Class of each sample, or number of its caption.
@@ -104,15 +105,15 @@ impl Manifest {
         })
     }
 
-    /// Opens a file and looks whether it holds the samples of a shard: its hash, where that is known, the number of
-    /// samples, and that every token and every class is one.
+    /// Opens a file and checks that it contains the samples of a shard: its hash, if known, the number of samples, and the
+    /// range of every token and class.
     ///
     /// # Errors
     /// It does not.
-    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<Opened, Fault> {
+    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<OpenShard, Fault> {
         let fault = |message: String| Fault::new(path, message);
         let bad = |e: crate::Error| Fault::new(path, e);
-        // First: a file of another size is not read to be refused.
+        // First, so that a file of the wrong size is refused without being read.
         let opened = self.glance(path, shard)?;
         if let Some(expected) = &shard.hash {
             let found = hash(path)?;
@@ -141,11 +142,11 @@ impl Manifest {
         Ok(opened)
     }
 
-    /// The same, but for the hash and the tokens, which are not read.
+    /// The same without the hash and the tokens, which are not read.
     ///
     /// # Errors
     /// It cannot hold the samples.
-    pub fn glance(&self, path: &Path, shard: &Shard) -> Result<Opened, Fault> {
+    pub fn glance(&self, path: &Path, shard: &Shard) -> Result<OpenShard, Fault> {
         let fault = |message: String| Fault::new(path, message);
         let bad = |e: crate::Error| Fault::new(path, e);
         let checkpoint = Checkpoint::open(path).map_err(bad)?;
@@ -166,7 +167,7 @@ impl Manifest {
             of_shape("noise", &[n, l, self.dim])?;
         }
         let labels = checkpoint.indices(labels).map_err(bad)?;
-        if let ConditionShape::Classes(classes) = self.condition
+        if let ConditioningShape::Classes(classes) = self.condition
             && let Some(at) = labels.iter().position(|&x| x as usize >= classes)
         {
             return Err(fault(format!(
@@ -175,7 +176,7 @@ impl Manifest {
                 shard.start as usize + at
             )));
         }
-        Ok(Opened {
+        Ok(OpenShard {
             checkpoint,
             labels,
             tokens,
@@ -183,7 +184,7 @@ impl Manifest {
         })
     }
 
-    /// What makes another manifest one of another dataset, in words.
+    /// Why another manifest belongs to a different dataset, in words.
     pub fn differs(&self, other: &Self) -> Option<String> {
         let of = |m: &Self| {
             [
@@ -208,14 +209,14 @@ impl Manifest {
     /// The shards of a part made elsewhere, by the manifest there.
     ///
     /// # Errors
-    /// It cannot be read, or is that of another dataset.
+    /// It cannot be read, or belongs to another dataset.
     pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>, Fault> {
         let part = Self::read(dir)?;
         match self.differs(&part) {
             None => Ok(part.shards),
             Some(what) => Err(Fault::new(
                 dir.join(MANIFEST),
-                format!("this is no part of the same dataset: {what}"),
+                format!("this part belongs to another dataset: {what}"),
             )),
         }
     }
@@ -229,16 +230,16 @@ impl Manifest {
 
     /// The samples that its shards cover, in order, as ranges that do not touch.
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        pieces::ranges(&self.shards)
+        sample_shards::ranges(&self.shards)
     }
 
     /// The samples of 0..count that no shard holds.
     pub fn gaps(&self) -> Vec<Range<u64>> {
-        pieces::gaps(&self.shards, self.count)
+        sample_shards::gaps(&self.shards, self.count)
     }
 }
 
-/// Samples whose tokens are looked at together.
+/// Samples whose tokens are checked together.
 const ROWS: usize = 1024;
 #[cfg(test)]
 mod tests {
@@ -252,7 +253,7 @@ mod tests {
             steps: vec![1, 4],
             vocabulary: 16,
             dim: 4,
-            condition: ConditionShape::Classes(10),
+            condition: ConditioningShape::Classes(10),
             distribution: serde_json::json!({"guidance": 1.5}),
             solver_steps: 64,
             teacher: "t".into(),
@@ -283,7 +284,7 @@ mod tests {
     fn a_file_is_one_shard() {
         let dir = tempfile::tempdir().unwrap();
         let mut many = manifest(&[]);
-        many.shards = (0..200_000)
+        many.shards = (0..100_000)
             .map(|at| Shard {
                 file: "shard".into(),
                 ..Shard::of(at..at + 1)
@@ -300,7 +301,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("shard");
         std::fs::write(&path, b"\x02\0\0\0\0\0\0\0{}").unwrap();
-        // Hours of reading, and no place on the disk.
+        // It would take hours to read and no space on the disk.
         let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
         file.set_len(1 << 42).unwrap();
         let manifest = manifest(&[[0, 5]]);

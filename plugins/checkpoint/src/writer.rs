@@ -1,4 +1,4 @@
-//! Files as `torch.save` writes them: a zip archive of stored entries, whose value is dictionaries of tensors.
+//! Writes files in the format of `torch.save`: a zip archive of stored entries, whose value is dictionaries of tensors.
 //!
 //! ```text
 //! archive/data/KEY ..   archive/data.pkl   archive/byteorder   archive/version
@@ -19,20 +19,20 @@ use zip::write::{SimpleFileOptions, ZipWriter};
 const ALIGNMENT: u16 = 64;
 /// Bytes from which an entry needs a large header.
 const LARGE: u64 = u32::MAX as u64;
-/// Bytes that are converted at a time.
+/// Bytes converted at a time.
 const PIECE: usize = 1 << 16;
 
-/// A file under way: the value is a dictionary.
+/// A file being written; its value is a dictionary.
 pub struct TorchWriter {
     zip: ZipWriter<Sink<BufWriter<File>>>,
     /// The pickle so far.
     pickle: Vec<u8>,
-    /// Key, class and shape of each storage, by the name it was written for.
+    /// Key, class and shape of each storage, by the name of its tensor.
     storages: HashMap<String, Storage>,
 }
 
-/// A file that takes nothing any more once it has refused something, and says that it did. The library finishes an archive that
-/// is given up, looks at places in it, and prints what goes wrong with that.
+/// A file that accepts and discards everything after its first error. When an archive is dropped, the zip library tries to
+/// finish it, seeks in it, and prints its errors.
 struct Sink<W> {
     file: W,
     has_failed: bool,
@@ -52,7 +52,7 @@ impl<W: Write + Seek> Sink<W> {
         }
     }
 
-    /// Does it, or nothing if something has failed.
+    /// Performs an operation, or nothing after an error.
     fn unless_failed<T>(
         &mut self,
         nothing: T,
@@ -98,7 +98,7 @@ struct Storage {
 }
 
 impl TorchWriter {
-    /// Begins a file, which is empty.
+    /// Begins an empty file.
     pub fn new(file: File) -> Self {
         Self {
             zip: ZipWriter::new(Sink::new(BufWriter::new(file))),
@@ -140,7 +140,7 @@ impl TorchWriter {
         self.tensor(name, "LongStorage", shape, data, i64::to_le_bytes)
     }
 
-    /// Adds the tensor written last under this name to the dictionary that is open: its elements are there once.
+    /// Adds the tensor last written under this name to the open dictionary; its elements are stored once.
     pub fn again(&mut self, name: &str) {
         if let Some(storage) = self.storages.get(name).cloned() {
             self.entry(name, &storage);
@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(sink.write(&[7; 60]).unwrap(), 60);
         let error = sink.write(&[7; 60]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-        // As the library does with an archive that is dropped.
+        // As the library does when an archive is dropped.
         sink.seek(SeekFrom::Start(0)).unwrap();
         sink.write_all(&[7; 1000]).unwrap();
         sink.flush().unwrap();
@@ -336,7 +336,7 @@ mod tests {
             ema.get("lvl_1L").expect("a tensor").dtype,
             crate::Dtype::I64
         );
-        // Storages are there once, and begin where torch can map them.
+        // Each storage is stored once, at a position that torch can map.
         let bytes = std::fs::read(&path).expect("a file");
         let marks = weights
             .iter()

@@ -111,7 +111,7 @@ fn floats_and_indices_are_converted() {
     assert_eq!(flat.container(), Container::TorchZip);
 }
 
-/// The bytes of a small archive with every `from` replaced, without sums, as torch writes it where it is told to.
+/// The bytes of a small archive with every `from` replaced, without checksums, as torch can write it.
 fn altered(file: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     let mut bytes = std::fs::read(folder().join(file)).unwrap();
@@ -146,7 +146,7 @@ fn what_is_unusual_is_refused_or_passed_over() {
     assert!(legacy.contains("only little-endian"), "{legacy}");
     let missing = error(altered("flat.pth", b"flat/data/3", b"flat/date/3"));
     assert!(missing.contains("storage 3 is missing"), "{missing}");
-    // A type of storage that is not known takes its tensors with it, and only them.
+    // An unknown storage type hides its own tensors and no others.
     let strange = open(altered("flat.pth", b"LongStorage", b"LungStorage")).unwrap();
     assert_eq!(strange.select(None).unwrap().tensors().len(), 4);
     let weights = open(altered("nested_ema.pth", b"var_wo_ddp", b"optimizers")).unwrap();

@@ -1,5 +1,5 @@
-//! Arrays of numbers by name, as statistics of images are published: NumPy's archives (`.npz`), and checkpoint files with
-//! tensors or NumPy's arrays in them.
+//! Named arrays of numbers, the form in which statistics of images are published: NumPy's archives (`.npz`), and checkpoint
+//! files that contain tensors or NumPy's arrays.
 //!
 //! In: a name and the shape that the array must have. Out: f64, in C order. An array of another shape is refused before
 //! any of it is read or unpacked.
@@ -11,7 +11,7 @@ use retort_checkpoint::{Checkpoint, Dtype, Tensor};
 use crate::error::{Error, Result};
 use crate::numpy::{Archive, other_shape};
 
-/// Whether a file is an archive of NumPy's, by its name.
+/// Whether a file's name is that of a NumPy archive.
 pub fn is_archive(path: &Path) -> bool {
     path.extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("npz"))
@@ -20,10 +20,10 @@ pub fn is_archive(path: &Path) -> bool {
 /// An open file of arrays.
 pub struct Arrays {
     path: PathBuf,
-    holder: Holder,
+    source: ArraySource,
 }
 
-enum Holder {
+enum ArraySource {
     Numpy(Archive),
     /// The tensors of a dictionary, by name.
     Checkpoint(Checkpoint, Vec<(String, Tensor)>),
@@ -35,29 +35,29 @@ impl Arrays {
     /// # Errors
     /// It cannot be read, or is neither kind of file.
     pub fn open(path: &Path) -> Result<Self> {
-        let holder = if is_archive(path) {
-            Holder::Numpy(Archive::open(path)?)
+        let source = if is_archive(path) {
+            ArraySource::Numpy(Archive::open(path)?)
         } else {
             let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
             let all = checkpoint.select(None).map_err(Error::checkpoint(path))?;
             let tensors = all.tensors().map(|(name, t)| (name.to_owned(), t.clone()));
             let tensors = tensors.collect();
-            Holder::Checkpoint(checkpoint, tensors)
+            ArraySource::Checkpoint(checkpoint, tensors)
         };
         Ok(Self {
             path: path.to_owned(),
-            holder,
+            source,
         })
     }
 
-    /// The shape of an array, if there is one of that name. None of its elements is read.
+    /// The shape of an array, if there is one of that name. No elements are read.
     ///
     /// # Errors
     /// It is damaged, or holds no numbers.
     pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
-        match &self.holder {
-            Holder::Numpy(archive) => archive.shape(name),
-            Holder::Checkpoint(_, tensors) => {
+        match &self.source {
+            ArraySource::Numpy(archive) => archive.shape(name),
+            ArraySource::Checkpoint(_, tensors) => {
                 let found = tensors.iter().find(|(own, _)| own == name);
                 Ok(found.map(|(_, tensor)| tensor.shape.clone()))
             }
@@ -69,9 +69,9 @@ impl Arrays {
     /// # Errors
     /// It has another shape, is damaged, or holds no numbers.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f64>>> {
-        match &self.holder {
-            Holder::Numpy(archive) => archive.array(name, shape),
-            Holder::Checkpoint(checkpoint, tensors) => {
+        match &self.source {
+            ArraySource::Numpy(archive) => archive.array(name, shape),
+            ArraySource::Checkpoint(checkpoint, tensors) => {
                 let Some((_, tensor)) = tensors.iter().find(|(own, _)| own == name) else {
                     return Ok(None);
                 };
@@ -84,7 +84,7 @@ impl Arrays {
                     elements.iter().map(|x| f64::from_le_bytes(*x)).collect()
                 };
                 let data = match tensor.dtype {
-                    // Small eigenvalues do not survive fewer digits.
+                    // Fewer digits would lose small eigenvalues.
                     Dtype::F64 => checkpoint.raw(tensor).map(wide),
                     _ => checkpoint
                         .floats(tensor)

@@ -1,9 +1,9 @@
-//! What the engine asks of a tensor library, by topic; monomorphised once per plugin.
+//! What the engine needs from a tensor library, by topic; monomorphised once per plugin.
 //!
-//! A backend implements [`Tensors`], about thirty operations, and is complete: the other traits are composed of these.
-//! It overrides what pays, one pair of forward and backward at a time. Nothing here knows gradients: the engine's tape
-//! (`tape.rs`) owns differentiation and asks for values only. Deliberately absent: random numbers, parameters, optimiser
-//! state, files: the engine owns them, so that backends agree and resumed runs are exact.
+//! A backend that implements the thirty or so operations of [`Tensors`] is complete: the other traits have defaults composed
+//! of these. It overrides pairs of forward and backward where a kernel is faster. Nothing here records gradients: the
+//! engine's tape (`tape.rs`) owns differentiation and asks only for values. Deliberately absent: random numbers, parameters,
+//! optimiser state, files: the engine owns them, so that backends agree and resumed runs are exact.
 
 mod attention;
 pub mod choice;
@@ -25,7 +25,7 @@ pub use tensor::{Binary, Precision, Tensors, Unary};
 pub use crate::backend::choice::Truncation;
 pub use crate::backend::flow::FlowSolver;
 
-/// A tensor library with all that the engine does with it. Implement the traits it is made of.
+/// A tensor library with everything that the engine does with it. Implement its supertraits.
 pub trait Backend: Layers + Norms + Attention + Optimiser + Sampling {}
 
 impl<B: Layers + Norms + Attention + Optimiser + Sampling> Backend for B {}

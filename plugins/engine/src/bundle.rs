@@ -7,7 +7,7 @@
 //!             snapshots/1000.safetensors ..                           (the same after 1000 steps, if asked for)
 //! ```
 //!
-//! A directory is complete in itself: whoever loads a student can decode what it predicts.
+//! A directory is self-contained: a student comes with the tokenizer that decodes its predictions.
 
 use std::path::{Path, PathBuf};
 
@@ -19,10 +19,10 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::files::{CONFIG_MOST, link};
 use crate::model::{
-    ConditionShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
+    ConditioningShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
 };
 use crate::size::Sides;
-use crate::weights::{self, Loader, Source, Start, Stored, Weights};
+use crate::weights::{self, CheckpointWeights, InitialValue, Loader, Source, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ pub struct Config {
     /// A student's timesteps, in AR steps, ascending from 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub timesteps: Vec<usize>,
-    /// Names of the classes of a teacher or student, where they are more than numbers.
+    /// Names of the classes of a teacher or student, if they have names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
 }
@@ -126,7 +126,7 @@ impl TokenizerConfig {
         shape.map().area()
     }
 
-    /// Channels of the feature maps that are as large as the images.
+    /// Channels of the feature maps at the images' full size.
     pub fn finest_channels(&self) -> usize {
         let shape = match self {
             Self::Vq(c) => &c.autoencoder,
@@ -146,15 +146,15 @@ impl TokenizerConfig {
     }
 }
 
-/// The most tokens of an image, blocks of a network and channels of a block that a file may speak of: what it says is
-/// made before its weights are looked for.
+/// The most tokens of an image, blocks of a network and channels of a block that a file may claim: the network is built
+/// before its weights are looked up.
 const TOKENS_MOST: usize = 1 << 16;
 const BLOCKS_MOST: usize = 1000;
 const WIDTH_MOST: usize = 1 << 16;
 /// The longest side of an image.
 const SIDE_MOST: usize = 8192;
 
-/// Tokens in maps of these sides; the largest number where they cannot be counted.
+/// Tokens in maps of these sides, saturating.
 fn tokens(scales: &[usize]) -> usize {
     let areas = scales.iter().map(|&side| Sides::square(side).area());
     areas.fold(0, usize::saturating_add)
@@ -190,7 +190,7 @@ impl Config {
             };
             let (depth, width) = network.size();
             if let NetworkConfig::Llamagen(llamagen::Config {
-                condition: ConditionShape::Captions(captions),
+                condition: ConditioningShape::Captions(captions),
                 ..
             }) = network
             {
@@ -229,7 +229,7 @@ impl NetworkConfig {
         }
     }
 
-    /// Whether guidance of this strength is any, as the family means it: then it generates two rows an image.
+    /// Whether guidance of this strength has an effect in the family: then generation computes two rows per image.
     pub fn is_guided(&self, guidance: Option<f64>) -> bool {
         match self {
             Self::Llamagen(_) => guidance.is_some_and(|s| s > 1.0),
@@ -237,8 +237,8 @@ impl NetworkConfig {
         }
     }
 
-    /// Builds the teacher. Its tokenizer is given by shape and weights, for a family that feeds on the feature maps which
-    /// the tokenizer's quantiser makes of tokens.
+    /// Builds the teacher. Some families read the feature maps that the tokenizer's quantiser makes of tokens, so the
+    /// tokenizer's shape and weights are given too.
     pub fn teacher<B: Backend>(
         &self,
         loader: &mut Loader<B>,
@@ -264,18 +264,18 @@ impl NetworkConfig {
         }
     }
 
-    /// Number of classes that it is made for, if it is made for classes.
+    /// Number of classes that it is conditioned on, if it is conditioned on classes.
     pub fn classes(&self) -> Option<usize> {
         match self.token_shape().condition {
-            ConditionShape::Classes(classes) => Some(classes),
-            ConditionShape::Captions(_) => None,
+            ConditioningShape::Classes(classes) => Some(classes),
+            ConditioningShape::Captions(_) => None,
         }
     }
 
     /// The same network for another number of classes.
     pub fn with_classes(mut self, classes: usize) -> Self {
         match &mut self {
-            Self::Llamagen(c) => c.condition = ConditionShape::Classes(classes),
+            Self::Llamagen(c) => c.condition = ConditioningShape::Classes(classes),
             Self::Var(c) => c.classes = classes,
         }
         self
@@ -289,7 +289,7 @@ impl NetworkConfig {
         }
     }
 
-    /// Whether the logits alone come of a parameter of a student.
+    /// Whether a student's parameter affects only its logits.
     pub fn is_of_logits(&self, name: &str) -> bool {
         let own: &[&str] = match self {
             Self::Llamagen(_) => &llamagen::LOGITS,
@@ -317,9 +317,9 @@ impl NetworkConfig {
         Ok(student)
     }
 
-    /// From what a parameter of a student of this teacher starts. Parameters whose meaning changes are drawn anew; blocks
+    /// The initial value of a parameter in a student of this teacher. Parameters whose meaning changes are drawn anew; blocks
     /// beyond the teacher's start as the identity.
-    pub fn start(&self, name: &str) -> Start {
+    pub fn start(&self, name: &str) -> InitialValue {
         match self {
             Self::Llamagen(c) => c.start(name),
             Self::Var(c) => c.start(name),
@@ -370,16 +370,16 @@ impl<'p> Bundle<'p> {
     }
 
     /// The weights of the tokenizer.
-    pub fn tokenizer_file(&self) -> Result<Stored> {
-        Stored::open(&self.dir.join(TOKENIZER), None)
+    pub fn tokenizer_file(&self) -> Result<CheckpointWeights> {
+        CheckpointWeights::open(&self.dir.join(TOKENIZER), None)
     }
 
     /// The weights of the teacher or student.
-    pub fn network_file(&self) -> Result<Stored> {
-        Stored::open(&self.dir.join(MODEL), None)
+    pub fn network_file(&self) -> Result<CheckpointWeights> {
+        CheckpointWeights::open(&self.dir.join(MODEL), None)
     }
 
-    /// Steps of training after which a student's weights were kept, ascending.
+    /// The training steps with a snapshot of the student's weights, ascending.
     pub fn snapshots(&self) -> Result<Vec<u64>> {
         let dir = self.dir.join(SNAPSHOTS);
         if !dir.is_dir() {
@@ -420,7 +420,7 @@ impl<'p> Bundle<'p> {
         file: &str,
         build: impl FnOnce(&mut Loader<B>) -> Result<T>,
     ) -> Result<T> {
-        let stored = Stored::open(&self.dir.join(file), None)?;
+        let stored = CheckpointWeights::open(&self.dir.join(file), None)?;
         let origin = stored.path().display().to_string();
         build(&mut Loader::new(
             backend,
@@ -431,7 +431,7 @@ impl<'p> Bundle<'p> {
     }
 }
 
-/// What is different between two shapes, for people: `codebook_dim 8 here, 4 there`.
+/// The differences of two shapes, for people: `codebook_dim 8 here, 4 there`.
 pub fn differences(here: &impl Serialize, there: &impl Serialize) -> String {
     let fields = |x: Result<serde_json::Value, serde_json::Error>| match x {
         Ok(serde_json::Value::Object(fields)) => fields,
@@ -464,8 +464,8 @@ pub fn write_tokenizer(dir: &Path, config: &TokenizerConfig, weights: &Weights) 
     weights::write(&dir.join(TOKENIZER), weights)
 }
 
-/// Writes the directory of a teacher or student, with the tokenizer of another directory. `shown` are a student's timesteps
-/// and the names of the classes.
+/// Writes the directory of a teacher or student, with the tokenizer of another directory. `shown`: a student's timesteps and
+/// the names of the classes.
 pub fn write_network(
     dir: &Path,
     tokenizer: &Bundle<'_>,
@@ -486,7 +486,7 @@ pub fn write_snapshot(dir: &Path, student: &Bundle<'_>, step: u64) -> Result<()>
     link(&student.dir.join(snapshot(step)), &dir.join(MODEL))
 }
 
-/// The file of a student's directory with its weights after so many steps.
+/// The file in a student's directory with its weights after this many steps.
 pub fn snapshot(step: u64) -> PathBuf {
     Path::new(SNAPSHOTS).join(format!("{step}.safetensors"))
 }
@@ -532,7 +532,7 @@ mod tests {
                 vocabulary: 16,
                 codebook_dim: 4,
                 map: Sides { height, width },
-                condition: ConditionShape::Classes(2),
+                condition: ConditioningShape::Classes(2),
             })
         };
         let check = |tokenizer: &TokenizerConfig, network: &NetworkConfig, expected: &str| {

@@ -1,11 +1,11 @@
-//! What samples are made for: classes, or captions as features of a text encoder, which lie in a file of their own.
+//! What samples are conditioned on: classes, or captions as features of a text encoder, which are in a separate file.
 //!
 //! ```text
 //! captions.safetensors   lengths (n): tokens of each caption
 //!                        features (sum of lengths, F): those of all captions, one after the other
 //! ```
 //!
-//! Nothing is stored for padding, and no more is read than what a batch needs.
+//! Padding is not stored, and only the captions of a batch are read.
 
 use std::path::Path;
 
@@ -15,18 +15,18 @@ use safetensors::tensor::Dtype;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::{CaptionFeatures, CaptionShape, Conditions};
-use crate::weights::{Stored, Writer};
+use crate::model::{BatchConditioning, CaptionBatch, CaptionShape};
+use crate::weights::{CheckpointWeights, Writer};
 
-/// What the labels of samples stand for.
-pub enum Subjects {
+/// The meaning of samples' labels.
+pub enum ConditioningSource {
     /// Class ids, so many.
     Classes(usize),
     /// Numbers of captions.
-    Captions(Box<Captions>),
+    Captions(Box<CaptionFeatures>),
 }
 
-impl Subjects {
+impl ConditioningSource {
     /// How many there are.
     pub fn len(&self) -> usize {
         match self {
@@ -40,18 +40,18 @@ impl Subjects {
         self.len() == 0
     }
 
-    /// What a batch with these labels is made for. The labels are below [`Subjects::len`].
-    pub fn conditions<B: Backend>(&self, backend: &B, labels: &[u32]) -> Result<Conditions<B>> {
-        self.conditions_but(backend, labels, &[])
+    /// The conditioning of a batch with these labels. The labels are below [`ConditioningSource::len`].
+    pub fn batch<B: Backend>(&self, backend: &B, labels: &[u32]) -> Result<BatchConditioning<B>> {
+        self.batch_with_dropout(backend, labels, &[])
     }
 
-    /// The same, some of it dropped for guidance, as `dropped` says; none, if it is empty.
-    pub fn conditions_but<B: Backend>(
+    /// The same with some entries dropped for guidance, according to `dropped`; none if that is empty.
+    pub fn batch_with_dropout<B: Backend>(
         &self,
         backend: &B,
         labels: &[u32],
         dropped: &[bool],
-    ) -> Result<Conditions<B>> {
+    ) -> Result<BatchConditioning<B>> {
         match self {
             Self::Classes(classes) => {
                 let mut labels = labels.to_vec();
@@ -63,7 +63,9 @@ impl Subjects {
                     *label = *classes as u32;
                 }
                 let shape = [labels.len()];
-                Ok(Conditions::Classes(backend.indices(&labels, &shape)?))
+                Ok(BatchConditioning::Classes(
+                    backend.indices(&labels, &shape)?,
+                ))
             }
             Self::Captions(captions) => captions.batch(backend, labels, dropped),
         }
@@ -71,17 +73,17 @@ impl Subjects {
 }
 
 /// Captions in a file.
-pub struct Captions {
-    stored: Stored,
+pub struct CaptionFeatures {
+    stored: CheckpointWeights,
     /// First row of each caption, and one past the last row of all.
     starts: Vec<usize>,
     shape: CaptionShape,
 }
 
-impl Captions {
+impl CaptionFeatures {
     /// Opens a file that [`write`] has written for a model with captions of this shape.
     pub fn open(path: &Path, shape: CaptionShape) -> Result<Self> {
-        let stored = Stored::open(path, None)?;
+        let stored = CheckpointWeights::open(path, None)?;
         let lengths = stored.indices("lengths")?;
         let mut starts = vec![0];
         for &length in &lengths {
@@ -129,7 +131,7 @@ impl Captions {
         backend: &B,
         numbers: &[u32],
         dropped: &[bool],
-    ) -> Result<Conditions<B>> {
+    ) -> Result<BatchConditioning<B>> {
         let CaptionShape { positions, width } = self.shape;
         let mut features = vec![0.0; numbers.len() * positions * width];
         let mut padding = Vec::with_capacity(numbers.len());
@@ -144,7 +146,7 @@ impl Captions {
             padding.push(before);
         }
         let shape = [numbers.len(), positions, width];
-        Ok(Conditions::Captions(CaptionFeatures {
+        Ok(BatchConditioning::Captions(CaptionBatch {
             features: backend.floats(&features, &shape)?,
             padding,
             dropped: dropped.to_vec(),
@@ -152,8 +154,8 @@ impl Captions {
     }
 }
 
-/// Writes a file of captions with these numbers of tokens; `each` gives their features to its argument, in order and in
-/// whatever pieces it likes.
+/// Writes a file of captions with these numbers of tokens; `each` passes their features to its argument, in order and in
+/// pieces of any size.
 pub fn write(
     path: &Path,
     lengths: &[u32],
@@ -189,7 +191,7 @@ mod tests {
         })
         .unwrap();
         let shape = |positions, width| CaptionShape { positions, width };
-        let captions = Captions::open(&path, shape(4, 2)).unwrap();
+        let captions = CaptionFeatures::open(&path, shape(4, 2)).unwrap();
         assert_eq!(captions.starts, [0, 1, 4]);
         assert_eq!(captions.stored.rows("features", 1, 3).unwrap(), data[2..]);
         let other = dir.path().join("other");
@@ -209,7 +211,10 @@ mod tests {
                 "features of shape Some([4, 2]), expected [4, 3]",
             ),
         ] {
-            let error = Captions::open(&path, shape).err().unwrap().to_string();
+            let error = CaptionFeatures::open(&path, shape)
+                .err()
+                .unwrap()
+                .to_string();
             assert!(error.contains(expected), "{error}");
         }
         let short = write(&path, &[2], 2, |give| give(&data[..3])).unwrap_err();

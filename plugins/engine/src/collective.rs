@@ -1,8 +1,8 @@
 //! Ranks: processes that train one network together, each on its share of every batch.
 //!
-//! A backend's library brings the [`Collective`] through which they meet; the engine says what is exchanged, and when.
-//! Every rank starts from the same state, takes the same samples of its own share and gets the same sums, bit for bit: so
-//! all hold the same weights after each step, and only the first writes.
+//! A backend's library provides the [`Collective`] that connects them; the engine decides what is exchanged, and when. All
+//! ranks start from the same state, each computes its share of the batch, and all get the same sums, bit for bit. So all hold
+//! the same weights after each step, and only the first writes files.
 
 use std::any::Any;
 use std::ops::Range;
@@ -13,19 +13,19 @@ use retort_abi::{ArtifactMeta, Cancel, Failure, Host, LogLevel, Part};
 
 use crate::error::{Error, Result};
 
-/// What ranks exchange. All call the same functions in the same order with buffers of the same size, and a call returns
-/// when it is done.
+/// Exchanges between ranks. All ranks call the same functions in the same order with buffers of the same size; a call returns
+/// when the exchange is complete.
 pub trait Collective: Send + Sync {
     /// Which of the ranks this process is, from 0.
     fn rank(&self) -> usize;
     /// The number of ranks.
     fn size(&self) -> usize;
-    /// Puts the sum over all ranks into each one's buffer; all get the same bits.
+    /// Replaces each rank's buffer by the sum over all ranks; all get the same bits.
     ///
     /// # Errors
     /// [`crate::error::Error::Rank`]: another rank is gone, or has not come in time.
     fn all_reduce(&self, values: &mut [f32]) -> Result<()>;
-    /// Puts the values of one rank into the buffers of all.
+    /// Copies one rank's values into the buffers of all.
     ///
     /// # Errors
     /// [`crate::error::Error::Rank`].
@@ -36,13 +36,15 @@ pub trait Collective: Send + Sync {
     /// [`crate::error::Error::Rank`].
     fn barrier(&self) -> Result<()>;
 
-    /// What the backend exchanges tensors with in the memory of its device
-    /// ([`Optimiser::begin_exchange_`](crate::backend::Optimiser::begin_exchange_)); none, where all goes through the host's.
+    /// The backend's handle for exchanging tensors in its device's memory
+    /// ([`Optimiser::begin_exchange_`](crate::backend::Optimiser::begin_exchange_)); None if exchanges go through host
+    /// memory.
     fn on_device(&self) -> Option<&dyn Any> {
         None
     }
 
-    /// The values of all ranks in one list of so many, of which a rank has those from `at` on: the same bits for all.
+    /// Gathers the values of all ranks into one list of this length; a rank contributes those from `at` on. All get the same
+    /// bits.
     ///
     /// # Errors
     /// [`crate::error::Error::Rank`].
@@ -61,8 +63,8 @@ pub trait Collective: Send + Sync {
         self.size() > 1
     }
 
-    /// The part of so many samples, one after the other, that a rank's share is cut into; `cut` in how many. The shares of
-    /// all ranks make the whole, and differ by a sample at most.
+    /// A range of a batch's samples: the batch is divided into shares for the ranks, and each share into `cut` parts. Shares
+    /// differ by at most one sample.
     fn share(&self, samples: usize, part: usize, cut: usize) -> Range<usize> {
         let parts = cut * self.size();
         let at = |part: usize| part * samples / parts;
@@ -71,33 +73,33 @@ pub trait Collective: Send + Sync {
     }
 }
 
-/// Where ranks meet, by the names that `torchrun` gives its variables, and how long they wait for each other.
+/// Where ranks meet, in the environment variables of `torchrun`, and how long they wait for each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Meeting {
+pub struct Rendezvous {
     /// Host of the first rank.
     pub host: String,
     /// Port on it.
     pub port: u16,
-    /// What it is called among several at the same address; empty where it is the only one.
+    /// Its name, if several share the address; otherwise empty.
     pub name: String,
     /// Whether `torchrun` itself listens there.
     pub held: bool,
-    /// How long another rank is waited for.
+    /// How long to wait for another rank.
     pub patience: Duration,
 }
 
-/// How long that is where nobody says.
+/// The default.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-impl Meeting {
-    /// As the variables say to the process of a part.
+impl Rendezvous {
+    /// Reads the environment variables of a part's process.
     ///
     /// # Errors
     /// One is missing, or makes no sense.
     pub fn read(part: Part, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let given = |name: &str| variable(name).filter(|value| !value.is_empty());
         let missing = |name: &str| {
-            Error::Rank(format!(
+            Error::Backend(format!(
                 "worker {} of {} does not know where the others are: {name} is not set or makes no sense",
                 part.index + 1,
                 part.of
@@ -112,7 +114,7 @@ impl Meeting {
         Ok(Self {
             host: given("MASTER_ADDR").ok_or_else(|| missing("MASTER_ADDR"))?,
             port: port.ok_or_else(|| missing("MASTER_PORT"))?,
-            // At an address that retort has chosen nobody else listens.
+            // At an address chosen by retort nobody else listens.
             held: !name.is_empty()
                 && given("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|held| held == "True"),
             name,
@@ -123,9 +125,9 @@ impl Meeting {
 
 /// One process alone: nothing is exchanged.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Single;
+pub struct SingleRank;
 
-impl Collective for Single {
+impl Collective for SingleRank {
     fn rank(&self) -> usize {
         0
     }
@@ -147,7 +149,7 @@ impl Collective for Single {
     }
 }
 
-/// The host of a rank that is not the first: what all would say alike, the first says.
+/// The host of all ranks but the first: it drops messages that all ranks would send alike.
 pub(crate) struct QuietHost<'a>(pub &'a dyn Host);
 
 impl Host for QuietHost<'_> {
@@ -207,27 +209,27 @@ mod tests {
     #[test]
     fn where_ranks_meet_is_read_from_the_contract() {
         let part = Part { index: 1, of: 2 };
-        let meeting = |changes: &[(&str, &str)]| {
+        let rendezvous = |changes: &[(&str, &str)]| {
             let given = [("MASTER_ADDR", "n1"), ("MASTER_PORT", "29500")];
-            Meeting::read(part, |name| {
+            Rendezvous::read(part, |name| {
                 let mut all = changes.iter().chain(&given);
                 all.find(|(known, _)| *known == name)
                     .map(|(_, value)| (*value).to_owned())
             })
         };
         let agent = ("TORCHELASTIC_USE_AGENT_STORE", "True");
-        let plain = meeting(&[agent]).unwrap();
+        let plain = rendezvous(&[agent]).unwrap();
         assert_eq!((plain.port, plain.held), (29500, false));
         assert_eq!(plain.patience, PATIENCE);
         let named =
-            meeting(&[agent, ("RETORT_MEETING", "t"), ("RETORT_RANK_TIMEOUT", "5")]).unwrap();
+            rendezvous(&[agent, ("RETORT_MEETING", "t"), ("RETORT_RANK_TIMEOUT", "5")]).unwrap();
         assert!(named.held && named.patience.as_secs() == 5);
         for wrong in [
             ("MASTER_PORT", "x"),
             ("MASTER_ADDR", ""),
             ("RETORT_RANK_TIMEOUT", "soon"),
         ] {
-            let error = meeting(&[wrong]).unwrap_err().to_string();
+            let error = rendezvous(&[wrong]).unwrap_err().to_string();
             assert!(
                 error.contains("worker 2 of 2") && error.contains(wrong.0),
                 "{error}"
@@ -249,6 +251,6 @@ mod tests {
                 assert!(most.unwrap() - least.unwrap() <= 1, "{lengths:?}");
             }
         }
-        assert_eq!(Single.share(9, 0, 1), 0..9);
+        assert_eq!(SingleRank.share(9, 0, 1), 0..9);
     }
 }

@@ -1,10 +1,10 @@
 //! Does a backend compute what the engine means? Every operation against plain f64 loops, every gradient against
 //! finite differences; and in [`golden`] whole networks against the published code.
 //!
-//! In: an opened backend. Out: one [`Case`] per comparison, with its error and what was allowed. Inputs are small, of
-//! odd sizes, and given three times: whole, cut out of a greater tensor, and transposed in memory, because kernels
-//! err at edges and strides. Tolerances follow the precision of the backend's floats, which is measured. Any backend,
-//! fused or composed, must pass; speed is nobody's concern here.
+//! In: an opened backend. Out: one [`Case`] per comparison, with its error and what was allowed. Inputs are small and of odd
+//! sizes. Each is given three times: contiguous, cut out of a larger tensor, and transposed in memory, because kernels fail
+//! at edges and strides. Tolerances follow the measured precision of the backend's floats. Every backend, fused or composed,
+//! must pass; speed does not matter here.
 
 mod arithmetic;
 mod attention;
@@ -24,20 +24,20 @@ use host::Host;
 pub struct Case {
     /// The operation, the shapes where they matter, and the layout of its inputs.
     pub name: String,
-    /// Greatest difference of an element, relative to the greatest element (at least 1); infinite when the backend
-    /// refused or gave another shape. For indices: the share that differs.
+    /// The largest difference of an element, relative to the largest element (at least 1); infinite if the backend failed or
+    /// returned another shape. For indices: the share that differs.
     pub error: f64,
     /// The greatest error allowed.
     pub tolerance: f64,
     /// Whether the error is within the tolerance.
     pub passed: bool,
-    /// Whether the result follows from codes that the backend chose: where others are nearly as probable, a backend that
-    /// rounds operands of products may choose those.
+    /// Whether the result depends on codes that the backend chose: a backend that rounds operands of products may choose
+    /// others that are nearly as probable.
     pub chosen: bool,
 }
 
 impl Case {
-    /// A comparison, which passed unless the error is greater than the tolerance or no number.
+    /// A comparison. It passes unless the error is NaN or exceeds the tolerance.
     pub fn new(name: String, error: f64, tolerance: f64) -> Self {
         Self {
             name,
@@ -82,7 +82,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     let mut suite = Suite {
         b,
         unit,
-        // Factors below are meant for sums that round at every step; where only operands do, errors stay smaller.
+        // The factors below are for sums that round at every step; if only operands are rounded, errors are smaller.
         unit_of_products: unit.max(rounding / 16.0),
         cases: Vec::new(),
     };
@@ -133,13 +133,13 @@ enum MemoryLayout {
     /// Cut out of a tensor that is greater in every dimension.
     Padded,
     /// Cut out of a tensor whose dimensions are reversed.
-    Turned,
+    Transposed,
 }
 
 const LAYOUTS: [MemoryLayout; 3] = [
     MemoryLayout::Whole,
     MemoryLayout::Padded,
-    MemoryLayout::Turned,
+    MemoryLayout::Transposed,
 ];
 
 struct Suite<'a, B: Backend> {
@@ -162,7 +162,7 @@ impl<B: Backend> Suite<'_, B> {
         }
         let reversed: Vec<usize> = (0..rank).rev().collect();
         let inner = match layout {
-            MemoryLayout::Turned => host::permute(x, &reversed),
+            MemoryLayout::Transposed => host::permute(x, &reversed),
             _ => x.clone(),
         };
         let padded: Vec<usize> = inner.shape.iter().map(|n| n + 3).collect();
@@ -172,7 +172,7 @@ impl<B: Backend> Suite<'_, B> {
                 .zip(&inner.shape)
                 .map(|(&i, &n)| i.checked_sub(1).filter(|&i| i < n))
                 .collect();
-            // What lies around the cut must never show.
+            // Elements around the cut must not affect the result.
             own.map_or(7777.0, |own| inner.at(&own))
         });
         let mut y = self.b.floats(&outer.to_f32(), &padded)?;
@@ -180,7 +180,7 @@ impl<B: Backend> Suite<'_, B> {
             y = B::narrow(&y, d, 1, n)?;
         }
         match layout {
-            MemoryLayout::Turned => B::permute(&y, &reversed),
+            MemoryLayout::Transposed => B::permute(&y, &reversed),
             _ => Ok(y),
         }
     }
@@ -212,7 +212,7 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
-    /// One operation, its inputs lying in each way.
+    /// One operation, with its inputs in each layout.
     fn op(
         &mut self,
         name: &str,

@@ -1,19 +1,15 @@
-//! A running stage as its parts see it: the job, the host, the tensor library, the other ranks.
+//! The context of a running stage: the job, the host, the tensor library, the other ranks.
 
-use std::fs::{File, TryLockError};
 use std::path::Path;
-use std::time::Duration;
 
 use retort_abi::{ArtifactDraft, ArtifactMeta, Cancel, Host, Input, StageJob, StageResult};
 
 use crate::backend::Backend;
 use crate::collective::Collective;
-use crate::data::kept::{self, Place};
+use crate::data::cache::{self, ImageCache};
 use crate::data::{self, Data, Images};
 use crate::error::{Error, Result};
-
-/// How often a lock that another part has is tried again.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+use crate::files::MakeLock;
 
 /// A running stage: its job, its host and the tensor library.
 pub struct Context<'a, B: Backend> {
@@ -46,7 +42,7 @@ impl<'a, B: Backend> Context<'a, B> {
         self.images_unless(data, |_| Ok(()))
     }
 
-    /// The same, unless `accept` refuses their number; it is asked before any is decoded.
+    /// The same, unless `accept` refuses their number; it is called before any is decoded.
     pub fn images_unless(
         &self,
         data: &Data,
@@ -57,21 +53,21 @@ impl<'a, B: Backend> Context<'a, B> {
             Data::Source(options) => options.images.as_ref(),
         };
         let dir = stage.map(|stage| self.input_dir(stage)).transpose()?;
-        let place = Place {
+        let cache = ImageCache {
             host: self.host,
             base_dir: &self.job.base_dir,
             folder: self
                 .job
                 .work_dir
                 .as_ref()
-                .map(|work| work.join(kept::FOLDER)),
-            // Only the parts of a divided stage share a work directory.
-            turn: &|| {
-                let divided = self.job.part.is_some();
-                divided.then(|| self.lock(kept::FOLDER)).transpose()
+                .map(|work| work.join(cache::FOLDER)),
+            // Only parts of a divided stage share a work directory.
+            lock: &|| match self.job.part {
+                Some(_) => self.lock(cache::FOLDER),
+                None => Ok(MakeLock::undisputed()),
             },
         };
-        data::load(data, dir, &place, accept)
+        data::load(data, dir, &cache, accept)
     }
 
     /// Directory that survives attempts.
@@ -80,7 +76,7 @@ impl<'a, B: Backend> Context<'a, B> {
         self.job.work_dir.as_deref().ok_or_else(missing)
     }
 
-    /// Ends the stage when it has been asked to stop. For the time between pieces of work.
+    /// Ends the stage if it has been asked to stop; called between pieces of work.
     pub fn go_on(&self) -> Result<()> {
         match self.host.cancelled() {
             Cancel::Run => Ok(()),
@@ -88,7 +84,7 @@ impl<'a, B: Backend> Context<'a, B> {
         }
     }
 
-    /// What a batch is cut into that ranks share: as many pieces as there are ranks, and each into `parts`.
+    /// How a batch is divided: into a share for each rank, and each share into `parts`.
     ///
     /// # Errors
     /// There are more pieces than samples.
@@ -105,20 +101,10 @@ impl<'a, B: Backend> Context<'a, B> {
         Err(Error::option("/train/batch", message))
     }
 
-    /// Waits until no other part of the stage has what this name stands for in hand; until the lock is dropped, none gets it.
-    pub fn lock(&self, name: &str) -> Result<File> {
+    /// Takes the lock of this name among the parts of the stage on this machine; it is released when the result is dropped.
+    pub fn lock(&self, name: &str) -> Result<MakeLock> {
         let path = self.work_dir()?.join(name).with_extension("lock");
-        let file = File::create(&path).map_err(Error::io(&path))?;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::Error(error)) => return Err(Error::io(&path)(error)),
-                Err(TryLockError::WouldBlock) if self.host.cancelled() != Cancel::Run => {
-                    return Err(Error::Cancelled);
-                }
-                Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_AGAIN),
-            }
-        }
+        MakeLock::wait(&path, || self.go_on())
     }
 
     /// Writes the stage's output and ends the stage.

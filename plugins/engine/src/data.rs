@@ -1,31 +1,36 @@
 //! Labelled images for training or evaluation.
 //!
 //! In: a folder of image files, a table of them, a tar archive, Parquet files, NumPy's arrays, a CSV file of grey values, or
-//! the artifact of an `images` stage. Out: [`Images`], bytes in memory or in files, made f32 in [-1, 1] a batch at a time.
-//! What is wrong with an input is a [`DataError`] that names the file and, in a table, line and column. Deliberately
-//! absent: colour management.
+//! the artifact of an `images` stage. Out: [`Images`], bytes in memory or in files, converted to f32 in [-1, 1] a batch at a
+//! time. An error in an input is a [`DataError`] that names the file and, in a table, line and column. Deliberately absent:
+//! colour management.
 
+pub mod archived_images;
 pub mod arrays;
+pub mod cache;
 pub mod class;
 pub mod content;
+mod decoded;
 mod decoding_cost;
 pub mod error;
 pub mod feed;
 pub mod file;
 pub mod folder;
 mod inspection;
-mod item;
-pub mod kept;
+pub mod item;
+mod jpeg;
 pub mod options;
 mod parquet;
 pub mod prepared;
 pub mod raster;
 pub mod resample;
-pub mod shards;
+mod room;
 pub mod source;
 pub mod table;
+mod tiff;
 pub mod values;
 
+use std::ops::Range;
 use std::path::Path;
 
 pub use error::DataError;
@@ -33,7 +38,7 @@ pub use options::{Data, DataOptions, Sizing};
 
 use crate::error::Result;
 use crate::random::{Sequence, Stream};
-use kept::Place;
+use cache::ImageCache;
 use prepared::Prepared;
 use source::Source;
 
@@ -51,15 +56,15 @@ pub struct Images {
     pub classes: usize,
     /// Name of each class.
     pub names: Vec<String>,
-    /// Height and width as stored, from which images of `height` and `width` are cut out.
+    /// Stored height and width, from which images of `height` and `width` are cropped.
     stored: (usize, usize),
-    /// How they were brought to that size, if they were.
+    /// How they were resized, if they were.
     sizing: Option<Sizing>,
-    /// Whether training sees half of them mirrored.
+    /// Whether half of them are mirrored in training.
     flip: bool,
-    /// Their captions, where these are in memory.
+    /// Their captions, if these are in memory.
     captions: Vec<Option<Box<str>>>,
-    /// What each byte is in [-1, 1].
+    /// The value in [-1, 1] of each byte.
     values: Box<[f32; 256]>,
     bytes: Bytes,
 }
@@ -77,7 +82,7 @@ enum Bytes {
     Files(Prepared),
 }
 
-/// What changes the images that training sees: a function of the seed, the epoch and the image alone.
+/// The augmentation of training images: a function of the seed, the epoch and the image alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Augment {
     /// Seed of the stage.
@@ -86,12 +91,12 @@ pub struct Augment {
     pub epoch: u64,
 }
 
-/// Reads the images of `data`, whose `images` stage, if it names one, has its output in `stage`. `accept` gets the number
-/// of images before any is decoded.
+/// Reads the images of `data`; `stage` is the output of its `images` stage, if it names one. `accept` gets the number of
+/// images before any is decoded.
 pub fn load(
     data: &Data,
     stage: Option<&Path>,
-    place: &Place<'_>,
+    cache: &ImageCache<'_>,
     accept: impl FnOnce(usize) -> Result<()>,
 ) -> Result<Images> {
     let whole = DataOptions::default();
@@ -105,7 +110,7 @@ pub fn load(
             accept(images.len())?;
             images
         }
-        None => place.read(options, accept)?,
+        None => cache.read(options, accept)?,
     };
     Ok(images.seen_as(options)?)
 }
@@ -167,7 +172,7 @@ impl Images {
         Ok((images, damaged))
     }
 
-    /// The same images, cut and mirrored as options say.
+    /// The same images, cropped and mirrored as the options say.
     fn seen_as(mut self, options: &DataOptions) -> Result<Self, DataError> {
         if let Some((h, w)) = options.crop.map(crate::size::Size::sides) {
             if h > self.height || w > self.width {
@@ -193,7 +198,7 @@ impl Images {
         self.labels.is_empty()
     }
 
-    /// What each of them shows, in words.
+    /// Their captions.
     ///
     /// # Errors
     /// One has no caption.
@@ -220,7 +225,7 @@ impl Images {
         [self.channels, self.height, self.width]
     }
 
-    /// How they came to their size by options, if they did, for people.
+    /// How the options resized them, if they did, for people.
     pub fn sizing(&self) -> Option<String> {
         let cut = (self.height, self.width) != self.stored;
         let cut = cut.then(|| format!("cut to {} x {}", self.height, self.width));
@@ -234,13 +239,13 @@ impl Images {
         self.channels * self.height * self.width
     }
 
-    /// Pixels (b, channels, height, width) in [-1, 1] and labels (b) of the images at `indices`, in that order: their
-    /// middle, if they are cut.
+    /// Pixels (b, channels, height, width) in [-1, 1] and labels (b) of the images at `indices`, in that order; the middle if
+    /// they are cropped.
     pub fn gather(&self, indices: &[usize]) -> Result<(Vec<f32>, Vec<u32>)> {
         self.gather_augmented(indices, None)
     }
 
-    /// Whether training sees half of the images mirrored.
+    /// Whether half of the images are mirrored in training.
     pub fn flips(&self) -> bool {
         self.flip
     }
@@ -253,7 +258,7 @@ impl Images {
         })
     }
 
-    /// As [`Images::gather`], as training sees them.
+    /// As [`Images::gather`], augmented for training.
     pub fn gather_augmented(
         &self,
         indices: &[usize],
@@ -290,7 +295,7 @@ impl Images {
         }
     }
 
-    /// First row, first column, and whether it is mirrored, of an image as it is seen.
+    /// First row, first column, and whether the image is mirrored, after augmentation.
     fn view(&self, index: usize, augment: Option<Augment>) -> (usize, usize, bool) {
         let (down, across) = (self.stored.0 - self.height, self.stored.1 - self.width);
         match augment {
@@ -303,7 +308,7 @@ impl Images {
         }
     }
 
-    /// Appends the part of a stored image (height, width, channels) that is seen, as (channels, height, width).
+    /// Appends the cropped part of a stored image (height, width, channels) as (channels, height, width).
     fn convert(
         &self,
         image: &[u8],
@@ -349,7 +354,14 @@ impl Images {
     }
 }
 
-/// SplitMix64's output function over both numbers: an order of the indices that looks random and is fixed for ever.
+/// A range in pieces of a size; the last may be smaller.
+pub(crate) fn pieces(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { start, end } = range;
+    let starts = (start..end).step_by(size);
+    starts.map(move |first| first..first.saturating_add(size).min(end))
+}
+
+/// SplitMix64's output function of both numbers: a pseudo-random order of the indices that never changes.
 fn scramble(seed: u64, index: u64) -> u64 {
     let mix = |mut z: u64| {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

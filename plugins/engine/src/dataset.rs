@@ -1,26 +1,30 @@
-//! Trajectory datasets in use: shards are written, and read when training needs them.
+//! Using trajectory datasets: writing shards, and reading samples when training needs them.
 //!
-//! What lies on the disk is `retort_checkpoint::trajectories`. Every intermediate state X_t follows from noise and tokens.
+//! The format on disk is in `retort_checkpoint::trajectories`. Every intermediate state X_t follows from noise and tokens.
 
 use std::path::Path;
 
-use retort_checkpoint::pieces::{Fault, MANIFEST, Shard};
+use retort_checkpoint::sample_shards::{Fault, MANIFEST, Shard};
 use retort_checkpoint::trajectories::Manifest;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::captions::{self, Captions, Subjects};
+use crate::captions::{self, CaptionFeatures, ConditioningSource};
 use crate::error::{Error, Result};
-use crate::model::{ConditionShape, TokenShape};
+use crate::model::{ConditioningShape, TokenShape};
 use crate::random;
-use crate::weights::{self, Stored};
+use crate::weights::{self, CheckpointWeights};
 
 /// Opens a file with the samples of a shard, and refuses it if it does not hold them. Returns their labels too.
-pub fn open_shard(manifest: &Manifest, path: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
+pub fn open_shard(
+    manifest: &Manifest,
+    path: &Path,
+    shard: &Shard,
+) -> Result<(CheckpointWeights, Vec<u32>)> {
     let opened = manifest.open_shard(path, shard)?;
     let dictionary = opened.checkpoint.select(None);
     let dictionary = dictionary.map_err(Error::checkpoint(path))?.clone();
     Ok((
-        Stored::of(path, opened.checkpoint, dictionary),
+        CheckpointWeights::of(path, opened.checkpoint, dictionary),
         opened.labels,
     ))
 }
@@ -74,16 +78,16 @@ fn narrow(values: &[u32]) -> (Vec<u8>, Dtype) {
     }
 }
 
-/// A dataset on disk: labels are in memory, tokens are read and noise is made when they are asked for.
+/// A dataset on disk: labels are in memory; tokens are read and noise is generated on demand.
 pub struct Dataset {
     /// Its manifest.
     pub manifest: Manifest,
     /// Class of each sample, or number of its caption.
     pub labels: Vec<u32>,
-    /// What the labels stand for.
-    pub subjects: Subjects,
+    /// The meaning of the labels.
+    pub conditioning: ConditioningSource,
     /// The shards, in order of their samples.
-    shards: Vec<Stored>,
+    shards: Vec<CheckpointWeights>,
 }
 
 impl Dataset {
@@ -110,20 +114,20 @@ impl Dataset {
             );
             return Err(Error::data(&path, message));
         }
-        let subjects = match manifest.condition {
-            ConditionShape::Classes(classes) => Subjects::Classes(classes),
-            ConditionShape::Captions(shape) => {
-                Subjects::Captions(Captions::open(&dir.join(captions::FILE), shape)?.into())
-            }
+        let conditioning = match manifest.condition {
+            ConditioningShape::Classes(classes) => ConditioningSource::Classes(classes),
+            ConditioningShape::Captions(shape) => ConditioningSource::Captions(
+                CaptionFeatures::open(&dir.join(captions::FILE), shape)?.into(),
+            ),
         };
-        if let Some(&bad) = labels.iter().find(|&&x| x as usize >= subjects.len()) {
-            let message = format!("label {bad}, expected labels below {}", subjects.len());
+        if let Some(&bad) = labels.iter().find(|&&x| x as usize >= conditioning.len()) {
+            let message = format!("label {bad}, expected labels below {}", conditioning.len());
             return Err(Error::data(&path, message));
         }
         Ok(Self {
             manifest,
             labels,
-            subjects,
+            conditioning,
             shards,
         })
     }
@@ -149,7 +153,7 @@ impl Dataset {
     }
 
     /// The shard that holds a sample, and its row there.
-    fn place(&self, sample: usize) -> (&Stored, usize) {
+    fn place(&self, sample: usize) -> (&CheckpointWeights, usize) {
         let known = &self.manifest.shards;
         let at = known.partition_point(|shard| shard.end <= sample as u64);
         (&self.shards[at], sample - known[at].start as usize)
@@ -194,7 +198,7 @@ mod tests {
         let bytes = path.metadata().expect("a file").len();
         let million = bytes * 1_200_000 / PAIRS as u64;
         assert!(million < 1_650_000_000, "{million} bytes");
-        let stored = Stored::open(&path, None).expect("a shard");
+        let stored = CheckpointWeights::open(&path, None).expect("a shard");
         assert_eq!(stored.indices("tokens").expect("tokens"), tokens);
         assert_eq!(stored.indices("labels").expect("labels"), labels);
     }

@@ -1,4 +1,4 @@
-//! What can go wrong in the engine, and how it reads on the other side of the plugin boundary.
+//! The engine's errors, and their form on the other side of the plugin boundary.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ pub enum Error {
     /// The device's memory does not suffice.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
-    /// Options that cannot work; the pointer names the option.
+    /// Invalid options; the pointer names the option.
     #[error("{message}")]
     Options {
         /// JSON pointer into the stage's options.
@@ -40,10 +40,10 @@ pub enum Error {
         /// What was found, what was expected.
         message: String,
     },
-    /// NaN or infinity where there must be none.
+    /// NaN or infinity where only finite values are allowed.
     #[error("{0}")]
     Numerical(String),
-    /// What a network says of a sample is NaN or infinite.
+    /// A network's output for a sample is NaN or infinite.
     #[error("sample {sample}: {message}")]
     NotFinite {
         /// Its index: in its batch, until [`Error::of_samples`].
@@ -51,10 +51,13 @@ pub enum Error {
         /// What is not finite.
         message: String,
     },
-    /// Another rank of a training is gone, or has not come in time.
+    /// Another rank of a training is gone, or timed out.
     #[error("{0}")]
     Rank(String),
-    /// The host asked to stop; what was done is in the work directory.
+    /// The ranks of a training no longer hold the same weights.
+    #[error("{0}")]
+    RanksDiffer(String),
+    /// The host asked to stop; the work done is in the work directory.
     #[error("stopped on request; the work so far is kept")]
     Cancelled,
     /// The host refused a service.
@@ -135,12 +138,16 @@ impl From<Error> for Failure {
             Error::NotFinite { .. } => Failure::new(FailureCode::Numerical, message).hint(
                 "look at the curves of the stage that trained the network, and at its guidance and temperature",
             ),
-            // What happened to the other rank is the reason; this one would go on.
+            // The other rank's fate is the reason; this rank could continue.
             Error::Rank(_) => Failure {
                 retryable: true,
-                ..Failure::new(FailureCode::Io, message)
+                ..Failure::new(FailureCode::WorkerLost, message)
                     .hint("`retort resume` continues from the last checkpoint")
             },
+            // Fewer workers or a retry would not help.
+            Error::RanksDiffer(_) => Failure::new(FailureCode::WorkersDiffer, message).hint(
+                "give all workers processors or GPUs of one kind; `retort resume` continues from the last checkpoint",
+            ),
             Error::Cancelled => Failure::new(FailureCode::Cancelled, message),
             Error::Host(failure) => failure,
         }

@@ -1,27 +1,27 @@
-//! A watch over what networks say while samples are made: NaN and infinity are an error that names the sample, never a
-//! token. Backends may choose any code from such logits.
+//! Checks networks' outputs while samples are made: NaN and infinity are an error that names the sample. Otherwise backends
+//! could choose any code from such logits.
 //!
-//! Each tensor (b, ..) leaves one sum a sample on the device; what these are is looked at once, at the end.
+//! Each tensor (b, ..) is reduced to one sum per sample on the device; the sums are checked once, at the end.
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 
 /// The sums of checked values.
-pub struct Finite<B: Backend> {
+pub struct FiniteCheck<B: Backend> {
     /// Whose tensors they are, for messages.
     whose: &'static str,
     /// The AR step of each, and its sums (b, 1).
     sums: Vec<(usize, B::Tensor)>,
 }
 
-impl<B: Backend> Finite<B> {
-    /// Nothing watched so far of what is this, as in "the teacher's logits".
+impl<B: Backend> FiniteCheck<B> {
+    /// A check without any tensors yet, for outputs described as in "the teacher's logits".
     pub fn new(whose: &'static str) -> Self {
         let sums = Vec::new();
         Self { whose, sums }
     }
 
-    /// Watches a tensor (b, ..) of an AR step, in which no element may be other than finite.
+    /// Adds a tensor (b, ..) of an AR step, all of whose elements must be finite.
     pub fn watch(&mut self, step: usize, x: &B::Tensor) -> Result<()> {
         let shape = B::shape(x);
         let all: Vec<usize> = (1..shape.len()).collect();

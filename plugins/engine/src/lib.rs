@@ -1,8 +1,8 @@
 //! Everything numerical of retort, written once and generic over a tensor [`backend::Backend`].
 //!
-//! A backend plugin is an `impl Backend` and one export line; this crate brings the rest: the models, the flow map,
-//! training, sampling, evaluation, and the stages that recipes name. Deliberately absent: recipes, the store, the
-//! command line (the runner's), and any tensor library.
+//! A backend plugin is an `impl Tensors` and one export line. This crate provides the rest: the models, the flow map,
+//! training, sampling, evaluation, and the stages of recipes. Deliberately absent: recipes, the store, the command line (the
+//! runner's), and any tensor library.
 
 pub mod arrays;
 pub mod backend;

@@ -1,17 +1,15 @@
-//! Whether work fits into the memory that this process may still take, asked before any of it is taken: the allocator
-//! has but one answer, and it ends the process.
+//! Whether work fits into the free memory, checked before any is allocated: a failed allocation ends the process.
 //!
-//! What work needs is a lower bound: what passes here may still not fit. What the host has: the machine's free memory, the
-//! limits of the process's control groups and of its address space. A GPU's backend knows what its own memory has left
-//! ([`Tensors::free_memory`]). Where nothing is known, everything fits.
+//! The needs are lower bounds, so work that passes may still not fit. The host's free memory is limited by the machine, the
+//! process's control groups and its address space. A GPU's backend knows its own free memory ([`Tensors::free_memory`]). If
+//! nothing is known, everything fits.
 
 use std::path::{Path, PathBuf};
 
 use crate::backend::Tensors;
 use crate::error::{Error, Result};
 
-/// Refuses a batch of which samples take at least `each` bytes if it does not fit into those that are free, at an option's
-/// place.
+/// Refuses a batch whose samples take at least `each` bytes if it does not fit into the free bytes, as an error at an option.
 pub fn check_batch(
     pointer: &str,
     batch: usize,
@@ -24,7 +22,7 @@ pub fn check_batch(
     }
 }
 
-/// Refuses `what` if it needs more bytes than the host has, at an option's place; `advice` says what to do instead.
+/// Refuses `what` if it needs more bytes than the host has, as an error at an option; `advice` says what to do instead.
 pub fn check(pointer: &str, what: &str, needed: Option<u64>, advice: &str) -> Result<()> {
     match free() {
         Some(free) => has_room(pointer, what, needed, (advice, free)),
@@ -50,7 +48,7 @@ fn has_room(
 fn needs(needed: Option<u64>) -> String {
     match needed {
         Some(needed) => format!("at least {}", gigabytes(needed)),
-        None => "more than there is anywhere".into(),
+        None => "more than any machine has".into(),
     }
 }
 
@@ -69,7 +67,7 @@ fn fits(pointer: &str, batch: usize, each: Option<u64>, free: u64) -> Result<()>
     Err(Error::option(pointer, message))
 }
 
-/// The bytes of so many floats, if there is a number for them.
+/// The bytes of this many floats, unless they overflow.
 pub fn floats(shape: &[usize]) -> Option<u64> {
     shape
         .iter()
@@ -79,7 +77,7 @@ pub fn floats(shape: &[usize]) -> Option<u64> {
 /// Refuses a tensor for which there is no memory.
 pub fn check_tensor(name: &str, shape: &[usize]) -> Result<()> {
     let needed = floats(shape);
-    // Small ones are not worth looking.
+    // Small tensors are not checked.
     if needed.is_some_and(|needed| needed < 64 << 20) {
         return Ok(());
     }
@@ -108,12 +106,12 @@ pub fn gigabytes(bytes: u64) -> String {
     }
 }
 
-/// Bytes that tensors of a backend may still take: of its device, or of the host.
+/// Bytes free for tensors of a backend: of its device, or of the host.
 pub fn free_for<B: Tensors>(backend: &B) -> Option<u64> {
     backend.free_memory().or_else(free)
 }
 
-/// Bytes that this process may still take; none where nothing limits it that is known.
+/// Bytes that this process may still allocate; None if no limit is known.
 pub fn free() -> Option<u64> {
     let machine = field("/proc/meminfo", "MemAvailable:").map(|kib| kib * 1024);
     [machine, address_space(), groups()]
@@ -135,12 +133,12 @@ fn address_space() -> Option<u64> {
     Some(limit.saturating_sub(taken))
 }
 
-/// The narrowest of the control groups that the process is in.
+/// The tightest limit of the process's control groups.
 fn groups() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     let room = |dir: &Path, limit: &str, usage: &str| {
         let limit = field(dir.join(limit), "")?;
-        // What the kernel only keeps of files it gives back when it is wanted.
+        // The kernel frees its cache of files on demand.
         let kept = field(dir.join("memory.stat"), "inactive_file ").unwrap_or(0);
         let taken = field(dir.join(usage), "")?.saturating_sub(kept);
         Some(limit.saturating_sub(taken))
@@ -181,8 +179,8 @@ mod tests {
             "/train/batch: a batch of 8001 needs at least 8.0 GB of memory, 8.0 GB are free: at most 8000 fit; try 4000"
         );
         assert!(said(1, Some(9_000_000_000)).ends_with("not even a batch of 1 fits"));
-        assert!(said(usize::MAX, Some(1_000_000)).contains("more than there is anywhere"));
-        assert!(said(1, None).contains("more than there is anywhere"));
+        assert!(said(usize::MAX, Some(1_000_000)).contains("more than any machine has"));
+        assert!(said(1, None).contains("more than any machine has"));
     }
 
     #[test]
@@ -196,7 +194,7 @@ mod tests {
             said(Some(10_495_320_064)),
             "features need at least 10.5 GB of memory, 8.0 GB are free: less"
         );
-        assert!(said(None).contains("more than there is anywhere of memory"));
+        assert!(said(None).contains("more than any machine has of memory"));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The networks, once each, generic over the backend, and the interface of every family.
 //!
-//! A family brings a [`Tokenizer`], a [`Teacher`] and a [`Student`]. Tokens of an image are generated in AR steps;
-//! a step yields one token (LlamaGen) or all tokens of a scale (VAR). Everything outside this folder speaks of steps
-//! and tokens only and does not know families.
+//! A family provides a [`Tokenizer`], a [`Teacher`] and a [`Student`]. An image's tokens are generated in AR steps; a step
+//! yields one token (LlamaGen) or all tokens of a scale (VAR). Code outside this folder uses only steps and tokens and does
+//! not know families.
 
 pub mod autoencoder;
 pub mod classifier;
@@ -20,7 +20,7 @@ pub mod vq;
 
 pub use continuous::CONTINUOUS_HEAD;
 
-pub use retort_checkpoint::trajectories::{CaptionShape, ConditionShape};
+pub use retort_checkpoint::trajectories::{CaptionShape, ConditioningShape};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,31 +39,31 @@ pub struct TokenShape {
     /// Codebook dimension D.
     pub dim: usize,
     /// Its conditioning.
-    pub condition: ConditionShape,
+    pub condition: ConditioningShape,
 }
 
 /// The conditioning of a batch, one entry per image.
 #[derive(Debug, Clone)]
-pub enum Conditions<B: Backend> {
+pub enum BatchConditioning<B: Backend> {
     /// Class ids (b).
     Classes(B::Tensor),
     /// Captions.
-    Captions(CaptionFeatures<B>),
+    Captions(CaptionBatch<B>),
 }
 
 /// Features of a batch's captions, each at the end of its positions.
 #[derive(Debug, Clone)]
-pub struct CaptionFeatures<B: Backend> {
+pub struct CaptionBatch<B: Backend> {
     /// Features (b, T, F), zero before a caption's first token.
     pub features: B::Tensor,
     /// Positions before the first token of each caption; fewer than T.
     pub padding: Vec<usize>,
-    /// In training: the captions in whose place the unconditional features stand, behind the same padding; none, if empty.
+    /// In training: which captions are replaced by the unconditional features, after the same padding; none if empty.
     pub dropped: Vec<bool>,
 }
 
-impl<B: Backend> Conditions<B> {
-    /// The class ids, for a family that knows nothing else.
+impl<B: Backend> BatchConditioning<B> {
+    /// The class ids, for a family without captions.
     fn classes(&self) -> Result<&B::Tensor> {
         match self {
             Self::Classes(ids) => Ok(ids),
@@ -73,8 +73,8 @@ impl<B: Backend> Conditions<B> {
         }
     }
 
-    /// The captions, for a model that knows nothing else.
-    fn captions(&self) -> Result<&CaptionFeatures<B>> {
+    /// The captions, for a model of captions.
+    fn captions(&self) -> Result<&CaptionBatch<B>> {
         match self {
             Self::Captions(captions) => Ok(captions),
             Self::Classes(_) => Err(Error::Internal(
@@ -90,7 +90,7 @@ impl TokenShape {
         self.steps.iter().sum()
     }
 
-    /// Number of AR steps that so many tokens fill.
+    /// Number of AR steps that this many tokens fill.
     pub fn steps_within(&self, tokens: usize) -> usize {
         let mut left = tokens;
         let fits = |&&count: &&usize| {
@@ -109,20 +109,20 @@ impl TokenShape {
 
 /// Images to tokens and back.
 pub trait Tokenizer<B: Backend> {
-    /// Codebook vectors (K, D) as the flow map and the student see them.
+    /// Codebook vectors (K, D) as the flow map and the student use them.
     fn codebook(&self) -> Result<B::Tensor>;
     /// Token ids (b, L) of images (b, c, h, w) in [-1, 1].
     fn encode(&self, images: &B::Tensor) -> Result<B::Tensor>;
     /// Images (b, c, h, w), about [-1, 1], of codebook vectors (b, L, D); differentiable.
     fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>>;
-    /// Images (b, c, h, w) in [-1, 1], encoded and decoded, with what training needs.
+    /// Images (b, c, h, w) in [-1, 1], encoded and decoded, with the tensors that training needs.
     fn reconstruct(&self, images: &B::Tensor) -> Result<Reconstruction<B>>;
     /// Whether the activations inside residual and attention blocks are computed again in the backward pass instead of
     /// being kept ([`Variable::segment`]).
     fn recompute(&mut self, blocks: bool);
 }
 
-/// What a pass of a tokenizer in training yields.
+/// The output of a tokenizer's training pass.
 pub struct Reconstruction<B: Backend> {
     /// Images (b, c, h, w).
     pub images: Variable<B>,
@@ -134,13 +134,13 @@ pub struct Reconstruction<B: Backend> {
     pub commitment_loss: Variable<B>,
     /// Ids of all tokens, in any shape.
     pub tokens: B::Tensor,
-    /// The codebook (K, D) as it was looked up, where its gradient and that of `z` lead back.
+    /// The codebook (K, D) used for the look-up, through which gradients flow, as through `z`.
     pub codes: Option<Variable<B>>,
-    /// What the last convolution of the decoder saw, and its kernel: how losses compare their pull at it.
+    /// The input and the kernel of the decoder's last convolution, at which losses compare their gradients.
     pub last: LastConvolution<B>,
 }
 
-/// The convolution that makes images, of stride 1, which keeps their size.
+/// The last convolution, with stride 1, which makes images of the same size.
 pub struct LastConvolution<B: Backend> {
     /// Its input (b, C, h, w).
     pub input: B::Tensor,
@@ -158,8 +158,8 @@ impl<B: Backend> LastConvolution<B> {
     }
 }
 
-/// Parameters of more than one dimension that no weight decay pulls at in VAR's published training: lengths of queries,
-/// embeddings of places, offsets of modulations.
+/// Parameters of more than one dimension without weight decay in VAR's published training: lengths of queries, embeddings of
+/// positions, offsets of modulations.
 const SPARED: [&str; 5] = ["scale_mul", "pos_1LC", "pos_start", "lvl_embed", "ada_gss"];
 
 /// Whether weight decay acts on a parameter: on matrices and other embeddings, as in the published trainings.
@@ -175,21 +175,25 @@ pub trait Teacher<B: Backend> {
     /// Shape of its token sequences.
     fn token_shape(&self) -> &TokenShape;
     /// Teacher-forced logits (b, L, K) of tokens (b, L); differentiable.
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>>;
+    fn forced(
+        &self,
+        conditioning: &BatchConditioning<B>,
+        tokens: &B::Tensor,
+    ) -> Result<Variable<B>>;
     /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
     /// ([`Variable::segment`]).
     fn recompute(&mut self, blocks: bool);
     /// Starts generating.
     fn generate<'a>(
         &'a self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>>;
     /// Guided logits (b, L - l', K) of all tokens after the known ones (b, l'), which fill whole AR steps, in one pass: each
-    /// given the known ones alone.
+    /// conditioned only on the known ones.
     fn at_once(
         &self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
         known: Option<&B::Tensor>,
     ) -> Result<B::Tensor>;
@@ -198,21 +202,21 @@ pub trait Teacher<B: Backend> {
 /// Classifier-free guidance.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Guidance {
-    /// Its strength, which means what the family means by it.
+    /// Its strength, by the family's definition.
     pub scale: f64,
-    /// Number of the last guided one of the AR steps after the first that is chosen, counted from 0; all are, if none. As
-    /// LlamaGen's `cfg_interval`.
+    /// The last guided AR step, counted from 0 at the step after the first chosen one; all are guided if None. As LlamaGen's
+    /// `cfg_interval`.
     pub interval: Option<usize>,
 }
 
-/// The mask between the tokens that a generation is given.
+/// The mask between the tokens of a generation's prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PrefixMask {
-    /// Their own AR step and the earlier ones, as in training.
+    /// Tokens see their own AR step and the earlier ones, as in training.
     #[default]
     Causal,
-    /// As the released code of the paper has it. VAR: all scales of the prefix and the first scale after it see each other.
+    /// As in the released code of the paper. VAR: all scales of the prefix and the first scale after it see each other.
     /// LlamaGen: the same as `causal`.
     Published,
 }
@@ -221,8 +225,7 @@ pub enum PrefixMask {
 pub trait Generation<B: Backend> {
     /// Guided logits (b, l, K) of the next AR step, given the tokens (b, l') of the previous one (none at first).
     fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor>;
-    /// The same after the tokens (b, l') of the first AR steps, fewer than all, in one pass. In the place of the first
-    /// `advance`.
+    /// The same after the tokens (b, l') of the first AR steps, fewer than all, in one pass; instead of the first `advance`.
     fn prefill(&mut self, tokens: &B::Tensor, mask: PrefixMask) -> Result<B::Tensor>;
 }
 
@@ -230,7 +233,7 @@ pub trait Generation<B: Backend> {
 pub struct Prediction<B: Backend> {
     /// Logits over the codebook (b, L, K).
     pub logits: Variable<B>,
-    /// The stack's output from which the continuous head predicts; (b, condition + L, C).
+    /// The stack's output, input of the continuous head; (b, condition + L, C).
     hidden: Variable<B>,
     /// Embedding of the condition (b, 1, C).
     condition: Variable<B>,
@@ -244,7 +247,7 @@ pub trait Student<B: Backend> {
     fn predict(
         &self,
         x: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>>;
     /// Whether the activations inside blocks are computed again in the backward pass instead of being kept

@@ -1,5 +1,5 @@
 //! Muon for the matrices inside transformer blocks (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
-//! networks"): the momentum of the gradient, brought near the closest matrix with orthonormal rows or columns by five
+//! networks"): the gradient's momentum, moved towards the nearest matrix with orthonormal rows or columns by five
 //! Newton-Schulz steps. Everything else (embeddings, heads, norms) stays with AdamW.
 //!
 //! ```text
@@ -39,7 +39,7 @@ impl Default for Muon {
 const QUINTIC: (f64, f64, f64) = (3.4445, -4.775, 2.0315);
 const ITERATIONS: usize = 5;
 
-/// Whether Muon moves a parameter: a matrix inside a block.
+/// Whether Muon updates a parameter: a matrix inside a block.
 pub fn applies(name: &str, shape: &[usize]) -> bool {
     shape.len() == 2 && (name.starts_with("layers.") || name.starts_with("blocks."))
 }
@@ -74,7 +74,7 @@ pub fn step<B: Backend>(
     )
 }
 
-/// A matrix with about the singular vectors of x and singular values near 1.
+/// A matrix with approximately the singular vectors of x and singular values near 1.
 fn orthogonal<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
     let shape = B::shape(x);
     let tall = shape[0] > shape[1];

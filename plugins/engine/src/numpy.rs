@@ -26,14 +26,19 @@ impl Archive {
             retort_checkpoint::Error::Io(_) => Error::checkpoint(path)(error),
             _ => Error::data(path, format!("not a NumPy archive: {error}")),
         })?;
+        let mut names: Vec<&str> = zip.entries().iter().map(|entry| &*entry.name).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|two| two[0] == two[1]) {
+            let name: String = twice[0].chars().take(100).collect();
+            return Err(Error::data(path, format!("{name:?} is in it twice")));
+        }
         Ok(Self {
             zip,
             path: path.to_owned(),
         })
     }
 
-    /// The elements of an array of a shape, in C order, if one of that name is there. Nothing of one of another shape is
-    /// unpacked but what says so.
+    /// The elements of the array of a name, in C order, if there is one. If its shape differs, only its header is unpacked.
     pub fn array(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f64>>> {
         match self.unpacked(name, |file, size| read_array(file, shape, Some(size)))? {
             None => Ok(None),
@@ -42,7 +47,7 @@ impl Archive {
         }
     }
 
-    /// The shape of an array, if one of that name is there. Nothing is unpacked but what says so.
+    /// The shape of the array of a name, if there is one. Only its header is unpacked.
     pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
         self.unpacked(name, |file, size| {
             let header = Header::read(file)?;
@@ -51,8 +56,8 @@ impl Archive {
         })
     }
 
-    /// What is read of the file of an array and its size, if one of that name is there. Reading the last byte fails if the
-    /// CRC-32 does not match.
+    /// A reader of the array's file, and its size, if there is one of that name. Reading the last byte fails if the CRC-32
+    /// does not match.
     fn unpacked<T>(
         &self,
         name: &str,
@@ -63,7 +68,7 @@ impl Archive {
         };
         let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
         let packed = self.zip.packed(entry).map_err(|e| wrong(e.to_string()))?;
-        // By large pieces: arrays have headers of some bytes and elements by the million.
+        // In large pieces: arrays have short headers and millions of elements.
         let packed = io::BufReader::with_capacity(1 << 16, packed);
         let found = match entry.packing {
             Packing::Stored => read(&mut entry.checked(packed), entry.size),
@@ -86,14 +91,13 @@ impl Archive {
             .collect()
     }
 
-    /// An array that is there, to be read from its beginning to its end. Reading the last element fails if the entry's CRC-32
-    /// does not match.
+    /// An existing array, to be read sequentially. Reading the last element fails if the entry's CRC-32 does not match.
     pub fn stream(&self, name: &str) -> Result<Stream> {
         let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
         let entry = self.zip.entry(&format!("{name}.npy"));
         let entry = entry.ok_or_else(|| wrong("it is not there".into()))?;
         let start = self.zip.start(entry).map_err(|e| wrong(e.to_string()))?;
-        // Of its own, so that several arrays can be read side by side.
+        // A separate file handle, so that several arrays can be read side by side.
         let mut file = regular::open(&self.path).map_err(Error::io(&self.path))?;
         file.seek(SeekFrom::Start(start))
             .map_err(Error::io(&self.path))?;
@@ -111,7 +115,7 @@ impl Archive {
     }
 }
 
-/// An array that is read from its beginning to its end, a part at a time.
+/// An array that is read sequentially, a part at a time.
 pub struct Stream {
     reader: Box<dyn Read + Send>,
     header: Header,
@@ -150,7 +154,7 @@ impl Stream {
         Ok(self.header.elements(&bytes))
     }
 
-    /// The next bytes. What a header promises is not allocated before it is there.
+    /// The next bytes. Memory is allocated only as data arrives, not as the header claims.
     pub fn read_bytes(&mut self, count: usize) -> Result<Vec<u8>, String> {
         let mut bytes = Vec::new();
         let read = (&mut self.reader)
@@ -184,7 +188,7 @@ pub fn write_archive(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result
     write().map_err(Error::io(path))
 }
 
-/// How an entry of so many bytes is kept in an archive.
+/// The options of an archive entry of this size.
 pub fn stored(bytes: usize) -> zip::write::SimpleFileOptions {
     zip::write::SimpleFileOptions::default()
         .compression_method(zip::CompressionMethod::Stored)
@@ -216,7 +220,7 @@ const HEADER_MOST: usize = 64 * 1024;
 /// The most dimensions of an array, as in NumPy.
 const DIMENSIONS: usize = 64;
 
-/// What the header of a `.npy` file says.
+/// The contents of a `.npy` header.
 struct Header {
     /// As in `f4`.
     kind: String,
@@ -295,7 +299,7 @@ impl Header {
         ))
     }
 
-    /// The elements that these bytes are.
+    /// Converts bytes to elements.
     fn elements(&self, bytes: &[u8]) -> Vec<f64> {
         let convert: fn([u8; 8]) -> f64 = match self.kind.as_str() {
             "b1" | "u1" => |b| f64::from(b[0]),
@@ -322,13 +326,13 @@ impl Header {
     }
 }
 
-/// Enough of a text to know it by.
+/// The beginning of a text, enough to recognise it.
 fn start_of(text: &str) -> String {
     text.trim_end().chars().take(200).collect()
 }
 
-/// Reads the elements of a `.npy` file, last dimension fastest; the shape, where it is not the one that is wanted. `entry` is
-/// the size of an archive's entry.
+/// Reads the elements of a `.npy` file, last dimension fastest; as an error the shape, if it is not the wanted one. `entry`
+/// is the size of an archive's entry.
 fn read_array(
     mut file: impl Read,
     wanted: &[usize],
@@ -404,13 +408,13 @@ impl Rows {
         &self.header.kind
     }
 
-    /// Bytes from the one with number `first` on, without moving what [`Rows::read`] moves.
+    /// Bytes from number `first` on, without moving the position of [`Rows::read`].
     pub fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
         let read = self.file.read_exact_at(bytes, self.start + first);
         read.map_err(Error::io(&self.path))
     }
 
-    /// `count` elements from the one with number `first` on, in C order. They must be there.
+    /// `count` elements from number `first` on, in C order. They must exist.
     pub fn read(&mut self, first: usize, count: usize) -> Result<Vec<f32>> {
         let size = self.header.size;
         let mut bytes = vec![0; count * size];
@@ -423,7 +427,7 @@ impl Rows {
     }
 }
 
-/// Elements that lie with the first dimension fastest, last dimension fastest.
+/// Reorders elements from first dimension fastest to last dimension fastest.
 fn c_order(data: &[f64], shape: &[usize]) -> Vec<f64> {
     let mut index = vec![0; shape.len()];
     let mut out = Vec::with_capacity(data.len());
@@ -461,7 +465,7 @@ fn parse(text: &str) -> Option<(&str, bool, Vec<usize>)> {
     Some((descr, fortran, shape))
 }
 
-/// What is said of an array of another shape.
+/// The error about an array of another shape.
 pub(crate) fn other_shape(name: &str, found: &[usize], expected: &[usize]) -> String {
     format!("array {name} of shape {found:?}, expected {expected:?}")
 }
@@ -494,15 +498,14 @@ mod tests {
         assert!(Archive::open(&path).is_err());
     }
 
-    /// An archive of one array, `mu`, of 1000 bytes that do not compress well, deflated in blocks that are not packed where
-    /// `deflated`.
+    /// An archive of one array, `mu`, of 1000 bytes that do not compress well, in uncompressed deflate blocks if `deflated`.
     fn bytes_in_an_archive(path: &Path, deflated: bool) -> Vec<u8> {
         let noise = |i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8;
         let data: Vec<u8> = (0..1000).map(noise).collect();
         let mut archive = zip::ZipWriter::new(File::create(path).unwrap());
         let array = npy("|u1", "False", "(1000,)", &data);
         if deflated {
-            // The library is built without deflate: packed here, and its entry said to be so afterwards.
+            // The library is built without deflate: the data is deflated here, and the entry's method is patched afterwards.
             let level = flate2::Compression::none();
             let mut packed = flate2::write::DeflateEncoder::new(Vec::new(), level);
             packed.write_all(&array).unwrap();
@@ -559,7 +562,7 @@ mod tests {
                 assert!(said.contains(&sum), "{sum}: {said}");
             };
             check(archive.array("mu", &[1000]).unwrap_err().to_string());
-            // With the last bytes, whatever is read before.
+            // Together with the last bytes, whatever is read before.
             let mut stream = archive.stream("mu").unwrap();
             stream.read_bytes(999).unwrap();
             check(format!("a.npz: {}", stream.read_bytes(1).unwrap_err()));
@@ -686,7 +689,7 @@ mod tests {
             packed.write_all(&vec![0; 1 << 20]).unwrap();
         }
         let packed = packed.finish().unwrap();
-        // By hand: a directory that tells the size it likes.
+        // Written by hand: a directory with an arbitrary size.
         let name = b"mu.npy";
         let fields = |signature: &[u8], versions: &[u8]| {
             let mut entry = [signature, versions, &[0, 0, 8, 0], &[0; 8]].concat();
@@ -712,7 +715,7 @@ mod tests {
             said.contains("array mu of shape [300000000], expected [2048]"),
             "{said}"
         );
-        // Of the right shape, but cut off: what is there is read and no more.
+        // The right shape, but truncated: only existing data is read.
         let said = archive.array("mu", &[count]).unwrap_err().to_string();
         assert!(
             said.contains("33554432 bytes, expected 2400000000"),

@@ -1,12 +1,12 @@
-//! The perceptual term of a training loss: how far images are apart by a metric. A student's:
+//! The perceptual term of a training loss: the distance of images by a metric. A student's:
 //!
 //! ```text
 //! term = mean over the batch of metric(decode(sequence), decode(tokens))
 //! metric: pixels, a classifier's features, or LPIPS
 //! ```
 //!
-//! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and metric are
-//! constants. Images go through a few at a time. A tokenizer's term compares images and their reconstructions.
+//! In: final sequences (b, L, D) from [`crate::splice`]. Only these get gradients: decoder and metric are constants. A few
+//! images are processed at a time. A tokenizer's term compares images and their reconstructions.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ use crate::model::Tokenizer;
 use crate::model::classifier::Net;
 use crate::model::lpips::{self, Lpips};
 use crate::tape::Variable;
-use crate::weights::{Loader, Source, Stored};
+use crate::weights::{CheckpointWeights, Loader, Source};
 
 /// Distance between images.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -71,21 +71,21 @@ impl Perceptual {
     }
 }
 
-/// Pixels of the images that are looked at together, unless a recipe says how many images.
+/// Pixels of the images processed together, unless a recipe sets the number of images.
 pub const PIXELS_AT_ONCE: usize = 1 << 19;
 
-/// What compares decoded images.
+/// A metric of decoded images.
 pub enum PerceptualMetric<B: Backend> {
     /// Their pixels as they are.
     Pixels,
-    /// The features of a classifier, and its maps, if so said.
+    /// The features of a classifier, and optionally its maps.
     Classifier(Net<B>, bool),
     /// LPIPS.
     Lpips(Lpips<B>),
 }
 
 impl<B: Backend> PerceptualMetric<B> {
-    /// Loads what the options name.
+    /// Loads the network that the options name.
     pub fn open(context: &Context<'_, B>, perceptual: &Perceptual) -> Result<Self> {
         let (backend, base) = (context.backend, &context.job.base_dir);
         Ok(match perceptual {
@@ -95,7 +95,10 @@ impl<B: Backend> PerceptualMetric<B> {
             } => Self::Classifier(Net::open(backend, context.input_dir(classifier)?)?, *maps),
             Perceptual::Lpips { vgg, linear, .. } => {
                 let [vgg, linear] = [vgg, linear].map(|file| resolve(base, file));
-                let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
+                let (trunk, layers) = (
+                    CheckpointWeights::open(&vgg, None)?,
+                    CheckpointWeights::open(&linear, None)?,
+                );
                 let loader = |weights, path: &Path| {
                     let origin = path.display().to_string();
                     Loader::new(
@@ -113,7 +116,7 @@ impl<B: Backend> PerceptualMetric<B> {
         })
     }
 
-    /// Refuses images (c, h, w) that it cannot look at.
+    /// Refuses images (c, h, w) that the metric cannot process.
     pub fn check(&self, image: [usize; 3]) -> Result<()> {
         let refuse = |message: String| Err(Error::option("/perceptual", message));
         let side = image[1].min(image[2]);
@@ -140,7 +143,7 @@ impl<B: Backend> PerceptualMetric<B> {
                 let (last, own) = (&a[a.len() - 1], &b[b.len() - 1]);
                 let mut sum = mean_square(&net.features_of(last)?, &net.features_of(own)?)?;
                 for (a, b) in a.iter().zip(&b) {
-                    // Of unit vectors, as the mean over pixels of the square of what is between them.
+                    // For unit vectors: the mean over pixels of the squared difference.
                     let channels = a.shape()[1] as f64;
                     let term = mean_square(&lpips::unit(a)?, &lpips::unit(b)?)?;
                     sum = sum.add(&term.affine(channels, 0.0)?)?;

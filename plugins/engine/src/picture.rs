@@ -1,5 +1,5 @@
-//! Samples as files that people and other tools look at: PNG grids, single PNGs, and the `.npz` of the ADM evaluation
-//! suite (openai/guided-diffusion).
+//! Samples as files for people and other tools: PNG grids, single PNGs, and the `.npz` of the ADM evaluation suite
+//! (openai/guided-diffusion).
 //!
 //! In: pixels (n, channels, height, width) in [0, 1], grey or RGB. Values outside are clipped, NaN becomes black.
 //! Deliberately absent: reading pictures (data.rs), text in pictures.
@@ -26,7 +26,7 @@ pub struct Pixels<'a> {
 /// Why pictures cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum PictureError {
-    /// Sizes that do not fit each other.
+    /// Sizes that do not match.
     #[error("{0}")]
     Shape(String),
     /// The system refused to write.
@@ -131,18 +131,18 @@ pub fn write_pngs(
     labels.par_iter().enumerate().map(write).collect()
 }
 
-/// The sample file of the ADM evaluation suite under way: a NumPy archive whose `arr_0` is uint8 (n, height, width, 3).
+/// A writer of the ADM evaluation suite's sample file: a NumPy archive whose `arr_0` is uint8 (n, height, width, 3).
 pub struct Npz {
     path: PathBuf,
     archive: zip::ZipWriter<BufWriter<File>>,
     /// Height and width.
     size: [usize; 2],
-    /// Images that are still to come.
+    /// Remaining images.
     left: usize,
 }
 
 impl Npz {
-    /// Starts a file of so many images.
+    /// Starts a file for this many images.
     pub fn create(path: &Path, count: usize, size: [usize; 2]) -> Result<Self, PictureError> {
         let [height, width] = size;
         let begin = || -> io::Result<_> {

@@ -1,4 +1,4 @@
-//! A backend as a plugin: everything that is the same for all of them.
+//! A backend as a plugin: the part shared by all backends.
 
 use retort_abi::{
     Description, Device, Diagnostic, Failure, FailureCode, Host, Part, Plugin, StageJob,
@@ -6,12 +6,12 @@ use retort_abi::{
 };
 
 use crate::backend::Backend;
-use crate::collective::{Collective, QuietHost, Single};
+use crate::collective::{Collective, QuietHost, SingleRank};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::stage::{self};
 
-/// What a plugin says of itself beyond what the engine knows.
+/// A plugin's description, apart from the engine's stages.
 #[derive(Debug, Clone, Copy)]
 pub struct PluginInfo {
     /// Name by which recipes ask for it.
@@ -26,7 +26,7 @@ pub struct PluginInfo {
     pub devices: &'static [&'static str],
     /// Element types it computes in.
     pub dtypes: &'static [&'static str],
-    /// Libraries it stands on, with version and place, where users install them.
+    /// Libraries that it needs and users install, with version and path.
     pub libraries: &'static [&'static str],
 }
 
@@ -38,7 +38,7 @@ pub struct EnginePlugin<B: Backend> {
     pub open: fn(&str, &str, usize) -> Result<B>,
     /// Devices really present.
     pub devices: fn() -> Vec<Device>,
-    /// Meets the other ranks of a stage, where the library has a way to.
+    /// Connects to the other ranks of a stage, if the library supports it.
     pub collective: Option<fn(&B, Part) -> Result<Box<dyn Collective>>>,
 }
 
@@ -78,7 +78,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
         let backend = (self.open)(&job.device, &job.dtype, job.threads)?;
         let ranks: Box<dyn Collective> = match (self.collective, job.part) {
             (Some(meet), Some(part)) if (kind.describe)().together => meet(&backend, part)?,
-            _ => Box::new(Single),
+            _ => Box::new(SingleRank),
         };
         let quiet = QuietHost(host);
         let context = Context {
@@ -87,7 +87,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             backend: &backend,
             ranks: &*ranks,
         };
-        // Inside the pool: a kernel started from a thread of the pool needs no hand-over.
+        // Run inside the pool: kernels started from a pool thread need no hand-over.
         rayon::scope(|_| (kind.run)(&context)).map_err(|error| match error {
             Error::OutOfMemory(_) => Failure::from(error).hint(smaller(job)),
             error => error.into(),
@@ -95,7 +95,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
     }
 }
 
-/// Which batch to try where a stage wants more memory than there is.
+/// The batch size to try if a stage runs out of memory.
 fn smaller(job: &StageJob) -> String {
     let batches = ["/train/batch", "/batch"]
         .into_iter()
@@ -103,7 +103,7 @@ fn smaller(job: &StageJob) -> String {
             let batch = job.options.pointer(pointer)?.as_u64()?;
             Some((pointer[1..].replace('/', "."), batch))
         });
-    // A stage with both trains with the one and looks at results with the other: the greater is the likelier.
+    // A stage with two batch sizes trains with one and evaluates with the other: the larger is the likelier cause.
     match batches.max_by_key(|(_, batch)| *batch) {
         Some((option, batch)) if batch > 1 => format!(
             "try half its batch of {batch}: --set stages.{}.{option}={}",
@@ -115,7 +115,7 @@ fn smaller(job: &StageJob) -> String {
     }
 }
 
-fn find<B: Backend>(job: &StageJob) -> Result<stage::Registered<B>, Failure> {
+fn find<B: Backend>(job: &StageJob) -> Result<stage::StageEntry<B>, Failure> {
     let unknown = || {
         Failure::new(
             FailureCode::Unsupported,
@@ -128,7 +128,7 @@ fn find<B: Backend>(job: &StageJob) -> Result<stage::Registered<B>, Failure> {
         .ok_or_else(unknown)
 }
 
-/// Model name of the processor, for people; empty where the system does not tell.
+/// Model name of the processor, for people; empty if unknown.
 pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("model name"));

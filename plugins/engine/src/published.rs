@@ -1,8 +1,8 @@
 //! Published checkpoint files: which network a file holds, where in the file, and its shape.
 //!
-//! In: files as people download them. Out: the dictionary with the weights of the network that was asked for, and the
-//! configuration that its shapes imply. What no shape tells (attention heads of LlamaGen, scales of VAR) comes from the
-//! table of published sizes, or from the recipe.
+//! In: downloaded files. Out: the dictionary with the weights of the requested network, and the configuration implied by its
+//! shapes. What shapes do not determine (attention heads of LlamaGen, scales of VAR) comes from the table of published sizes,
+//! or from the recipe.
 //!
 //! LlamaGen: arXiv 2406.06525. VAR: arXiv 2404.02905. Students of both: arXiv 2412.17153.
 
@@ -10,15 +10,15 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use retort_checkpoint::shards::SingleShard;
+use retort_checkpoint::sharded_weights::SingleShard;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 
 use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
-use crate::model::{CODEBOOK, CaptionShape, ConditionShape, llamagen, msvq, var, vq};
+use crate::model::{CODEBOOK, CaptionShape, ConditioningShape, llamagen, msvq, var, vq};
 use crate::size::Sides;
-use crate::weights::Stored;
+use crate::weights::CheckpointWeights;
 
 /// What a network is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub enum NetworkRole {
 }
 
 impl NetworkRole {
-    /// What people call it; also the kind of its artifact.
+    /// Its usual name; also the kind of its artifact.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tokenizer => "tokenizer",
@@ -41,7 +41,8 @@ impl NetworkRole {
         }
     }
 
-    /// Where published files keep such weights, the usual place first. The averages of a student are what samples.
+    /// Where published files keep such weights, the usual place first. For a student, the averages, which are used for
+    /// sampling.
     fn places(self) -> &'static [&'static str] {
         match self {
             Self::Tokenizer | Self::Teacher => &["model", "module", "state_dict", ""],
@@ -56,10 +57,10 @@ impl NetworkRole {
     }
 }
 
-/// A weight that no other network has, what has it, and as what it can be loaded.
-type Sign = (&'static str, &'static str, Option<(Family, NetworkRole)>);
+/// A weight that only one network has, a description of that network, and the role in which it can be loaded.
+type Signature = (&'static str, &'static str, Option<(Family, NetworkRole)>);
 
-const SIGNS: [Sign; 7] = [
+const SIGNATURES: [Signature; 7] = [
     (
         "encoder.conv_blocks.0.res.0.conv1.weight",
         "a LlamaGen tokenizer",
@@ -92,10 +93,10 @@ const SIGNS: [Sign; 7] = [
 /// Only students have it.
 const STUDENT: &str = "n_d_embed.weight";
 
-/// What a dictionary looks like: in words, and as one of the networks that can be loaded.
+/// The network that a dictionary seems to contain: in words, and as a loadable role.
 fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, NetworkRole)>)> {
     let has = |name: &str| dictionary.get(name).is_some();
-    let &(_, words, network) = SIGNS.iter().find(|(name, ..)| has(name))?;
+    let &(_, words, network) = SIGNATURES.iter().find(|(name, ..)| has(name))?;
     match network {
         Some((family, NetworkRole::Teacher)) if has(STUDENT) => Some((
             words.replace("teacher", "student"),
@@ -105,14 +106,14 @@ fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Network
     }
 }
 
-/// Opens a file, or the folder or index of several, at the dictionary that holds such a network. Files of other networks
-/// are refused in words.
+/// Opens a file, or the folder or index of several, at the dictionary with such a network. Files of other networks are
+/// refused with an explanation.
 pub fn open(
     path: &Path,
     family: Family,
     role: NetworkRole,
     select: Option<&str>,
-) -> Result<Stored> {
+) -> Result<CheckpointWeights> {
     if let Some(lone) = SingleShard::of(path)
         && path.is_file()
     {
@@ -140,7 +141,7 @@ pub fn open(
                     format!("{place} looks like {words}; {wanted}"),
                 ));
             }
-            // What is not recognised may still be right but for one weight: the loader names it.
+            // An unrecognised file may lack only one weight: let the loader name it.
             chosen
         }
         None => {
@@ -151,19 +152,19 @@ pub fn open(
         }
     };
     let (weights, prefix) = (chosen.weights.into_owned(), chosen.prefix);
-    Ok(Stored::of(path, checkpoint, weights).without(prefix))
+    Ok(CheckpointWeights::of(path, checkpoint, weights).without(prefix))
 }
 
 /// A dictionary under the names of the network itself.
 struct Network<'d> {
     weights: Cow<'d, Dictionary>,
-    /// What stood in front of them: put there by what wrapped the network, as `module.`, `_orig_mod.` or `model.`.
+    /// The removed prefix, from a wrapper of the network, such as `module.`, `_orig_mod.` or `model.`.
     prefix: String,
 }
 
 impl<'d> Network<'d> {
-    /// Takes off what all names have in front. Where other tensors stand beside such a network, those that have its prefix
-    /// are the network.
+    /// Removes the common prefix of all names. If there are other tensors beside the network, the network is those with its
+    /// prefix.
     fn of(dictionary: &'d Dictionary, family: Family, role: NetworkRole) -> Self {
         let mut found = Self {
             weights: Cow::Borrowed(dictionary),
@@ -203,8 +204,8 @@ impl<'d> Network<'d> {
 fn prefixes(dictionary: &Dictionary) -> BTreeSet<String> {
     let names = dictionary.tensors().map(|(name, _)| name);
     let of = |name: &str| {
-        SIGNS.iter().find_map(|(sign, ..)| {
-            let prefix = name.strip_suffix(sign)?;
+        SIGNATURES.iter().find_map(|(signature, ..)| {
+            let prefix = name.strip_suffix(signature)?;
             prefix.ends_with('.').then(|| prefix.to_owned())
         })
     };
@@ -215,7 +216,7 @@ fn wanted(family: Family, role: NetworkRole) -> String {
     format!("expected the weights of a {family} {}", role.name())
 }
 
-/// The dictionary that holds such a network: the only one, or the one in the usual place.
+/// The dictionary with such a network: the only one, or the one in the usual place.
 fn choose(all: Vec<Network<'_>>, family: Family, role: NetworkRole) -> Result<Network<'_>, String> {
     let fits = |n: &&Network| recognise(&n.weights).is_some_and(|(_, n)| n == Some((family, role)));
     let place = |n: &Network| n.weights.path.clone();
@@ -257,7 +258,7 @@ fn choose(all: Vec<Network<'_>>, family: Family, role: NetworkRole) -> Result<Ne
         .ok_or_else(|| format!("nothing under {}", shown(&chosen)))
 }
 
-/// Some of the names that are there instead, and what they tell.
+/// Some of the names found instead, and a hint.
 fn names(all: &[Network<'_>]) -> String {
     let Some(largest) = all.iter().max_by_key(|n| n.weights.tensors().len()) else {
         return String::new();
@@ -302,9 +303,9 @@ pub fn is_buffer(name: &str) -> bool {
     BUFFERS.iter().any(|part| last.contains(part))
 }
 
-/// What a recipe may say of a network's shape.
+/// A recipe's information about a network's shape.
 #[derive(Debug, Clone, Default)]
-pub struct Hints {
+pub struct ShapeHints {
     /// A published size, by name.
     pub size: Option<String>,
     /// Attention heads.
@@ -315,7 +316,7 @@ pub struct Hints {
     pub scales: Option<Vec<usize>>,
 }
 
-impl Hints {
+impl ShapeHints {
     fn image_size(&self) -> Sides {
         self.image_size.unwrap_or(Sides::square(256))
     }
@@ -337,7 +338,7 @@ const VAR: [&str; 5] = ["d16", "d20", "d24", "d30", "d36"];
 const NORM_GROUPS: usize = 32;
 
 /// The published shape of a family at a size.
-pub fn published(family: Family, hints: &Hints) -> Result<(TokenizerConfig, NetworkConfig)> {
+pub fn published(family: Family, hints: &ShapeHints) -> Result<(TokenizerConfig, NetworkConfig)> {
     let size = hints.size.as_deref().unwrap_or_default();
     match family {
         Family::Llamagen => {
@@ -363,7 +364,7 @@ pub fn published(family: Family, hints: &Hints) -> Result<(TokenizerConfig, Netw
                 vocabulary: tokenizer.vocabulary,
                 codebook_dim: tokenizer.codebook_dim,
                 map: tokenizer.autoencoder.map(),
-                condition: ConditionShape::Classes(1000),
+                condition: ConditioningShape::Classes(1000),
             };
             Ok((
                 TokenizerConfig::Vq(tokenizer),
@@ -411,9 +412,9 @@ fn unknown_size(size: &str, family: Family, names: &[&str]) -> Error {
 pub fn shapes(
     family: Family,
     role: NetworkRole,
-    tokenizer: &Stored,
-    network: &Stored,
-    hints: &Hints,
+    tokenizer: &CheckpointWeights,
+    network: &CheckpointWeights,
+    hints: &ShapeHints,
 ) -> Result<(TokenizerConfig, NetworkConfig)> {
     let found = match family {
         Family::Llamagen => {
@@ -449,7 +450,7 @@ pub fn shapes(
 }
 
 /// One size of a weight.
-fn size(stored: &Stored, name: &str, dim: usize) -> Result<usize> {
+fn size(stored: &CheckpointWeights, name: &str, dim: usize) -> Result<usize> {
     let missing = || Error::data(stored.path(), format!("weight {name} is missing"));
     let shape = stored.shape(name).ok_or_else(missing)?;
     shape.get(dim).copied().ok_or_else(|| {
@@ -458,14 +459,14 @@ fn size(stored: &Stored, name: &str, dim: usize) -> Result<usize> {
     })
 }
 
-/// How many numbers from 0 on make the name of a weight.
-fn count(stored: &Stored, name: impl Fn(usize) -> String) -> usize {
+/// How many consecutive numbers from 0 give the name of an existing weight.
+fn count(stored: &CheckpointWeights, name: impl Fn(usize) -> String) -> usize {
     let exists = |i: &usize| stored.shape(&name(*i)).is_some();
     (0..).take_while(exists).count()
 }
 
 /// Rows of an embedding of classes, the unconditional one left out.
-fn classes(stored: &Stored, name: &str) -> Result<usize> {
+fn classes(stored: &CheckpointWeights, name: &str) -> Result<usize> {
     match size(stored, name, 0)? {
         rows @ (0 | 1) => Err(Error::data(
             stored.path(),
@@ -478,7 +479,7 @@ fn classes(stored: &Stored, name: &str) -> Result<usize> {
 /// Encoder and decoder, from the names and shapes of the encoder. `level` names the weight of residual block j of level
 /// i, `image_size` gives the sides of the images for pixels per token.
 fn autoencoder(
-    stored: &Stored,
+    stored: &CheckpointWeights,
     level: impl Fn(usize, usize) -> String,
     image_size: impl FnOnce(usize) -> Sides,
 ) -> Result<Shape> {
@@ -516,7 +517,7 @@ fn autoencoder(
     })
 }
 
-fn llamagen_tokenizer(stored: &Stored, hints: &Hints) -> Result<vq::Config> {
+fn llamagen_tokenizer(stored: &CheckpointWeights, hints: &ShapeHints) -> Result<vq::Config> {
     let level = |i, j| format!("encoder.conv_blocks.{i}.res.{j}.conv1.weight");
     Ok(vq::Config {
         autoencoder: autoencoder(stored, level, |_| hints.image_size())?,
@@ -527,10 +528,10 @@ fn llamagen_tokenizer(stored: &Stored, hints: &Hints) -> Result<vq::Config> {
 }
 
 fn llamagen_network(
-    stored: &Stored,
+    stored: &CheckpointWeights,
     tokenizer: &vq::Config,
     role: NetworkRole,
-    hints: &Hints,
+    hints: &ShapeHints,
 ) -> Result<llamagen::Config> {
     let depth = count(stored, |i| format!("layers.{i}.attention.wqkv.weight"));
     let width = size(stored, "output.weight", 1)?;
@@ -554,7 +555,7 @@ fn llamagen_network(
         vocabulary: size(stored, "output.weight", 0)?,
         codebook_dim: match role {
             NetworkRole::Student => size(stored, "tok_embeddings.weight", 1)?,
-            // A teacher knows codes by their number only.
+            // A teacher contains only the numbers of codes, no vectors.
             _ => tokenizer.codebook_dim,
         },
         map: tokenizer.autoencoder.map(),
@@ -565,15 +566,15 @@ fn llamagen_network(
 /// Most tokens of a caption, in published networks.
 const CAPTION_TOKENS: usize = 120;
 
-fn llamagen_condition(stored: &Stored) -> Result<ConditionShape> {
+fn llamagen_condition(stored: &CheckpointWeights) -> Result<ConditioningShape> {
     const FEATURES: &str = "cls_embedding.cap_proj.fc1.weight";
     if stored.shape(FEATURES).is_none() {
         let table = "cls_embedding.embedding_table.weight";
-        return classes(stored, table).map(ConditionShape::Classes);
+        return classes(stored, table).map(ConditioningShape::Classes);
     }
     let without = stored.shape("cls_embedding.uncond_embedding");
-    Ok(ConditionShape::Captions(CaptionShape {
-        // Of students nothing tells.
+    Ok(ConditioningShape::Captions(CaptionShape {
+        // For students nothing determines it.
         positions: without
             .and_then(|s| s.first())
             .map_or(CAPTION_TOKENS, |&n| n),
@@ -581,9 +582,9 @@ fn llamagen_condition(stored: &Stored) -> Result<ConditionShape> {
     }))
 }
 
-/// Refuses a network of another size than the recipe says.
+/// Refuses a network whose size differs from the recipe's.
 fn check_same(
-    stored: &Stored,
+    stored: &CheckpointWeights,
     name: &str,
     wanted: (usize, usize),
     found: (usize, usize),
@@ -601,14 +602,18 @@ fn check_same(
 /// Has the learned lengths of the queries, one a head, where queries and keys are normalised.
 const LENGTHS: &str = "blocks.0.attn.scale_mul_1H11";
 
-fn var_network(stored: &Stored, role: NetworkRole, hints: &Hints) -> Result<var::Config> {
+fn var_network(
+    stored: &CheckpointWeights,
+    role: NetworkRole,
+    hints: &ShapeHints,
+) -> Result<var::Config> {
     let depth = count(stored, |i| format!("blocks.{i}.attn.mat_qkv.weight"));
     let width = size(stored, "word_embed.weight", 0)?;
     if let Some(name) = &hints.size {
         let wanted = var_size(name)?;
         check_same(stored, name, (wanted.depth, wanted.width), (depth, width))?;
     }
-    // A student has the class as a scale of its own in front.
+    // A student has the class as a separate first scale.
     let extra = usize::from(role == NetworkRole::Student);
     let levels = size(stored, "lvl_embed.weight", 0)?.saturating_sub(extra);
     let tokens = size(stored, "pos_1LC", 1)?.saturating_sub(extra);
@@ -641,7 +646,7 @@ fn var_network(stored: &Stored, role: NetworkRole, hints: &Hints) -> Result<var:
     })
 }
 
-fn var_tokenizer(stored: &Stored, scales: &[usize]) -> Result<msvq::Config> {
+fn var_tokenizer(stored: &CheckpointWeights, scales: &[usize]) -> Result<msvq::Config> {
     let level = |i, j| format!("encoder.down.{i}.block.{j}.conv1.weight");
     let side = scales.last().copied().unwrap_or(1);
     Ok(msvq::Config {

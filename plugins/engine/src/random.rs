@@ -1,9 +1,9 @@
 //! Every random number of the engine: a pure function of (seed, stream, index), drawn on the host, so that results do
 //! not depend on the backend, on batch sizes, on shards or on where a run was interrupted.
 //!
-//! Uniform words come from ChaCha8 keyed by the seed, one of its 2^64 streams per (stream, index); normals from them
-//! by Box and Muller in f64, rounded to f32. This is a format: trajectories keep no noise and regenerate it, so the
-//! test below pins values.
+//! Uniform words come from ChaCha8 keyed by the seed, one of its 2^64 streams per (stream, index); normals from them by Box
+//! and Muller in f64, rounded to f32. This is a file format: trajectories do not store noise but regenerate it, so the test
+//! below pins values.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
-/// What a random number is for: different purposes never share a sequence.
+/// The purpose of a random number: different purposes never share a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Stream {
@@ -23,17 +23,17 @@ pub enum Stream {
     Noise = 3,
     /// Choices of the AR sampler, one index per sample.
     Choice = 4,
-    /// Label drop-out, timesteps and other choices of a training step, one index per step.
+    /// Label dropout, timesteps and other choices of a training step, one index per step.
     Step = 5,
     /// Split of data, index 0.
     Split = 6,
     /// Restarts of unused codebook entries, one index per step.
     Restart = 7,
-    /// Places and mirrors of images in training, one index per epoch (upper half) and image (lower half).
+    /// Crops and mirroring of images in training, one index per epoch (upper half) and image (lower half).
     Augment = 8,
     /// Classes of samples, one index per sample.
     Class = 12,
-    /// Subsets of samples whose distances are averaged, index 0; parts of samples in the order of their classes, index 1.
+    /// Subsets of samples for the kernel distance, index 0; distribution of class-sorted samples over splits, index 1.
     Subset = 13,
 }
 

@@ -1,17 +1,19 @@
 //! Sampling, as in Distilled Decoding (arXiv 2412.17153, section 3 and its released inference): the teacher's own AR
 //! sampler, its flow map, k-step sampling with a student, and the teacher-assisted mixture.
 //!
-//! b samples, L tokens, K codes of dimension D. Random choices are drawn on the host, one sequence per sample, so a
-//! sample does not depend on the batch it is drawn in.
+//! b samples, L tokens, K codes of dimension D. Random choices are drawn on the host, one sequence per sample, so a sample
+//! does not depend on its batch.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
-use crate::finite::Finite;
+use crate::finite::FiniteCheck;
 use crate::model::resize::bicubic_planes;
-use crate::model::{Conditions, Guidance, PrefixMask, Student, Teacher, TokenShape, vq::nearest};
+use crate::model::{
+    BatchConditioning, Guidance, PrefixMask, Student, Teacher, TokenShape, vq::nearest,
+};
 use crate::random::{Sequence, Stream};
 use crate::splice::State;
 use crate::tape::Variable;
@@ -55,7 +57,7 @@ impl Distribution {
         self.temperature != 1.0 || (1..vocabulary).contains(&self.top_k) || self.top_p < 1.0
     }
 
-    /// Its guidance, as teachers take it.
+    /// Its guidance, in the form that teachers use.
     pub fn guided(&self) -> Option<Guidance> {
         self.guidance.map(|scale| Guidance {
             scale,
@@ -63,7 +65,7 @@ impl Distribution {
         })
     }
 
-    /// What it leaves of a row of logits.
+    /// Its truncation of a row of logits.
     fn truncation(&self) -> Truncation {
         Truncation {
             temperature: self.temperature,
@@ -95,21 +97,21 @@ pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
         .collect()
 }
 
-/// Tokens that a teacher goes on from.
+/// Tokens from which a teacher continues.
 pub struct Prefix<'a, B: Backend> {
     /// Tokens of the first AR steps (b, L_p).
     pub tokens: &'a B::Tensor,
-    /// What they see of each other.
+    /// The mask between them.
     pub mask: PrefixMask,
 }
 
 /// The teacher's AR sampler: tokens (b, L'), where L' are the tokens of the AR steps before `end`.
 ///
-/// A prefix goes through the teacher in the pass that yields the first token after it: there are as many passes as AR steps
-/// whose tokens are chosen. Logits that are not finite are an error that names the sample.
+/// A prefix is processed in the pass that yields the first token after it, so there are as many passes as AR steps whose
+/// tokens are chosen. Logits that are not finite are an error that names the sample.
 pub fn autoregressive<B: Backend>(
     teacher: &dyn Teacher<B>,
-    conditions: &Conditions<B>,
+    conditioning: &BatchConditioning<B>,
     distribution: &Distribution,
     choice: &mut Choice<'_, B>,
     prefix: Option<Prefix<'_, B>>,
@@ -117,9 +119,9 @@ pub fn autoregressive<B: Backend>(
 ) -> Result<B::Tensor> {
     let shape = teacher.token_shape();
     let given = prefix.as_ref().map_or(0, |p| B::shape(p.tokens)[1]);
-    let mut generation = teacher.generate(conditions, distribution.guided())?;
+    let mut generation = teacher.generate(conditioning, distribution.guided())?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
-    let (mut start, mut finite) = (given, Finite::<B>::new("the teacher's logits"));
+    let (mut start, mut finite) = (given, FiniteCheck::<B>::new("the teacher's logits"));
     for step in shape.steps_within(given)..end.min(shape.steps.len()) {
         let logits = match &prefix {
             Some(prefix) if chosen.is_empty() => generation.prefill(prefix.tokens, prefix.mask)?,
@@ -134,11 +136,11 @@ pub fn autoregressive<B: Backend>(
     B::cat(&given.chain(&chosen).collect::<Vec<_>>(), 1)
 }
 
-/// Tokens (b, L): the teacher's AR sampler up to the step `end`, then all others in one pass, each given those alone and
-/// guided as at its own step.
+/// Tokens (b, L): the teacher's AR sampler up to the step `end`, then all others in one pass, each conditioned only on those
+/// and guided as at its own step.
 pub fn skipping<B: Backend>(
     teacher: &dyn Teacher<B>,
-    conditions: &Conditions<B>,
+    conditioning: &BatchConditioning<B>,
     distribution: &Distribution,
     choice: &mut Choice<'_, B>,
     end: usize,
@@ -148,7 +150,7 @@ pub fn skipping<B: Backend>(
         0 => None,
         end => Some(autoregressive(
             teacher,
-            conditions,
+            conditioning,
             distribution,
             choice,
             None,
@@ -160,8 +162,8 @@ pub fn skipping<B: Backend>(
     {
         return Ok(all);
     }
-    let logits = teacher.at_once(conditions, distribution.guided(), known.as_ref())?;
-    let mut finite = Finite::<B>::new("the teacher's logits");
+    let logits = teacher.at_once(conditioning, distribution.guided(), known.as_ref())?;
+    let mut finite = FiniteCheck::<B>::new("the teacher's logits");
     finite.watch(end, &logits)?;
     finite.check()?;
     let start = shape.tokens_before(end);
@@ -206,13 +208,13 @@ fn choose<B: Backend>(
     B::reshape(&ids, &[b, l])
 }
 
-/// A student with what its sampler needs.
+/// A student with its sampler's parameters.
 pub struct StudentSampler<'a, B: Backend> {
     /// The student.
     pub student: &'a dyn Student<B>,
     /// Codebook (K, D).
     pub codebook: &'a B::Tensor,
-    /// AR steps whose tokens take the argmax code; later ones take the continuous head.
+    /// AR steps whose tokens are the argmax codes; later ones come from the continuous head.
     pub split: usize,
 }
 
@@ -222,12 +224,12 @@ impl<B: Backend> StudentSampler<'_, B> {
     pub fn sample(
         &self,
         noise: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         timesteps: &[usize],
     ) -> Result<B::Tensor> {
         let mut latents = noise.clone();
         for &t in timesteps {
-            latents = self.pass(&latents, noise, conditions, t)?;
+            latents = self.pass(&latents, noise, conditioning, t)?;
         }
         Ok(latents)
     }
@@ -237,7 +239,7 @@ impl<B: Backend> StudentSampler<'_, B> {
         &self,
         latents: &B::Tensor,
         noise: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         t: usize,
     ) -> Result<B::Tensor> {
         let shape = self.student.token_shape();
@@ -256,23 +258,23 @@ impl<B: Backend> StudentSampler<'_, B> {
         };
         let prediction = self
             .student
-            .predict(&state.x, conditions, &state.kinds()?)?;
+            .predict(&state.x, conditioning, &state.kinds()?)?;
         let boundary = shape.tokens_before(self.split);
         let head = || self.student.continuous(&prediction);
         let sequence = state.finish(prediction.logits.value(), head, self.codebook, boundary)?;
-        let mut finite = Finite::<B>::new("the student's predictions");
+        let mut finite = FiniteCheck::<B>::new("the student's predictions");
         finite.watch(t, prediction.logits.value())?;
         finite.watch(t, sequence.value())?;
         finite.check()?;
         Ok(sequence.value().clone())
     }
 
-    /// Teacher-assisted sampling: the student's first pass from the first timestep, its tokens before the assistant's start
-    /// kept, the teacher's choices up to the second timestep, and the student's last pass from there.
+    /// Teacher-assisted sampling: the student's first pass from the first timestep, its tokens kept up to the assistant's
+    /// start, the teacher's choices up to the second timestep, and the student's last pass from there.
     pub fn assisted(
         &self,
         noise: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         timesteps: [usize; 2],
         assistant: &Assistant<'_, B>,
         choice: &mut Choice<'_, B>,
@@ -286,11 +288,11 @@ impl<B: Backend> StudentSampler<'_, B> {
         let shape = self.student.token_shape();
         let (b, l) = (B::shape(noise)[0], shape.count());
         let kept = shape.tokens_before(teacher_start);
-        // Where the teacher begins, nothing of the first pass would be left: it is not made.
+        // If the teacher starts at 0, nothing of the first pass would remain, so it is skipped.
         let prefix = if kept == 0 {
             None
         } else {
-            let first = self.pass(noise, noise, conditions, timesteps[0])?;
+            let first = self.pass(noise, noise, conditioning, timesteps[0])?;
             let kept_vectors = B::narrow(&first, 1, 0, kept)?;
             let flat = B::reshape(&kept_vectors, &[b * kept, shape.dim])?;
             let tokens = nearest::<B>(&flat, self.codebook)?;
@@ -298,7 +300,7 @@ impl<B: Backend> StudentSampler<'_, B> {
         };
         let tokens = autoregressive(
             teacher,
-            conditions,
+            conditioning,
             distribution,
             choice,
             prefix.as_ref().map(|tokens| Prefix { tokens, mask }),
@@ -311,12 +313,12 @@ impl<B: Backend> StudentSampler<'_, B> {
         } else {
             B::cat(&[&known, &B::narrow(noise, 1, done, l - done)?], 1)?
         };
-        let last = self.pass(&latents, noise, conditions, timesteps[1])?;
+        let last = self.pass(&latents, noise, conditioning, timesteps[1])?;
         Ok((last, latents))
     }
 }
 
-/// A teacher that samples a part of the tokens between a student's passes.
+/// A teacher that samples some of the tokens between a student's passes.
 pub struct Assistant<'a, B: Backend> {
     /// The teacher.
     pub teacher: &'a dyn Teacher<B>,
@@ -324,16 +326,16 @@ pub struct Assistant<'a, B: Backend> {
     pub start: usize,
     /// Its distribution.
     pub distribution: &'a Distribution,
-    /// What the tokens see of each other that it is given.
+    /// The mask between the tokens of its prefix.
     pub mask: PrefixMask,
 }
 
-/// Whether timesteps can be passes of a sampler: at least one, each later than the one before.
+/// Whether timesteps are valid for a sampler: at least one, each later than the previous.
 pub fn ascending(timesteps: &[usize]) -> bool {
     !timesteps.is_empty() && timesteps.windows(2).all(|w| w[0] < w[1])
 }
 
-/// Refuses timesteps that a student cannot be trained for: they ascend from 0.
+/// Refuses timesteps for training a student unless they ascend from 0.
 pub fn check_from_zero(timesteps: &[usize], pointer: &str) -> Result<()> {
     if timesteps.first() == Some(&0) && ascending(timesteps) {
         return Ok(());
@@ -358,7 +360,7 @@ pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -
     Ok(())
 }
 
-/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D), brought to a height and width in pixels.
+/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D), resized to a height and width in pixels.
 pub fn decode<B: Backend>(
     tokenizer: &dyn crate::model::Tokenizer<B>,
     latents: &B::Tensor,

@@ -1,13 +1,13 @@
-//! Sets of samples on disk, in shards that anyone can make in any order.
+//! Sets of samples on disk, in shards that can be made anywhere and in any order.
 //!
 //! ```text
 //! samples/  manifest.json  shard-000000000.safetensors  shard-000001000.safetensors ..  grid.png  captions.json
 //! ```
 //!
-//! A shard holds `labels` (n) in the narrowest unsigned type, and of these what was asked for: `images` (n, c, H, W), as
-//! bytes or as f32 in [0, 1]; `latents` (n, L, D) in f32; `tokens` (n, L), where codes were chosen. Noise is a pure
-//! function of the manifest's seed and the sample's index and is not stored, unless it was given from a file: `noise`
-//! (n, L, D). Shards are written batch by batch and read block by block. Deliberately absent: making samples.
+//! A shard holds `labels` (n) in the narrowest unsigned type, and on request: `images` (n, c, H, W), as bytes or as f32 in
+//! [0, 1]; `latents` (n, L, D) in f32; `tokens` (n, L), if codes were chosen. Noise is a pure function of the manifest's seed
+//! and the sample's index and is not stored, unless it came from a file: `noise` (n, L, D). Shards are written batch by batch
+//! and read block by block. Deliberately absent: making samples.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -15,14 +15,16 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::pieces::{Fault, MANIFEST, Shard, gaps, hash, read_manifest};
+use retort_checkpoint::sample_shards::{
+    Fault, MANIFEST, Shard, gaps, hash, parameters, read_manifest,
+};
 use safetensors::tensor::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::weights::{self, Stored};
+use crate::weights::{self, CheckpointWeights};
 
 /// Version of the layout.
 pub const FORMAT: u32 = 1;
@@ -40,7 +42,7 @@ pub enum ImagesKept {
     None,
 }
 
-/// What is kept of every sample beside its label.
+/// The tensors kept for every sample in addition to its label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptTensors {
     /// Images.
@@ -62,16 +64,17 @@ pub struct Manifest {
     pub count: u64,
     /// Seed of noise and choices.
     pub seed: u64,
-    /// Who samples, and how, with content hashes of what it is made from.
+    /// The sampler and its parameters, with content hashes of its inputs.
+    #[serde(deserialize_with = "parameters")]
     pub sampler: Value,
-    /// Hash of the captions' features that labels number; none where labels are classes.
+    /// Hash of the captions' features that labels refer to; None if labels are classes.
     pub captions: Option<String>,
-    /// Passes of networks that made a sample; none, if it is not known.
+    /// Network passes per sample; None if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passes: Option<usize>,
     /// Channels, height and width of an image.
     pub image: [usize; 3],
-    /// Height and width in which images were decoded, where they were brought to another size.
+    /// Height and width of the decoded images, if they were resized afterwards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoded: Option<[usize; 2]>,
     /// Tokens L of a sample.
@@ -123,13 +126,13 @@ impl Manifest {
         match differing {
             None => Ok(part.shards),
             Some(what) => {
-                let message = format!("this is no part of the same set: {what}");
+                let message = format!("this part belongs to another set: {what}");
                 Err(Fault::new(dir.join(MANIFEST), message).into())
             }
         }
     }
 
-    /// Name, type and shape of what a shard of n samples holds.
+    /// Name, type and shape of the tensors in a shard of n samples.
     fn tensors(&self, n: usize) -> Vec<(String, Dtype, Vec<usize>)> {
         let ([c, h, w], l, d) = (self.image, self.tokens, self.dim);
         let all = [
@@ -159,9 +162,9 @@ impl Manifest {
     }
 
     /// Opens a file and refuses it if it cannot hold the samples of a shard. Returns their labels too.
-    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
+    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<(CheckpointWeights, Vec<u32>)> {
         let refuse = |message: String| Err(Error::data(path, message));
-        let stored = Stored::open(path, None)?;
+        let stored = CheckpointWeights::open(path, None)?;
         for (name, _, shape) in self.tensors((shard.end - shard.start) as usize) {
             match stored.shape(&name) {
                 Some(found) if found == shape => {}
@@ -180,7 +183,7 @@ impl Manifest {
                 self.labels
             ));
         }
-        // Last: a file of another size is not read to be refused.
+        // Last, so that a file of the wrong size is refused without being read.
         if let Some(expected) = &shard.hash {
             let found = hash(path)?;
             if found != *expected {
@@ -202,7 +205,7 @@ fn narrowest(bound: usize) -> Dtype {
     }
 }
 
-/// A shard under way: rows are written where they belong, so that no more than a batch is in memory.
+/// A writer of a shard: rows are written in place, so only one batch is in memory.
 pub struct ShardWriter {
     path: PathBuf,
     file: File,
@@ -234,7 +237,7 @@ impl ShardWriter {
         })
     }
 
-    /// Writes bytes of a tensor from a row on; nothing, where the tensor is not kept.
+    /// Writes bytes of a tensor from a row on; does nothing if the tensor is not kept.
     fn write(&self, name: &str, first: usize, bytes: impl Fn(Dtype) -> Vec<u8>) -> Result<()> {
         let Some((_, dtype, start, row)) = self.tensors.iter().find(|(own, ..)| own == name) else {
             return Ok(());
@@ -266,7 +269,7 @@ impl ShardWriter {
     }
 }
 
-/// The labels and images of a set of samples; images stay in their files until they are asked for.
+/// The labels and images of a set of samples; images are read from their files on demand.
 pub struct Samples {
     /// What the set is.
     pub manifest: Manifest,
@@ -275,8 +278,8 @@ pub struct Samples {
     /// Indices of these samples in the whole set.
     pub samples: Range<u64>,
     dir: PathBuf,
-    /// The shard that was read last, by its number: one file is open, however many there are.
-    open: RefCell<Option<(usize, Stored)>>,
+    /// The shard read last, by its number: only one file is open at a time.
+    open: RefCell<Option<(usize, CheckpointWeights)>>,
 }
 
 impl Samples {
@@ -295,7 +298,7 @@ impl Samples {
         Ok(samples)
     }
 
-    /// Opens a set, or what was made of it with `range`.
+    /// Opens a set, or a part of one made with `range`.
     pub fn open_part(dir: &Path) -> Result<Self> {
         let manifest = Manifest::read(dir)?;
         let mut labels = Vec::new();
@@ -368,7 +371,7 @@ impl Samples {
         &self,
         first: usize,
         count: usize,
-        read: impl Fn(&Stored, usize, usize) -> Result<Vec<f32>>,
+        read: impl Fn(&CheckpointWeights, usize, usize) -> Result<Vec<f32>>,
     ) -> Result<Vec<f32>> {
         let (mut next, end) = (first as u64 + self.samples.start, (first + count) as u64);
         let end = end + self.samples.start;
@@ -399,8 +402,8 @@ impl Samples {
     }
 }
 
-/// Opens a shard of an artifact, for whose content the store vouches.
-fn open(manifest: &Manifest, dir: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
+/// Opens a shard of an artifact, whose content the store guarantees.
+fn open(manifest: &Manifest, dir: &Path, shard: &Shard) -> Result<(CheckpointWeights, Vec<u32>)> {
     let unhashed = Shard {
         hash: None,
         ..shard.clone()

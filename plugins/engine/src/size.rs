@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A size as it is written: one number for a square, or [height, width].
+/// A size as written: one number for a square, or [height, width].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Size {
@@ -25,7 +25,7 @@ impl Size {
     }
 }
 
-/// A height and a width. A file holds it as a [`Size`]; a square is always one number there.
+/// A height and a width. Files store it as a [`Size`], a square always as one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Size", into = "Size")]
 pub struct Sides {
@@ -44,12 +44,12 @@ impl Sides {
         }
     }
 
-    /// Pixels or tokens in it; the largest number where they cannot be counted.
+    /// Pixels or tokens in it, saturating.
     pub const fn area(self) -> usize {
         self.height.saturating_mul(self.width)
     }
 
-    /// Halved so many times, rounded down.
+    /// Halved this many times, rounded down.
     pub fn halved(self, times: usize) -> Self {
         let halved = |side: usize| {
             let times = u32::try_from(times).unwrap_or(u32::MAX);

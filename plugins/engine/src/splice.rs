@@ -1,5 +1,5 @@
 //! X_t, and the final sequence that a student makes of it (Distilled Decoding, arXiv 2412.17153, section 3.3): the one
-//! function by which training and sampling put a prediction together.
+//! function with which training and sampling assemble a prediction.
 //!
 //! ```text
 //! X_t       tokens' codebook vectors where a sample holds them, noise after them
@@ -17,11 +17,11 @@ use crate::tape::Variable;
 pub struct State<B: Backend> {
     /// Codebook vectors of the known tokens, noise after them: (b, L, D).
     pub x: B::Tensor,
-    /// How many tokens each sample holds, from the first on (b).
+    /// How many leading tokens of each sample are known (b).
     pub known: Vec<usize>,
 }
 
-/// Where a position of the final sequence comes from.
+/// The source of a position of the final sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TokenSource {
     Known,
@@ -40,8 +40,8 @@ impl<B: Backend> State<B> {
         B::of(&self.x).indices(&kinds.collect::<Vec<_>>(), &[b, l])
     }
 
-    /// The final sequence (b, L, D), from logits (b, L, K) and what the continuous head says (b, L, D), which is asked for
-    /// if a position takes it. `boundary` is the number of tokens before `split`.
+    /// The final sequence (b, L, D), from logits (b, L, K) and the continuous head's vectors (b, L, D), which are computed
+    /// only if a position uses them. `boundary` is the number of tokens before `split`.
     pub fn finish(
         &self,
         logits: &B::Tensor,
@@ -79,7 +79,7 @@ impl<B: Backend> State<B> {
         if let [(_, whole)] = &used[..] {
             return whole.reshape(&shape);
         }
-        // Each position takes its row of the part that it comes from.
+        // Each position takes its row from its source.
         let rows = sources.iter().enumerate().map(|(at, source)| {
             let place = used.iter().take_while(|(other, _)| other != source).count();
             (place * sources.len() + at) as u32

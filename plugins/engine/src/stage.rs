@@ -2,7 +2,7 @@
 
 mod batch_memory;
 pub mod classifier;
-pub mod condition;
+pub mod conditioning;
 pub mod conformance;
 pub mod distill;
 pub mod evaluate;
@@ -34,24 +34,24 @@ pub trait Stage<B: Backend> {
     const KIND: &'static str;
     /// Kind of its output.
     const OUTPUT: &'static str;
-    /// Raised when equal options would now give another result.
+    /// Raise it when equal options give a different result.
     const REVISION: u32;
     /// One line for people.
     const SUMMARY: &'static str;
-    /// Whether a job may name a part of its work.
+    /// Whether jobs may be divided into parts.
     const DIVISIBLE: bool = false;
-    /// Whether ranks can do it together, where the backend has a [`Collective`].
+    /// Whether ranks can work on it together, if the backend has a [`Collective`].
     const TOGETHER: bool = false;
 
-    /// Refuses options that no schema can refuse. Touches no device and no artifact.
+    /// Checks options beyond their schema. Touches no device and no artifact.
     fn check(options: &Self::Options, base_dir: &Path) -> Result<()>;
     /// Does the work.
     fn run(context: &Context<'_, B>, options: &Self::Options) -> Result<StageResult>;
 }
 
 /// A [`Stage`] behind one type.
-pub struct Registered<B: Backend> {
-    /// What `describe` says of it.
+pub struct StageEntry<B: Backend> {
+    /// Its entry in `describe`.
     pub describe: fn() -> StageKind,
     /// Checks options.
     pub check: fn(&StageJob) -> Vec<Diagnostic>,
@@ -60,7 +60,7 @@ pub struct Registered<B: Backend> {
 }
 
 /// All kinds of stage.
-pub fn all<B: Backend>() -> Vec<Registered<B>> {
+pub fn all<B: Backend>() -> Vec<StageEntry<B>> {
     vec![
         register::<B, images::Images>(),
         register::<B, tokenizer::TokenizerStage>(),
@@ -77,8 +77,8 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
     ]
 }
 
-fn register<B: Backend, S: Stage<B>>() -> Registered<B> {
-    Registered {
+fn register<B: Backend, S: Stage<B>>() -> StageEntry<B> {
+    StageEntry {
         describe: || StageKind {
             kind: S::KIND.into(),
             summary: S::SUMMARY.into(),

@@ -3,8 +3,8 @@
 //! - Frechet distance: Heusel et al. 2017, arXiv 1706.08500, eq. 6.
 //! - Inception score (`score.rs`), precision and recall (`neighbours.rs`), and the kernel distance (`kernel.rs`).
 //!
-//! In: features (n, d), row after row, of any network. Out: plain numbers. Deliberately absent: the networks, files.
-//! Nothing depends on the number of threads.
+//! In: features (n, d) of any network, row-major. Out: plain numbers. Deliberately absent: the networks, files. Results do
+//! not depend on the number of threads.
 
 pub mod kernel;
 pub mod neighbours;
@@ -16,7 +16,7 @@ use retort_abi::{Failure, FailureCode};
 
 pub use score::{InceptionScore, RunningScore, inception_score, is_sorted_by_class};
 
-/// Mean and covariance of a set of features: all that the Frechet distance sees of it.
+/// Mean and covariance of a set of features: all that the Frechet distance needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     /// Mean of each feature, (d).
@@ -28,7 +28,7 @@ pub struct Moments {
 /// Why a figure cannot be computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StatisticsError {
-    /// Lengths that do not fit each other.
+    /// Lengths that do not match.
     #[error("{what}: expected {expected}, found {found}")]
     Shape {
         /// Which array.
@@ -43,7 +43,7 @@ pub enum StatisticsError {
     TooFew {
         /// Which figure.
         what: &'static str,
-        /// The least number of samples.
+        /// The minimum number of samples.
         needed: usize,
         /// Samples given.
         found: usize,
@@ -59,7 +59,7 @@ pub enum StatisticsError {
         /// Index of the first such value.
         index: usize,
     },
-    /// What no covariance is: the element, and why.
+    /// An invalid covariance: the element, and why.
     #[error("covariance: {0}")]
     Covariance(String),
 }
@@ -93,8 +93,7 @@ impl Moments {
         running.finish()
     }
 
-    /// Moments known beforehand: `mean` (d) and `covariance` (d, d), which must be symmetric up to rounding, without a
-    /// negative variance.
+    /// Given moments: `mean` (d) and `covariance` (d, d), which must be symmetric up to rounding, without negative variances.
     pub fn new(mean: Vec<f64>, covariance: Vec<f64>) -> Result<Self, StatisticsError> {
         if covariance.len() != mean.len() * mean.len() {
             return Err(StatisticsError::Shape {
@@ -117,11 +116,10 @@ impl Moments {
     }
 }
 
-/// Most by which an element of a covariance may differ from the one across the diagonal, in the largest of all: more than the
-/// rounding of f32.
+/// The largest allowed asymmetry of a covariance, relative to its largest element: more than the rounding of f32.
 const ASYMMETRY: f64 = 1e-6;
 
-/// Refuses what is no covariance (d, d), by its first element that shows it.
+/// Refuses an invalid covariance (d, d), naming the first bad element.
 fn check_covariance(values: &[f64], dim: usize) -> Result<(), StatisticsError> {
     let refuse = |message: String| Err(StatisticsError::Covariance(message));
     if let Some(at) = values.iter().position(|value| !value.is_finite()) {
@@ -150,8 +148,8 @@ fn check_covariance(values: &[f64], dim: usize) -> Result<(), StatisticsError> {
     }
 }
 
-/// Moments of features that arrive in parts. How they are cut does not change a bit of the result; what is held does not
-/// grow with their number.
+/// Moments of features that arrive in parts. The result is bit-identical however they are divided, and memory does not grow
+/// with their number.
 #[derive(Debug, Clone)]
 pub struct RunningMoments {
     dim: usize,
@@ -192,7 +190,7 @@ impl RunningMoments {
         Ok(())
     }
 
-    /// The moments of all rows, of which there must be two.
+    /// The moments of all rows; at least two.
     pub fn finish(mut self) -> Result<Moments, StatisticsError> {
         if !self.pending.is_empty() {
             self.flush();
@@ -212,7 +210,7 @@ impl RunningMoments {
             for j in 0..=i {
                 let mut value = (covariance[j * dim + i] - n * offset[i] * offset[j]) / (n - 1.0);
                 if i == j {
-                    value = value.max(0.0); // rounding, where nothing varies
+                    value = value.max(0.0); // rounding, if nothing varies
                 }
                 covariance[j * dim + i] = value;
                 covariance[i * dim + j] = value;
@@ -270,8 +268,8 @@ impl RunningMoments {
 
 /// Frechet distance of the Gaussians with these moments: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), at least 0.
 ///
-/// With S1 = F F^T the eigenvalues of S1 S2 are those of the symmetric F^T S2 F, and zeros. So no root of a matrix is
-/// taken, singular covariances need no offset, and no complex number appears.
+/// With S1 = F F^T the eigenvalues of S1 S2 are those of the symmetric F^T S2 F, and zeros. So no matrix root is needed,
+/// singular covariances need no offset, and no complex numbers appear.
 pub fn frechet_distance(a: &Moments, b: &Moments) -> Result<f64, StatisticsError> {
     let dim = a.dim();
     if b.dim() != dim {
@@ -309,8 +307,8 @@ pub fn frechet_distance(a: &Moments, b: &Moments) -> Result<f64, StatisticsError
     Ok((means + trace - 2.0 * root_trace).max(0.0))
 }
 
-/// F (d, rank) with F F^T = S for a symmetric S without negative eigenvalues: Cholesky's factor, the greatest remaining
-/// diagonal element first, up to where rounding leaves nothing. Its rows are in the order of S.
+/// F (d, rank) with F F^T = S for a symmetric S without negative eigenvalues: the Cholesky factor with pivoting on the
+/// greatest remaining diagonal element, up to the rank that rounding leaves. Its rows are in the order of S.
 fn factor(matrix: &DMatrix<f64>) -> DMatrix<f64> {
     let dim = matrix.nrows();
     let mut left: Vec<f64> = matrix.diagonal().iter().copied().collect();
@@ -368,7 +366,7 @@ fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
     c
 }
 
-/// Share, from 0 to 1, of samples whose predicted class is the one asked for.
+/// Share, from 0 to 1, of samples whose predicted class is the requested one.
 pub fn class_agreement(predicted: &[u32], wanted: &[u32]) -> Result<f64, StatisticsError> {
     if predicted.len() != wanted.len() {
         return Err(StatisticsError::Shape {
@@ -396,7 +394,7 @@ const BLOCK_COLUMNS: usize = 64;
 /// Independent partial sums: enough for the compiler to use vector registers.
 const LANES: usize = 16;
 
-/// Number of rows of an array that must be finite and (n, dim).
+/// Number of rows of an array (n, dim), all of whose values must be finite.
 fn rows(what: &'static str, values: &[f32], dim: usize) -> Result<usize, StatisticsError> {
     if dim == 0 || !values.len().is_multiple_of(dim) {
         let expected = format!("a multiple of {dim} values");

@@ -1,10 +1,10 @@
 //! Reverse-mode differentiation over a [`Backend`]: written once, so that backends need no gradients of their own.
 //!
-//! A [`Variable`] is a value and, where a parameter had a part in it, the node that knows how to send a gradient back.
-//! Model code is the same for training and inference: without parameters that want gradients no node is made and
-//! nothing is kept. Nodes are numbered as they are made, so descending numbers are a topological order and
-//! [`backward`] is one loop over a heap. A node is dropped as soon as it has passed its gradient on, so memory falls
-//! while the backward pass runs. Deliberately absent: second derivatives.
+//! A [`Variable`] is a value and, if it depends on a trainable parameter, the node that propagates its gradient. Model code
+//! is the same for training and inference: without trainable parameters no nodes are created and nothing is kept. Nodes are
+//! numbered on creation, so descending numbers are a topological order and [`backward`] is one loop over a heap. A node is
+//! dropped as soon as it has passed on its gradient, so memory is freed during the backward pass. Deliberately absent: second
+//! derivatives.
 
 mod operations;
 
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 
 pub use operations::unpack;
 
-/// Sends the gradient of a node's value to its parents, in their order.
+/// Computes the gradients of a node's parents, in their order, from its own.
 type Vjp<T> = Box<dyn FnOnce(&T) -> Result<Vec<Option<T>>> + Send + Sync>;
 
 struct Node<T> {
@@ -62,9 +62,9 @@ fn next_id() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Gradients of a scalar for some of the parameters that led to it.
+/// Gradients of a scalar for some of the parameters it depends on.
 ///
-/// Errors when a parameter had no part in the loss: a silent zero would hide a broken model.
+/// Fails if the scalar does not depend on a parameter: a silent zero would hide a broken model.
 pub fn backward<B: Backend>(
     loss: Variable<B>,
     params: &[(String, Variable<B>)],
@@ -77,32 +77,45 @@ pub fn backward<B: Backend>(
     collected(params, leaves)
 }
 
-/// The same; `ready` is given the number of each parameter and its gradient as soon as nothing more is added to it, while
-/// the pass goes on. The order follows from the graph alone.
+/// The same; `ready` gets each parameter's number and gradient as soon as the gradient is complete, during the pass. The
+/// order depends only on the graph.
 pub fn backward_as_ready<B: Backend>(
     loss: Variable<B>,
     params: &[(String, Variable<B>)],
-    ready: &mut dyn FnMut(usize, &B::Tensor) -> Result<()>,
-) -> Result<Vec<B::Tensor>> {
+    ready: &mut dyn FnMut(usize, B::Tensor) -> Result<()>,
+) -> Result<()> {
     let mut leaves = leaves(params);
+    let mut is_known = vec![false; params.len()];
     let (value, node) = (loss.value, loss.node);
     if let Some(node) = node {
         let numbers = params.iter().enumerate();
         let numbers = numbers.filter_map(|(i, (_, p))| Some((p.node.as_ref()?.id, i)));
         let numbers: BTreeMap<u64, usize> = numbers.collect();
-        let mut watch = Watch {
+        let mut watch = GradientHook {
             open: uses::<B>(&node, &leaves),
             ready: &mut |id, gradient| match numbers.get(&id) {
-                Some(&number) => ready(number, gradient),
+                Some(&number) => {
+                    is_known[number] = true;
+                    ready(number, gradient)
+                }
                 None => Ok(()),
             },
         };
         send_back::<B>(node, seed::<B>(value)?, &mut leaves, Some(&mut watch))?;
     }
-    collected(params, leaves)
+    match is_known.iter().position(|known| !known) {
+        None => Ok(()),
+        Some(number) => Err(no_gradient(&params[number].0)),
+    }
 }
 
-/// Gradients by the number of their leaf, once they are known.
+fn no_gradient(name: &str) -> Error {
+    Error::Internal(format!(
+        "the parameter {name} had no part in the loss: no gradient"
+    ))
+}
+
+/// Gradients by leaf number, as far as they are known.
 type Leaves<B> = BTreeMap<u64, Option<<B as Tensors>::Tensor>>;
 
 fn leaves<B: Backend>(params: &[(String, Variable<B>)]) -> Leaves<B> {
@@ -124,24 +137,20 @@ fn collected<B: Backend>(
             p.node
                 .as_ref()
                 .and_then(|n| leaves.remove(&n.id).flatten())
-                .ok_or_else(|| {
-                    Error::Internal(format!(
-                        "the parameter {name} had no part in the loss: no gradient"
-                    ))
-                })
+                .ok_or_else(|| no_gradient(name))
         })
         .collect()
 }
 
-/// Who wants to know when the gradient of a leaf is complete.
-struct Watch<'a, T> {
-    /// Uses of each leaf that have not been gone through.
+/// The callback for complete gradients of leaves.
+struct GradientHook<'a, T> {
+    /// Unprocessed uses of each leaf.
     open: BTreeMap<u64, usize>,
-    ready: &'a mut dyn FnMut(u64, &T) -> Result<()>,
+    ready: &'a mut dyn FnMut(u64, T) -> Result<()>,
 }
 
-impl<T> Watch<'_, T> {
-    /// A use of a node has been gone through. Whether it was the last one of a leaf.
+impl<T> GradientHook<'_, T> {
+    /// Marks a use of a node as processed; returns whether it was the last use of a leaf.
     fn is_last_use(&mut self, id: u64) -> bool {
         let Some(open) = self.open.get_mut(&id) else {
             return false;
@@ -151,7 +160,7 @@ impl<T> Watch<'_, T> {
     }
 }
 
-/// How often each leaf is used by what leads to a node.
+/// How often each leaf is used in the graph of a node.
 fn uses<B: Backend>(node: &Arc<Node<B::Tensor>>, leaves: &Leaves<B>) -> BTreeMap<u64, usize> {
     let (mut uses, mut seen, mut open) = (BTreeMap::new(), BTreeSet::new(), vec![node]);
     while let Some(node) = open.pop() {
@@ -166,26 +175,27 @@ fn uses<B: Backend>(node: &Arc<Node<B::Tensor>>, leaves: &Leaves<B>) -> BTreeMap
     uses
 }
 
-/// Sends a gradient from a node back to all that led to it, as far as the leaves, which keep it.
+/// Propagates a gradient from a node back to the leaves, which accumulate it.
 fn send_back<B: Backend>(
     from: Arc<Node<B::Tensor>>,
     gradient: B::Tensor,
     leaves: &mut Leaves<B>,
-    mut watch: Option<&mut Watch<'_, B::Tensor>>,
+    mut watch: Option<&mut GradientHook<'_, B::Tensor>>,
 ) -> Result<()> {
     let mut open = BTreeMap::from([(from.id, (from, gradient))]);
     while let Some((id, (node, gradient))) = open.pop_last() {
         if let Some(slot) = leaves.get_mut(&id) {
-            // Some of its uses wanted no gradient: nobody has been told yet.
+            // Some of its uses had no gradient, so it has not been reported yet.
             if let Some(watch) = &mut watch
                 && watch.open.remove(&id).is_some_and(|uses| uses > 0)
             {
-                (watch.ready)(id, &gradient)?;
+                (watch.ready)(id, gradient)?;
+                continue;
             }
             *slot = Some(gradient);
             continue;
         }
-        // Every consumer has a higher number and is gone, unless the caller still holds the value elsewhere.
+        // Every consumer has a higher number and has been dropped, unless the caller still holds the value.
         let Ok(node) = Arc::try_unwrap(node) else {
             return Err(Error::Internal(
                 "backward: a tensor of the graph is still held; drop it or detach it".into(),
@@ -208,7 +218,7 @@ fn send_back<B: Backend>(
             }
             if let Some(watch) = &mut watch
                 && watch.is_last_use(id)
-                && let Some((_, gradient)) = open.get(&id)
+                && let Some((_, gradient)) = open.remove(&id)
             {
                 (watch.ready)(id, gradient)?;
             }
@@ -217,7 +227,7 @@ fn send_back<B: Backend>(
     Ok(())
 }
 
-/// The nodes made before one of a number that lead to a node directly, or through nodes made after it.
+/// The nodes older than a number on which a node depends directly, or through nodes that are not older.
 fn made_before<T>(node: &Arc<Node<T>>, first: u64) -> BTreeMap<u64, Arc<Node<T>>> {
     let (mut found, mut seen) = (BTreeMap::new(), BTreeSet::new());
     let mut open = vec![node];
@@ -232,12 +242,12 @@ fn made_before<T>(node: &Arc<Node<T>>, first: u64) -> BTreeMap<u64, Arc<Node<T>>
 }
 
 impl<B: Backend> Variable<B> {
-    /// A value that wants no gradient.
+    /// A value without a gradient.
     pub fn constant(value: B::Tensor) -> Self {
         Self { value, node: None }
     }
 
-    /// A leaf that wants a gradient.
+    /// A leaf with a gradient.
     pub fn parameter(value: B::Tensor) -> Self {
         Self {
             value,
@@ -249,10 +259,10 @@ impl<B: Backend> Variable<B> {
         }
     }
 
-    /// A part of a network. With `recompute` nothing inside it is kept for the backward pass: it is computed once more
-    /// there, from what it is made from (activation checkpointing). That costs a forward pass; memory then holds the
-    /// inside of one such part at a time. Gradients have the same bits, if no operation outside the part shares an input
-    /// with more than one operation inside.
+    /// A part of a network. With `recompute` none of its activations are kept: the backward pass recomputes them from the
+    /// part's inputs (activation checkpointing). That costs a forward pass; memory then holds the activations of one such
+    /// part at a time. Gradients are bit-identical if no operation outside the part shares an input with more than one
+    /// operation inside.
     pub fn segment(
         recompute: bool,
         part: impl Fn() -> Result<Self> + Send + Sync + 'static,
@@ -266,7 +276,7 @@ impl<B: Backend> Variable<B> {
             return Ok(Self::constant(value));
         };
         let parents = made_before(&node, first);
-        // Here the inside is forgotten.
+        // Here the activations are dropped.
         drop(node);
         let ids: Vec<u64> = parents.keys().copied().collect();
         let vjp = move |g: &B::Tensor| {
@@ -286,9 +296,9 @@ impl<B: Backend> Variable<B> {
         })
     }
 
-    /// A scalar that is a sum over pieces of the first dimension, of at most `most` entries each: `of` gives the part that
-    /// some entries have in it and depends on no other parameter. The gradient is computed with the value, one piece
-    /// after the other: memory never holds the inside of more than one, and nothing is computed twice.
+    /// A scalar that is a sum over pieces of the first dimension, of at most `most` entries each. `of` computes a piece's
+    /// term, which may depend on no other parameter. The gradient is computed together with the value, piece by piece: memory
+    /// holds the activations of one piece, and nothing is computed twice.
     pub fn sum_of_pieces(
         &self,
         most: usize,
@@ -320,7 +330,7 @@ impl<B: Backend> Variable<B> {
         }))
     }
 
-    /// A scalar that is a function of this value, of which `value` and the gradient are known already.
+    /// A scalar function of this value, whose `value` and gradient are already known.
     pub fn known(&self, value: B::Tensor, gradient: B::Tensor) -> Self {
         let dims = self.shape().len();
         Self::from_op(value, &[self], move |g| {
@@ -339,7 +349,7 @@ impl<B: Backend> Variable<B> {
         B::shape(&self.value)
     }
 
-    /// The same value, through which no gradient flows.
+    /// The same value, detached from the graph.
     pub fn detach(&self) -> Self {
         Self::constant(self.value.clone())
     }
@@ -349,7 +359,7 @@ impl<B: Backend> Variable<B> {
         self.node.is_some()
     }
 
-    /// A result of parents, with the way its gradient goes back.
+    /// A result of parents, with its backward function.
     fn from_op(
         value: B::Tensor,
         parents: &[&Variable<B>],

@@ -1,36 +1,35 @@
-//! A text encoder in a folder as Hugging Face publishes it, and captions as features.
+//! A text encoder in a folder in Hugging Face's format, and captions as features.
 //!
 //! ```text
 //! folder/  config.json  tokenizer.json  model.safetensors | pytorch_model.bin | several of either and their .index.json
 //! ```
 //!
-//! A text is cleaned as LlamaGen's own code does it ([`caption`]). One longer than the model takes is cut.
+//! A text is cleaned as in LlamaGen's own code ([`caption`]), and cut if it is too long for the model.
 
 pub mod caption;
+mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::shards::ShardPlace;
+use retort_checkpoint::sharded_weights::ShardPlace;
 use retort_checkpoint::{Checkpoint, json, regular};
-use tokenizers::{Tokenizer, TruncationParams};
 
+use self::tokenizer::BoundedTokenizer;
 use crate::backend::Backend;
 use crate::captions;
 use crate::error::{Error, Result};
 use crate::model::t5::{Config, EMBEDDINGS, Encoder};
-use crate::weights::{Loader, Source, Stored};
+use crate::weights::{CheckpointWeights, Loader, Source};
 
 /// An encoder that has not been loaded yet.
 pub struct TextEncoder {
     dir: PathBuf,
     config: Config,
-    tokenizer: Tokenizer,
+    tokenizer: BoundedTokenizer,
 }
 
 /// The most bytes of `config.json`.
 const CONFIG: u64 = 1 << 20;
-/// The most bytes of `tokenizer.json`; a quarter of a million tokens take some 20 MB.
-const TOKENIZER: u64 = 64 << 20;
 
 /// Texts encoded at a time.
 const BATCH: usize = 16;
@@ -42,9 +41,7 @@ impl TextEncoder {
         let text = regular::read(&path, CONFIG).map_err(Error::io(&path))?;
         let config: Config = json::parse(&text).map_err(|e| Error::data(&path, e))?;
         config.check().map_err(|e| Error::data(&path, e))?;
-        let path = dir.join("tokenizer.json");
-        let text = regular::read(&path, TOKENIZER).map_err(Error::io(&path))?;
-        let tokenizer = Tokenizer::from_bytes(text).map_err(|e| Error::data(&path, e))?;
+        let tokenizer = BoundedTokenizer::open(&dir.join("tokenizer.json"))?;
         if let ShardPlace::Index(index) = ShardPlace::find(dir).map_err(Error::checkpoint(dir))? {
             let files = index
                 .files()
@@ -69,20 +66,16 @@ impl TextEncoder {
 
     /// Token ids of texts, at most `most` each.
     fn tokens(&mut self, texts: &[String], most: usize) -> Result<Vec<Vec<u32>>> {
-        let path = self.dir.join("tokenizer.json");
-        let wrong = |e: tokenizers::Error| Error::data(&path, e);
-        self.tokenizer.with_padding(None);
-        let cut = TruncationParams {
-            max_length: most,
-            ..Default::default()
-        };
-        self.tokenizer.with_truncation(Some(cut)).map_err(wrong)?;
+        let path = self.tokenizer.path().to_owned();
         let encode = |text: &String| {
-            let encoding = self
-                .tokenizer
-                .encode(caption::clean(text), true)
-                .map_err(wrong)?;
-            let ids = encoding.get_ids().to_vec();
+            let ids = self.tokenizer.ids(&caption::clean(text), most)?;
+            if ids.len() > most {
+                let message = format!(
+                    "{} tokens of a text that is cut to {most}: its post_processor adds too many",
+                    ids.len()
+                );
+                return Err(Error::data(&path, message));
+            }
             match ids
                 .iter()
                 .find(|&&id| id as usize >= self.config.vocab_size)
@@ -101,7 +94,7 @@ impl TextEncoder {
         texts.iter().map(encode).collect()
     }
 
-    /// Writes the features of texts for a model that takes `most` tokens. `told` hears how many are done, and may stop the
+    /// Writes the features of texts for a model that takes `most` tokens. `told` gets how many are done, and may stop the
     /// work by an error.
     pub fn encode<B: Backend>(
         mut self,
@@ -136,7 +129,7 @@ impl TextEncoder {
         let checkpoint = checkpoint.map_err(Error::checkpoint(&self.dir))?;
         let all = checkpoint.select(None);
         let all = all.map_err(Error::checkpoint(&self.dir))?.clone();
-        let stored = Stored::of(&self.dir, checkpoint, all);
+        let stored = CheckpointWeights::of(&self.dir, checkpoint, all);
         let has = |name: &&&str| stored.shape(name).is_some();
         let embeddings = EMBEDDINGS.iter().find(has).unwrap_or(&EMBEDDINGS[0]);
         let origin = self.dir.display().to_string();
@@ -146,7 +139,7 @@ impl TextEncoder {
     }
 }
 
-/// Whether a weight is one of the encoder: those of the decoder may lie in files of their own, which are not needed.
+/// Whether a weight belongs to the encoder: the decoder's may be in separate files, which are not needed.
 fn is_wanted(name: &str) -> bool {
     !name.starts_with("decoder.") && name != "lm_head.weight"
 }

@@ -1,9 +1,9 @@
 //! Training, once for every network: AdamW, warm-up and decay, clipping, EMA, checkpoints and exact resume.
 //!
-//! A stage gives its parameters and a closure that builds the loss of a step; [`fit`] does the rest. Everything random
-//! in a step must be a pure function of (seed, step), so a run continued from a checkpoint is the run that was never
-//! interrupted, bit for bit on the CPU. Checkpoints (parameters, both moments, EMA, best weights so far; all f32) are
-//! one safetensors file in the stage's work directory, replaced atomically.
+//! A stage passes its parameters and a closure that builds the loss of a step; [`fit`] does the rest. Everything random in a
+//! step must be a pure function of (seed, step), so a run continued from a checkpoint equals an uninterrupted one, bit for
+//! bit on the CPU. Checkpoints (parameters, both moments, EMA, best weights so far; all f32) are one safetensors file in the
+//! stage's work directory, replaced atomically.
 
 mod checkpoint;
 mod options;
@@ -27,13 +27,13 @@ use crate::weights::{self, Floats, Params, Weights};
 pub use options::{Decay, TrainOptions};
 pub(crate) use options::{check_parts, one_part};
 
-/// What a step gives: the loss to descend and figures to record beside it.
+/// A step's output: the loss to minimise, and figures to record.
 pub struct StepOutput<B: Backend> {
     /// A scalar.
     pub loss: Variable<B>,
     /// Named figures.
     pub figures: Vec<(&'static str, f64)>,
-    /// A parameter and rows of it that the step wrote anew: their moments begin again, and their average with them.
+    /// A parameter and rows that the step replaced: their moments and average are reset.
     pub anew: Option<(&'static str, Vec<usize>)>,
 }
 
@@ -48,18 +48,18 @@ impl<B: Backend> StepOutput<B> {
     }
 }
 
-/// Parameters that an optimiser of their own moves within the same training: those of an adversary. They share step and
-/// checkpoint with the others and nothing else.
+/// Parameters with a separate optimiser within the same training: those of an adversary. They share only the step and the
+/// checkpoint with the others.
 pub struct Adversary<'a> {
-    /// What their names begin with. They stand behind all others.
+    /// Their name prefix. They come after all others.
     pub prefix: &'static str,
     /// How they are trained: rates, decays and clipping.
     pub options: &'a TrainOptions,
-    /// The step from which on the loss reaches them.
+    /// The step from which the loss depends on them.
     pub from: u64,
 }
 
-/// Measures the weights regularly on held-out data.
+/// A regular measurement of the weights on held-out data.
 pub struct HeldOut<'a> {
     /// Steps between measurements.
     pub every: u64,
@@ -71,7 +71,7 @@ pub struct HeldOut<'a> {
     pub keep_best: bool,
 }
 
-/// A mean of figures that come in pieces: how they are cut does not change it beyond the last digit of an f64.
+/// A mean of figures that arrive in pieces; how they are divided changes at most the last digit of an f64.
 #[derive(Debug, Default)]
 pub struct Mean {
     sum: f64,
@@ -91,7 +91,7 @@ impl Mean {
     }
 }
 
-/// Where and how a training runs.
+/// The parameters of a training.
 pub struct TrainingLoop<'a, B: Backend> {
     /// Services of the host.
     pub host: &'a dyn Host,
@@ -101,22 +101,22 @@ pub struct TrainingLoop<'a, B: Backend> {
     pub work_dir: Option<&'a Path>,
     /// Prefix of the metric names and of the checkpoint.
     pub name: &'a str,
-    /// The ranks that train it: steps return losses of this rank's share of a batch, weighted by its share
-    /// of the whole batch.
+    /// The ranks that train together: steps return the loss of this rank's share of a batch, weighted by its size relative to
+    /// the whole batch.
     pub ranks: &'a dyn Collective,
     /// How.
     pub options: &'a TrainOptions,
     /// What is trained.
     pub params: &'a Params<B>,
-    /// The moving average, where there is one: device tensors by parameter name, updated in place.
+    /// The moving average, if there is one: device tensors by parameter name, updated in place.
     pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
-    /// More state that steps leave for later ones, if any: a checkpoint keeps it.
+    /// Additional state between steps, if any; it is part of checkpoints.
     pub kept: Option<&'a RefCell<Vec<f32>>>,
     /// The adversary among the parameters, if there is one.
     pub adversary: Option<Adversary<'a>>,
 }
 
-/// Where the moving average of parameters is held, if the options want one: copies on the device.
+/// Storage for the moving average of parameters, if the options want one: copies on the device.
 pub fn average<B: Backend>(
     backend: &B,
     options: &TrainOptions,
@@ -132,8 +132,8 @@ pub fn average<B: Backend>(
     params.iter().map(copy).collect::<Result<_>>().map(Some)
 }
 
-/// The tensors that a second network shares with a training, so as to be measured at any step: the moving average,
-/// where there is one, else the parameters themselves.
+/// The tensors that a second network shares with a training, so that it can be measured at any step: the moving average if
+/// there is one, else the parameters themselves.
 pub fn shared<B: Backend>(
     params: &Params<B>,
     average: Option<&BTreeMap<String, B::Tensor>>,
@@ -145,14 +145,14 @@ pub fn shared<B: Backend>(
     }
 }
 
-/// Steps that were left out because their loss or gradient was not finite.
+/// Steps that were skipped because their loss or gradient was not finite.
 #[derive(Default)]
-struct Skipped {
+struct SkippedSteps {
     /// In the whole training.
     all: u64,
-    /// One after the other, up to now.
+    /// The current consecutive ones.
     in_a_row: u64,
-    /// What was wrong with the last one that this process left out.
+    /// The fault of the last step that this process skipped.
     fault: Option<String>,
 }
 
@@ -161,10 +161,10 @@ struct AdamwMoments<B: Backend> {
     v: B::Tensor,
 }
 
-/// What ranks have agreed on while they added up a step, and do before the next.
+/// Requests that ranks exchanged with a step's sums, to act on before the next step.
 #[derive(Default)]
-struct Agreed {
-    /// To stop: one of them has been asked to.
+struct StepDecision {
+    /// Stop: one of them has been asked to.
     stop: bool,
     /// To save a checkpoint.
     save: bool,
@@ -172,15 +172,15 @@ struct Agreed {
 
 /// The state of a training beside its parameters, for checkpoints.
 struct State<B: Backend> {
-    /// Of each parameter that this rank moves.
+    /// For each parameter that this rank updates.
     moments: Vec<Option<AdamwMoments<B>>>,
-    /// The lowest figure on held-out data, and the weights that had it.
+    /// The lowest figure on held-out data, and its weights.
     best: Option<(f64, Weights)>,
-    skipped: Skipped,
+    skipped: SkippedSteps,
 }
 
 impl<B: Backend> TrainingLoop<'_, B> {
-    /// Trains, from the checkpoint where there is one, and returns the weights to keep.
+    /// Trains, from the checkpoint if there is one, and returns the weights to keep.
     pub fn run(
         &self,
         mut step_fn: impl FnMut(u64) -> Result<StepOutput<B>>,
@@ -189,8 +189,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
         self.run_in_parts(1, |step, _| step_fn(step), held_out)
     }
 
-    /// The same where the loss of a step is a sum of parts, computed one after the other: gradients add up, and memory
-    /// holds one part at a time. The figures of the parts are added too.
+    /// The same if the loss of a step is a sum of parts, computed one at a time: gradients are summed, and memory holds one
+    /// part. The parts' figures are summed too.
     pub fn run_in_parts(
         &self,
         parts: usize,
@@ -199,7 +199,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     ) -> Result<Weights> {
         let o = self.options;
         let (mut state, start) = self.begin()?;
-        let mut agreed = Agreed::default();
+        let mut agreed = StepDecision::default();
         let mut saved = Instant::now();
         let due = |saved: Instant| saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds);
         for step in start..o.steps {
@@ -209,13 +209,15 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 false => due(saved),
             };
             if saves {
+                self.are_alike(step)?;
                 self.save(step, &state)?;
                 saved = Instant::now();
             }
-            let wishes = Agreed {
+            let wishes = StepDecision {
                 stop: self.host.cancelled() != Cancel::Run,
                 save: due(saved) && self.ranks.rank() == 0,
             };
+            let before = self.kept.map(|kept| kept.borrow().clone());
             let taken = self.step(
                 step,
                 &state.moments,
@@ -224,10 +226,16 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 wishes,
                 &mut agreed,
             );
+            // A skipped step leaves no changes.
+            if let (Some(kept), Some(before), false) =
+                (self.kept, before, matches!(taken, Ok(None)))
+            {
+                *kept.borrow_mut() = before;
+            }
             if let Err(Error::Rank(_)) = taken
                 && self.owners().is_none()
             {
-                // Nothing of the step is in the weights. Of sharded state nobody has all.
+                // The weights do not contain the step yet. Sharded state is incomplete on every rank.
                 self.save(step, &state)?;
             }
             match taken? {
@@ -242,14 +250,15 @@ impl<B: Backend> TrainingLoop<'_, B> {
             }
         }
         if self.ranks.is_shared() {
-            // Whoever makes the artifact takes it from there.
+            // The process that makes the artifact reads it from there.
+            self.are_alike(o.steps)?;
             self.save(o.steps, &state)?;
             self.ranks.barrier()?;
         }
         self.end(state)
     }
 
-    /// The state in which the training begins, that of the checkpoint where there is one, and its first step.
+    /// The initial state, from the checkpoint if there is one, and the first step.
     fn begin(&self) -> Result<(State<B>, u64)> {
         let zeros = |p: &Variable<B>| self.backend.full(&p.shape(), 0.0);
         let owners = self.owners();
@@ -268,22 +277,26 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let mut state = State {
             moments,
             best: None,
-            skipped: Skipped::default(),
+            skipped: SkippedSteps::default(),
         };
-        let start = self.restore(&mut state)?;
+        let (start, ranks) = self.restore(&mut state)?;
         if start > 0 {
-            let steps = self.options.steps;
-            let message = format!("{}: continuing from step {start} of {steps}", self.name);
+            let (name, steps, now) = (self.name, self.options.steps, self.ranks.size());
+            let others = match ranks {
+                ranks if ranks == now => String::new(),
+                ranks => format!("; workers until now: {ranks}, from here on: {now}"),
+            };
+            let message = format!("{name}: continuing from step {start} of {steps}{others}");
             self.host.log(LogLevel::Info, &message);
         }
         self.agree(start, &state.moments)?;
         Ok((state, start))
     }
 
-    /// Ends the training before a step when it has been asked to stop; `stop`: when one of the ranks has.
+    /// Ends the training before a step if it has been asked to stop; `stop`: if one of the ranks has.
     fn go_on(&self, step: u64, state: &State<B>, stop: bool) -> Result<()> {
         match self.host.cancelled() {
-            // Ranks stop at the same step: the one that all know of.
+            // All ranks stop at the same step, when all know of the request.
             Cancel::AtCheckpoint | Cancel::Run if self.ranks.is_shared() && !stop => Ok(()),
             Cancel::Run if !stop => Ok(()),
             Cancel::AtCheckpoint | Cancel::Run => {
@@ -294,7 +307,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         }
     }
 
-    /// Records that a step was left out, and ends the training where too many were.
+    /// Records a skipped step, and ends the training after too many.
     fn skip(&self, step: u64, fault: String, state: &mut State<B>) -> Result<()> {
         let (name, most) = (self.name, self.options.skip_at_most);
         state.skipped.all += 1;
@@ -306,11 +319,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let series = format!("{name}/skipped_steps");
         self.host.metric(&series, step, state.skipped.all as f64);
         if state.skipped.in_a_row > most {
-            // Whoever resumes goes on after these steps.
+            // A resumed training continues after these steps.
             state.skipped.in_a_row = 0;
             self.save(step + 1, state)?;
             let message = format!(
-                "{name}: {fault}; {} steps in a row were so, and `skip_at_most` is {most}",
+                "{name}: {fault}; {} steps in a row were skipped, and `skip_at_most` is {most}",
                 most + 1
             );
             return Err(Error::Numerical(message));
@@ -336,12 +349,13 @@ impl<B: Backend> TrainingLoop<'_, B> {
     fn end(&self, state: State<B>) -> Result<Weights> {
         let State { best, skipped, .. } = state;
         let (name, steps) = (self.name, self.options.steps);
-        // A short training ends before it fails: what it learned in fewer steps than it then left out is nothing.
+        // A short training may end before `skip_at_most` is exceeded. It fails if it skipped more steps at the end than it
+        // took in all.
         if let Some(fault) = skipped.fault
             && skipped.in_a_row > steps - skipped.all
         {
             return Err(Error::Numerical(format!(
-                "{name}: {fault}; so were the last {} of its {steps} steps, more than it took",
+                "{name}: {fault}; the last {} of its {steps} steps were skipped, more than it took",
                 skipped.in_a_row
             )));
         }

@@ -1,10 +1,10 @@
 //! Named weights: on the host, in files, and as the variables of a model.
 //!
-//! A model asks a [`Loader`] for each of its parameters by its published name, with the shape it expects; the loader
-//! takes it from weights that exist or draws it. So one constructor serves training from scratch, fine-tuning and
-//! inference, and a missing or misshapen weight is an error that names it.
+//! A model requests each parameter from a [`Loader`] by its published name and expected shape; the loader takes it from
+//! existing weights or draws it. So one constructor serves training from scratch, fine-tuning and inference, and a missing or
+//! misshapen weight is an error that names it.
 //!
-//! Files are read and written one tensor at a time: beside a model there is never a second copy of it in memory.
+//! Files are read and written one tensor at a time: there is never a second copy of a model in memory.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -32,19 +32,19 @@ pub struct Floats {
 /// Named tensors on the host.
 pub type Weights = BTreeMap<String, Floats>;
 
-/// Named variables of a model, in the order in which it asked for them.
+/// Named variables of a model, in the order in which it requested them.
 pub type Params<B> = Vec<(String, Variable<B>)>;
 
-/// Named tensors in a checkpoint, read when they are asked for.
-pub struct Stored {
+/// Named tensors in a checkpoint, read on demand.
+pub struct CheckpointWeights {
     path: PathBuf,
     checkpoint: Checkpoint,
     dictionary: Dictionary,
     prefix: String,
 }
 
-impl Stored {
-    /// Opens a file; `select` is the path of the dictionary to take, which may be left out where there is only one.
+impl CheckpointWeights {
+    /// Opens a file; `select` is the path of the dictionary, which may be omitted if there is only one.
     pub fn open(path: &Path, select: Option<&str>) -> Result<Self> {
         let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
         let dictionary = checkpoint.select(select).map_err(Error::checkpoint(path))?;
@@ -62,13 +62,13 @@ impl Stored {
         }
     }
 
-    /// The same, with what was taken off in front of the names in the file.
+    /// The same, with the prefix that was removed from the file's names.
     pub fn without(mut self, prefix: String) -> Self {
         self.prefix = prefix;
         self
     }
 
-    /// What names in the file have in front that the names here have not.
+    /// The prefix of names in the file that is removed here.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -121,7 +121,7 @@ impl Stored {
         })
     }
 
-    /// One of them, by its place.
+    /// One of them, by position.
     pub fn index_at(&self, name: &str, place: &[usize]) -> Result<u32> {
         let found = self.read(name, |checkpoint, tensor| {
             let element = tensor.element(place).ok_or_else(|| {
@@ -140,8 +140,10 @@ impl Stored {
     ) -> Result<Vec<T>> {
         let missing = || Error::data(&self.path, format!("no tensor {name}"));
         let tensor = self.dictionary.get(name).ok_or_else(missing)?;
-        elements(&self.checkpoint, tensor)
-            .map_err(|e| Error::data(&self.path, format!("tensor {name}: {e}")))
+        elements(&self.checkpoint, tensor).map_err(|error| match error {
+            error @ retort_checkpoint::Error::Io(_) => Error::checkpoint(&self.path)(error),
+            error => Error::data(&self.path, format!("tensor {name}: {error}")),
+        })
     }
 }
 
@@ -154,9 +156,9 @@ fn entries(tensor: &Tensor, first: usize, count: usize) -> retort_checkpoint::Re
     })
 }
 
-/// Reads all tensors of floats in a file; counters and masks of other types are passed over.
+/// Reads all float tensors in a file; counters and masks of other types are skipped.
 pub fn read(path: &Path) -> Result<Weights> {
-    let stored = Stored::open(path, None)?;
+    let stored = CheckpointWeights::open(path, None)?;
     let floats = stored.dictionary.tensors().filter(|(_, t)| t.is_float());
     floats
         .map(|(name, tensor)| {
@@ -197,11 +199,11 @@ pub fn write_each<'w>(
     writer.finish()
 }
 
-/// A safetensors file under way, whose elements come piece by piece, tensor after tensor.
+/// A writer of a safetensors file, whose elements are written piece by piece, tensor by tensor.
 pub struct Writer {
     path: PathBuf,
     file: BufWriter<std::fs::File>,
-    /// Bytes that are still to come.
+    /// Remaining bytes.
     left: usize,
 }
 
@@ -247,7 +249,7 @@ impl Writer {
     }
 }
 
-/// What stands before the elements of tensors of these names, types and shapes, and how many bytes follow it.
+/// The header for tensors of these names, types and shapes, and the number of bytes that follow it.
 pub fn header(tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<(Vec<u8>, usize)> {
     let mut end = 0;
     let info = |(name, dtype, shape): (String, Dtype, Vec<usize>)| {
@@ -291,7 +293,7 @@ pub fn from_params<B: Backend>(params: &[(String, Variable<B>)]) -> Result<Weigh
         .collect()
 }
 
-/// How a parameter starts when there is no weight for it.
+/// The initialisation of a parameter without a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
     /// All the same value.
@@ -300,7 +302,7 @@ pub enum Init {
     Normal(f32),
     /// Uniform within plus and minus a bound.
     Uniform(f32),
-    /// Six modulations, one behind the other: normal, the first two (gammas) with a standard deviation of their own.
+    /// Six consecutive modulations: normal, the first two (gammas) with a separate standard deviation.
     Modulation {
         /// Of the gammas.
         gamma: f32,
@@ -309,13 +311,13 @@ pub enum Init {
     },
 }
 
-/// Where a parameter of a network comes from that starts from another network.
+/// The initial value of a parameter in a network that starts from another network.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Start {
-    /// The other network's weight of this name; drawn, if there is none.
+pub enum InitialValue {
+    /// The other network's weight with this name; drawn if there is none.
     Weight(String),
-    /// Its weight of the same name, with the first entry of this dimension once more in front. Dimensions before it have
-    /// one entry.
+    /// Its weight of the same name, with the first entry of this dimension duplicated in front. Earlier dimensions have size
+    /// 1.
     Longer(usize),
     /// Zeros.
     Zeros,
@@ -329,24 +331,24 @@ pub fn numbered<'n>(name: &'n str, prefix: &str) -> Option<(usize, &'n str)> {
     Some((number.parse().ok()?, rest))
 }
 
-/// Where a [`Loader`] finds parameters.
+/// A [`Loader`]'s source of parameters.
 pub enum Source<'a, B: Backend> {
-    /// Weights in files, each in the first one that has it; an absent one is an error.
-    Files(&'a [Stored]),
-    /// Weights of another network in a file, from which this one starts.
+    /// Weights in files, each from the first file that has it; a missing one is an error.
+    Files(&'a [CheckpointWeights]),
+    /// Weights of another network, in a file, to start from.
     Start {
         /// The file.
-        file: &'a Stored,
-        /// Where each parameter comes from.
-        of: &'a dyn Fn(&str) -> Start,
+        file: &'a CheckpointWeights,
+        /// The initial value of each parameter.
+        of: &'a dyn Fn(&str) -> InitialValue,
         /// For those that are drawn.
         seed: u64,
     },
-    /// Weights on the host; an absent one is an error.
+    /// Weights on the host; a missing one is an error.
     Host(&'a Weights),
     /// All are drawn with the seed.
     Init(u64),
-    /// Tensors already on the device, shared with whoever else holds them.
+    /// Tensors already on the device, shared with their other owners.
     Device(&'a BTreeMap<String, B::Tensor>),
 }
 
@@ -355,13 +357,13 @@ pub struct Loader<'a, B: Backend> {
     backend: &'a B,
     source: Source<'a, B>,
     trainable: bool,
-    /// What the weights are, for messages: a path.
+    /// The weights' path, for messages.
     origin: String,
     params: Params<B>,
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    /// A loader of constants (`trainable: false`) or of variables that want gradients.
+    /// A loader of constants (`trainable: false`) or of variables with gradients.
     pub fn new(
         backend: &'a B,
         source: Source<'a, B>,
@@ -382,8 +384,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.backend
     }
 
-    /// Whether the parameters never change, so that something derived from them may be kept: they are neither trained
-    /// here nor shared with whoever trains them.
+    /// Whether the parameters never change, so that derived tensors may be cached: they are neither trained here nor shared
+    /// with a training.
     pub fn frozen(&self) -> bool {
         !self.trainable && !matches!(self.source, Source::Device(_))
     }
@@ -394,8 +396,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.hand_out(name, value))
     }
 
-    /// The parameter of a name and shape that only products read: a constant is held in the type in which they are
-    /// computed.
+    /// The parameter of a name and shape that only products read: a constant is stored in the products' type.
     pub fn factor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Variable<B>> {
         let value = self.find(name, shape, init)?;
         let value = if self.frozen() {
@@ -423,10 +424,12 @@ impl<'a, B: Backend> Loader<'a, B> {
                 )
             }
             Source::Start { file, of, seed } => match of(name) {
-                Start::Weight(name) if file.shape(&name).is_some() => self.read(file, &name, shape),
-                Start::Weight(_) | Start::Drawn => drawn(*seed),
-                Start::Zeros => self.backend.full(shape, 0.0),
-                Start::Longer(dim) => {
+                InitialValue::Weight(name) if file.shape(&name).is_some() => {
+                    self.read(file, &name, shape)
+                }
+                InitialValue::Weight(_) | InitialValue::Drawn => drawn(*seed),
+                InitialValue::Zeros => self.backend.full(shape, 0.0),
+                InitialValue::Longer(dim) => {
                     let mut found = file
                         .shape(name)
                         .ok_or_else(|| self.missing(name, shape))?
@@ -453,7 +456,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// A weight from a file.
-    fn read(&self, file: &Stored, name: &str, shape: &[usize]) -> Result<B::Tensor> {
+    fn read(&self, file: &CheckpointWeights, name: &str, shape: &[usize]) -> Result<B::Tensor> {
         self.check_shape(name, file.shape(name).unwrap_or_default(), shape)?;
         self.upload(name, &file.floats(name)?, shape)
     }
@@ -468,12 +471,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         var
     }
 
-    /// The parameters given out so far.
+    /// The parameters loaded so far.
     pub fn into_params(self) -> Params<B> {
         self.params
     }
 
-    /// Copies a weight to the device, unless it holds what no weight may hold.
+    /// Copies a weight to the device, after checking that it is finite.
     fn upload(&self, name: &str, data: &[f32], shape: &[usize]) -> Result<B::Tensor> {
         if let Some(at) = data.iter().position(|x| !x.is_finite()) {
             let message = format!("weight {name} holds {} at element {at}", data[at]);
@@ -500,7 +503,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 }
 
-/// A parameter drawn from its name and the seed, so that the order of construction does not matter.
+/// A parameter drawn by its name and the seed, so the order of construction does not matter.
 fn draw(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
     let hash = blake3::hash(name.as_bytes());
     let index = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight bytes"));

@@ -1,11 +1,11 @@
 //! The AR flow map; `retort_engine::backend::flow` has the mathematics.
 //!
-//! A token's state is small and the codebook is not, so a few tokens go through the codebook together, a tile at a time,
-//! and log weights, weights and velocity are made of a tile while it is in the cache. The codebook lies transposed, so
-//! that a vector holds the same coordinate of neighbouring codes.
+//! A token's state is small and the codebook is large, so a few tokens go through the codebook together, a tile at a time;
+//! log weights, weights and velocity are computed while the tile is in the cache. The codebook is stored transposed, so that
+//! a vector holds the same coordinate of adjacent codes.
 //!
-//! A token leaves the others as soon as few codes are left that matter to it, takes those along, and ends as soon as no
-//! code can overtake the leading one. Its result does not depend on the tokens beside it.
+//! A token leaves its group as soon as few codes matter to it and continues with a copy of those; it ends as soon as no code
+//! can overtake the leading one. Its result does not depend on the other tokens.
 
 use std::sync::Mutex;
 
@@ -19,15 +19,15 @@ use crate::{Pool, wide};
 /// Probability that may still go to other codes when a token counts as decided.
 pub const UNDECIDED: f32 = 1e-6;
 
-/// A code whose posterior is e^-30 of the greatest is dropped: all 16384 codes of a large codebook together would then
-/// have less than 2e-9. The posterior follows the marginals of the path, along which it is a martingale, so that a
-/// dropped code is the token about that seldom; a test holds tokens with and without dropping against each other.
+/// A code whose posterior is e^-30 of the greatest is dropped: all 16384 codes of a large codebook together would then have
+/// less than 2e-9. The posterior is a martingale along the path, so a dropped code turns out to be the token about that
+/// rarely; a test compares tokens with and without dropping.
 pub const DROPPED: f32 = 30.0;
 
-/// Codes that are looked at together.
+/// Codes per tile.
 const TILE: usize = 256;
 
-/// Tokens that go through the codebook together.
+/// Tokens per group.
 const GROUP: usize = 4;
 
 /// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n).
@@ -61,10 +61,10 @@ fn solve(
         .max()
         .unwrap_or(0);
     let group = n.div_ceil(pool.threads()).clamp(1, GROUP);
-    // Groups per task: small ones are worth none of their own.
+    // Groups per task: a small group alone is not worth a task.
     let groups = (256 * 1024 / (group * k * d * steps.len())).clamp(1, 64);
     let mut ids = vec![0; n];
-    // Working memory that tasks hand on to each other.
+    // Working memory that tasks reuse.
     let spare: Mutex<Vec<(Vec<Token>, Vec<f32>)>> = Mutex::default();
     chunks(pool, &mut ids, groups * group, |task, ids| {
         let found = spare.lock().ok().and_then(|mut spare| spare.pop());
@@ -107,7 +107,7 @@ impl From<flow::Step> for Step {
     }
 }
 
-/// Codes and what is known of them, padded to a multiple of [`LANES`].
+/// Codes with derived values, padded to a multiple of [`LANES`].
 #[derive(Clone, Default)]
 struct Codes {
     /// Their coordinates (d, padded); zeros beyond.
@@ -127,7 +127,7 @@ impl Codes {
             half_squares: vec![0.0; padded],
             ids: (0..(codebook.len() / d) as u32).collect(),
         };
-        // A few codes at a time: a coordinate of all of them would come from as many lines of the cache.
+        // A few codes at a time, because one coordinate of all of them would touch as many cache lines.
         for (block, some) in codebook.chunks(d * LANES).enumerate() {
             let at = block * LANES;
             for e in 0..d {
@@ -173,16 +173,16 @@ impl Codes {
     }
 }
 
-/// One position's state, kept as working memory from token to token.
+/// One position's state, reused for the next token.
 #[derive(Clone, Default)]
 struct Token {
-    /// Logits of the codes that are left, padded with -inf.
+    /// Logits of the remaining codes, padded with -inf.
     logits: Vec<f32>,
-    /// Their log weights where the codes were evaluated last.
+    /// Their log weights at the last evaluation.
     log_weights: Vec<f32>,
     /// z = x/(1-t)
     z: Vec<f32>,
-    /// z where the codes are evaluated, and the velocities there, the newest first.
+    /// z at the evaluation points, and the velocities there, the newest first.
     ahead: Vec<f32>,
     slopes: Vec<Vec<f32>>,
     /// Sums of weights times coordinates so far, in eight lanes each: (d, 8).
@@ -192,13 +192,13 @@ struct Token {
     total: f32,
     /// Which step comes next.
     step: usize,
-    /// The codes that it has just taken along.
+    /// The codes that it has just kept.
     taken: Option<Codes>,
     /// The token, once it is known.
     found: Option<u32>,
 }
 
-/// Takes tokens through the steps until each has left, or to the end.
+/// Runs tokens through the steps until each has left the group, or to the end.
 fn together(tokens: &mut [Token], all: &Codes, steps: &[Step], dropped: f32, tiles: &mut [f32]) {
     let mut open: Vec<&mut Token> = tokens.iter_mut().collect();
     for step in steps {
@@ -239,7 +239,7 @@ fn move_along(z: &mut [f32], weights: &[f32], slopes: &[Vec<f32>]) {
     }
 }
 
-/// dz/ds of tokens into their newest slope, with the log weights, the greatest of them and the total of the weights.
+/// Computes dz/ds of tokens as their newest slope, with the log weights, their maximum and the total of the weights.
 fn evaluate(tokens: &mut [&mut Token], codes: &Codes, s: f32, tiles: &mut [f32]) {
     match tokens {
         [a] => group([&mut **a], codes, s, tiles),
@@ -366,7 +366,7 @@ impl Token {
         (self.step, self.taken, self.found) = (0, None, None);
     }
 
-    /// Weights of the codes from `start` on, relative to the greatest so far; what was summed up before follows.
+    /// Weights of the codes from `start` on, relative to the greatest so far; earlier sums are rescaled.
     #[inline(always)]
     fn weigh(&mut self, start: usize, weights: &mut [f32]) {
         let log_weights = &self.log_weights[start..][..weights.len()];
@@ -377,7 +377,7 @@ impl Token {
             self.sums.iter_mut().for_each(|x| *x *= scale);
             self.top = top;
         }
-        // Nothing but excluded codes so far: any finite number will do.
+        // Only excluded codes so far: any finite number will do.
         let top = if self.top == f32::NEG_INFINITY {
             0.0
         } else {
@@ -388,8 +388,7 @@ impl Token {
         self.total += sum(weights, |w| w);
     }
 
-    /// After an evaluation: ends if the token is decided, and takes the codes along that still matter
-    /// if the greater part does not.
+    /// After an evaluation: ends if the token is decided, and keeps only the codes that still matter if most do not.
     fn leave(&mut self, codes: &Codes, s: f32, dropped: f32) {
         let least = self.top - dropped;
         let log_weights = self.log_weights.iter();
@@ -411,7 +410,7 @@ impl Token {
         }
     }
 
-    /// The steps that are left after it left the others.
+    /// The remaining steps after it left its group.
     fn finish(&mut self, steps: &[Step], dropped: f32, tiles: &mut [f32]) -> u32 {
         let mut codes = Codes::default();
         while self.found.is_none() {
@@ -428,7 +427,7 @@ impl Token {
         self.found.unwrap_or(0)
     }
 
-    /// The leading code, once the others together can never again get more than [`UNDECIDED`].
+    /// The leading code, once the others together can never exceed [`UNDECIDED`].
     ///
     /// While z moves along the leader's code c_i, its lead over c_j is a parabola in s. With a = c_i - c_j the slope is
     /// <z, a> + s <c_i, a> - s (|c_i|^2 - |c_j|^2) and the curvature |a|^2 > 0, so the lead falls by at most
@@ -467,7 +466,7 @@ impl Token {
     }
 }
 
-/// The index of the greatest, the lowest among equals.
+/// The index of the maximum, the lowest among equals.
 fn leader(weights: &[f32]) -> usize {
     let top = max(weights);
     weights.iter().position(|&w| w == top).unwrap_or(0)
@@ -480,7 +479,7 @@ mod tests {
     use super::*;
     use crate::Rayon;
 
-    /// Codebooks and logits as the families have them: (codes, dimension, length of a code, spread of the logits).
+    /// Codebooks and logits like the families': (codes, dimension, length of a code, spread of the logits).
     const CASES: [(usize, usize, f32, f32); 4] = [
         (2048, 8, 1.0, 3.0),
         (2048, 8, 1.0, 0.5),

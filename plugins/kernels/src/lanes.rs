@@ -1,4 +1,4 @@
-//! Loops that the compiler turns into vector code, and the functions they are made of.
+//! Loops that the compiler vectorises, and their functions.
 //!
 //! A kernel is written once, as plain loops over f32; `.cargo/config.toml` has them compiled for AVX2 and FMA on x86-64.
 //! Sums run in [`LANES`] fixed lanes and are folded in a fixed order, and products are fused multiply-adds everywhere,
@@ -40,7 +40,7 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     fold(lanes)
 }
 
-/// The greatest element; -inf of nothing.
+/// The maximum; -inf without elements.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -64,7 +64,7 @@ pub fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
-/// The greater of two, as one instruction (`f32::max` spends three on NaN).
+/// The larger of two, as one instruction (`f32::max` needs three because of NaN).
 #[inline(always)]
 pub fn greater(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }

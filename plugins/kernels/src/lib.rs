@@ -1,7 +1,7 @@
-//! Loops over floats in the memory of the host, for every backend that has tensors there.
+//! Loops over floats in host memory, for every backend with tensors there.
 //!
-//! Slices go in, slices come out: no tensor library is known here, and no stage. Work is shared out by the [`Pool`] of
-//! the caller's library, so that a process keeps one set of threads. No result depends on their number.
+//! Slices in, slices out: this crate knows no tensor library and no stage. Work is distributed by the [`Pool`] of the
+//! caller's library, so that a process has one set of threads. No result depends on their number.
 
 pub mod flow;
 pub mod lanes;

@@ -1,9 +1,8 @@
-//! Products of a weight matrix with few rows, as AR steps have them. They are bound by the memory that the weights come
-//! from, so each weight is read once, where it lies; a general product would first rearrange them all. Weights in bf16
-//! are half the bytes.
+//! Products of a weight matrix with few rows, as in AR steps. They are bound by memory bandwidth, so each weight is read
+//! once, in place; a general product would first repack all of them. Weights in bf16 are half the bytes.
 //!
-//! The order of summation: one fused multiply-add after the other in f32 along the inner dimension, in stretches whose
-//! sums are added up.
+//! The order of summation: one fused multiply-add after the other in f32 along the inner dimension, in stretches whose sums
+//! are then added.
 
 use half::bf16;
 
@@ -11,7 +10,7 @@ use crate::Pool;
 use crate::pool::chunks;
 use crate::wide;
 
-/// Inner elements that are summed up apart.
+/// Inner elements per stretch.
 pub const STRETCH: usize = 256;
 
 /// Columns of the result that are computed together: two AVX2 registers.
@@ -20,10 +19,10 @@ const PANEL: usize = 16;
 /// Columns of the result per task.
 const TASK: usize = 4 * PANEL;
 
-/// Rows whose sums stay in registers.
+/// Maximum rows whose sums stay in registers.
 const BLOCK: usize = 6;
 
-/// Rows of x up to which a product is bound by reading its weights.
+/// Up to this many rows of x a product is bound by reading its weights.
 pub const FEW: usize = 24;
 
 /// An element of a weight matrix.
@@ -58,7 +57,7 @@ impl Weight for bf16 {
     }
 }
 
-/// y (n, o) = x (n, i) times w (o, i) transposed, plus what y holds if `grow`; the rows of w are `w_row` apart.
+/// y (n, o) = x (n, i) times w (o, i) transposed, added to y if `grow`; the rows of w are `w_row` apart.
 ///
 /// # Panics
 /// The slices are shorter than the sizes say.
@@ -71,7 +70,7 @@ pub fn product<W: Weight>(
     grow: bool,
 ) {
     let block = n.div_ceil(n.div_ceil(BLOCK));
-    // Per block of rows (i, rows): the rows' elements that meet the same weights lie together.
+    // x in blocks of rows (i, rows): elements that are multiplied by the same weights are adjacent.
     let mut columns_of_x = vec![0.0; n * i];
     for (x, to) in x.chunks(block * i).zip(columns_of_x.chunks_mut(block * i)) {
         let rows = to.len() / i;
@@ -83,7 +82,7 @@ pub fn product<W: Weight>(
                 .for_each(|(to, &x)| *to = x);
         }
     }
-    // Column after column while it is computed, so that a task's results lie together.
+    // Column-major during computation, so that a task's results are contiguous.
     let mut turned = vec![0.0; n * o];
     if grow {
         for (r, y) in y.chunks_exact(o).take(n).enumerate() {
@@ -98,7 +97,7 @@ pub fn product<W: Weight>(
             for start in (0..i).step_by(STRETCH) {
                 let depth = STRETCH.min(i - start);
                 let panel = &mut panel[..depth * PANEL];
-                // What comes next: the same rows' next stretch, or the next rows' first.
+                // The next stretch to prefetch: of the same rows, or the first of the next rows.
                 let next = match start + STRETCH {
                     next if next < i => next,
                     _ => PANEL * w_row,
@@ -162,8 +161,8 @@ fn sums<const R: usize>((out, n): (&mut [f32], usize), x: &[f32], panel: &[f32],
     }
 }
 
-/// Transposes `width` rows of w, at most [`PANEL`], into columns: (depth, [`PANEL`]). What lies beyond is left as it is
-/// and never read. Meanwhile the rows of `next` begin to come from memory.
+/// Transposes `width` rows of w, at most [`PANEL`], into columns: (depth, [`PANEL`]). The rest is left untouched and never
+/// read. Meanwhile the rows of `next` are prefetched.
 #[inline(always)]
 fn fill<W: Weight>(panel: &mut [f32], (w, w_row): (&[W], usize), width: usize, next: &[W]) {
     let depth = panel.len() / PANEL;
@@ -193,7 +192,7 @@ fn fill<W: Weight>(panel: &mut [f32], (w, w_row): (&[W], usize), width: usize, n
     }
 }
 
-/// Asks for a line of each of eight rows; those beyond the end are asked for in vain.
+/// Prefetches a cache line of each of eight rows; addresses beyond the end have no effect.
 #[cfg(all(target_arch = "x86_64", target_feature = "avx2"))]
 #[inline(always)]
 fn prefetch<W>(x: &[W], at: usize, row: usize) {
@@ -248,12 +247,12 @@ mod tests {
     use super::*;
     use crate::Rayon;
 
-    /// Numbers without a pattern.
+    /// Pseudo-random numbers.
     fn numbers(seed: u64, n: usize) -> Vec<f32> {
         retort_engine::random::noise(seed, 0, 1, n)
     }
 
-    /// Every sum in f64, and whether rows depend on how many there are.
+    /// Compares every sum with f64, and checks that rows do not depend on their number.
     fn check<W: Weight>(convert: impl Fn(f32) -> W) {
         for (i, o) in [(768, 96), (257, 65), (31, 17), (1000, 40), (8, 1)] {
             let (x, y) = (numbers(1, 30 * i), numbers(3, 30 * o));

@@ -1,5 +1,5 @@
-//! Eight floats at a time, for the kernels in which many sums stay in registers: the compiler keeps those of
-//! [`crate::lanes`] there only while they are few.
+//! Eight floats at a time, for kernels that keep many sums in registers: the compiler keeps those of [`crate::lanes`] there
+//! only if they are few.
 
 pub use instructions::{Wide, ZERO, apart, interleaved, load, load_half, mul_add, splat, store};
 

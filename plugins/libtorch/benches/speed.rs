@@ -2,27 +2,27 @@
 //!
 //!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]
 //!
-//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, as it is and compiled;
-//! without it they are left out. To compile takes minutes.
+//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, eager and compiled; without
+//! it they are left out. Compiling takes minutes.
 
 use retort_candle::Candle;
 use retort_libtorch::Libtorch;
-use retort_tests::speed::{Contestant, On, Peer, report};
+use retort_tests::speed::{BackendRun, Peer, Timed, report};
 
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let candle = Candle::open("cpu", "f32", threads).expect("a CPU");
     let libtorch = |dtype| Libtorch::open("cpu", dtype, threads).expect("a CPU");
-    let mut all: Vec<Box<dyn Contestant>> = vec![
-        Box::new(On {
+    let mut all: Vec<Box<dyn Timed>> = vec![
+        Box::new(BackendRun {
             name: "candle".into(),
             backend: candle,
         }),
-        Box::new(On {
+        Box::new(BackendRun {
             name: "libtorch".into(),
             backend: libtorch("f32"),
         }),
-        Box::new(On {
+        Box::new(BackendRun {
             name: "libtorch bf16".into(),
             backend: libtorch("bf16"),
         }),

@@ -1,4 +1,4 @@
-//! The functions of `aten.cpp`: what tch does not bind.
+//! The functions of `aten.cpp`, which tch does not bind.
 
 use std::ffi::{CStr, OsStr, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -54,7 +54,7 @@ pub(crate) fn library() -> &'static Path {
     Path::new(OsStr::from_bytes(path.to_bytes()))
 }
 
-/// Keeps GPUs from rounding the operands of f32 products.
+/// Makes GPUs compute f32 products without rounding operands.
 pub(crate) fn no_tf32() -> Result<()> {
     // SAFETY: sets two flags of the process.
     check(unsafe { retort_no_tf32() })

@@ -1,10 +1,10 @@
-//! Attention and rotary positions, by libtorch's fused kernels; on GPUs its backward pass is made of products.
+//! Attention and rotary positions with libtorch's fused kernels; on GPUs the backward pass is composed of products.
 
 use retort_engine::backend::{Attention, Mask};
 use retort_engine::error::Result;
 use tch::Kind;
 
-use crate::backend::{Raw, T, Tried};
+use crate::backend::{Raw, T, TchResult};
 use crate::{Libtorch, failed};
 
 impl Attention for Libtorch {
@@ -12,7 +12,8 @@ impl Attention for Libtorch {
         let run = || {
             let s = x.sizes();
             let pairs = x.inner.f_reshape([s[0], s[1], s[2], s[3] / 2, 2])?;
-            // A pair is a complex number where it lies whole in memory, at an even place; elsewhere it is moved.
+            // A pair can be viewed as a complex number if it is contiguous in memory at an even offset; otherwise it is
+            // copied.
             let complex = match pairs.f_view_as_complex() {
                 Ok(complex) => complex,
                 Err(_) => pairs
@@ -73,7 +74,7 @@ impl Attention for Libtorch {
     }
 }
 
-/// Operands of attention with the heads first, (b, h, l, d), and the mask as libtorch takes it.
+/// Operands of attention with the heads first, (b, h, l, d), and the mask in libtorch's form.
 struct Heads {
     q: Raw,
     k: Raw,
@@ -82,11 +83,11 @@ struct Heads {
     causal: bool,
 }
 
-/// Queries that a CPU attends with in f32: see [`crate::ProductPrecision::Half`].
+/// Maximum queries for which a CPU attends in f32: see [`crate::ProductPrecision::Half`].
 const FEW: i64 = 4;
 
 impl Heads {
-    fn new(q: &T, k: &T, v: &T, mask: &Mask<T>) -> Tried<Self> {
+    fn new(q: &T, k: &T, v: &T, mask: &Mask<T>) -> TchResult<Self> {
         let (lq, lk) = (q.sizes()[1], k.sizes()[1]);
         let place = |x: &T| match lq <= FEW && !x.inner.device().is_cuda() {
             true => heads_first(&x.wide()?),
@@ -114,8 +115,8 @@ impl Heads {
         })
     }
 
-    /// Never holds the (lq, lk) weights; needs the softmax's normaliser, so the forward pass is computed again.
-    fn flash_backward(&self, grad: &Raw, scale: f64) -> Tried<(Raw, Raw, Raw)> {
+    /// It never stores the (lq, lk) weights. It needs the softmax's normaliser, so the forward pass is recomputed.
+    fn flash_backward(&self, grad: &Raw, scale: f64) -> TchResult<(Raw, Raw, Raw)> {
         let (y, normaliser) = Raw::f_internal_scaled_dot_product_flash_attention_for_cpu(
             &self.q,
             &self.k,
@@ -139,8 +140,8 @@ impl Heads {
         )
     }
 
-    /// In products of matrices; the weights are softmaxed in f32.
-    fn composed_backward(&self, grad: &Raw, scale: f64) -> Tried<(Raw, Raw, Raw)> {
+    /// Composed of matrix products, with the softmax in f32.
+    fn composed_backward(&self, grad: &Raw, scale: f64) -> TchResult<(Raw, Raw, Raw)> {
         let kind = self.q.kind();
         let turned = |x: &Raw| x.f_transpose(-2, -1);
         let mut scores = self
@@ -168,9 +169,9 @@ impl Heads {
     }
 }
 
-/// (b, l, h, d) -> (b, h, l, d), each vector whole in memory: the fused kernels take that for granted, unchecked. Those of
-/// GPUs read sixteen bytes at a time, and refuse vectors that begin elsewhere.
-fn heads_first(x: &Raw) -> Tried {
+/// (b, l, h, d) -> (b, h, l, d), with contiguous vectors: the fused kernels assume this without checking. GPU kernels read
+/// sixteen bytes at a time, and refuse vectors with other alignment.
+fn heads_first(x: &Raw) -> TchResult {
     let strides = x.stride();
     let begins =
         strides[..3].iter().all(|s| s % 8 == 0) && (x.data_ptr() as usize).is_multiple_of(16);

@@ -14,14 +14,14 @@ use crate::{Libtorch, ProductPrecision, Tensor, aten, choice, cuda, failed, flow
 
 pub(crate) type T = Tensor;
 pub(crate) type Raw = tch::Tensor;
-pub(crate) type Tried<T = Raw> = tch::Result<T>;
+pub(crate) type TchResult<T = Raw> = tch::Result<T>;
 
-/// No tensor, where libtorch takes an optional one.
+/// No tensor, for libtorch's optional arguments.
 const NONE: Option<&Raw> = None;
 
 impl Tensor {
     /// The result of an operation on this tensor.
-    pub(crate) fn with(&self, result: Tried) -> Result<Self> {
+    pub(crate) fn with(&self, result: TchResult) -> Result<Self> {
         Ok(self.like(result.map_err(failed)?))
     }
 
@@ -32,8 +32,8 @@ impl Tensor {
         }
     }
 
-    /// In f32, as all but products compute.
-    pub(crate) fn wide(&self) -> Tried {
+    /// In f32, the type of everything except products.
+    pub(crate) fn wide(&self) -> TchResult {
         match self.inner.kind() {
             Kind::BFloat16 => self.inner.f_to_kind(Kind::Float),
             _ => Ok(self.inner.shallow_clone()),
@@ -41,13 +41,13 @@ impl Tensor {
     }
 
     /// As an operand of a product.
-    pub(crate) fn operand(&self) -> Tried {
+    pub(crate) fn operand(&self) -> TchResult {
         self.precision.operand(&self.inner)
     }
 
     /// As an operand of a convolution. GPUs compute these in f32: a decoder is some forty of them deep, and with bf16 its
     /// images would be off by a twentieth of their range.
-    fn of_windows(&self) -> Tried {
+    fn of_windows(&self) -> TchResult {
         match self.inner.device().is_cuda() {
             true => self.wide(),
             false => self.operand(),
@@ -61,7 +61,7 @@ impl Tensor {
 }
 
 impl Libtorch {
-    fn put(&self, x: Tried, shape: &[usize]) -> Result<T> {
+    fn put(&self, x: TchResult, shape: &[usize]) -> Result<T> {
         let placed = || x?.f_to_device(self.device)?.f_view(&signed(shape)[..]);
         Ok(Tensor {
             inner: placed().map_err(failed)?,
@@ -87,7 +87,7 @@ impl Tensors for Libtorch {
         }
     }
 
-    /// All that the device has: what others hold of it, and what libtorch keeps for later, is not known.
+    /// The device's total memory: how much others use, and how much libtorch caches, is unknown.
     fn free_memory(&self) -> Option<u64> {
         let tch::Device::Cuda(index) = self.device else {
             return None;
@@ -598,8 +598,8 @@ impl Sampling for Libtorch {
     }
 }
 
-/// A convolution in f32, plus a bias (o), which is no operand and is not rounded.
-fn convolved(x: &T, w: &T, bias: Option<&Raw>, stride: usize, padding: [usize; 2]) -> Tried {
+/// A convolution in f32, plus a bias (o), which is not rounded.
+fn convolved(x: &T, w: &T, bias: Option<&Raw>, stride: usize, padding: [usize; 2]) -> TchResult {
     let (x, w) = (x.of_windows()?, w.of_windows()?);
     let (stride, padding) = ([stride as i64; 2], padding.map(|n| n as i64));
     let convolve = |bias: Option<&Raw>| x.f_conv2d(&w, bias, stride, padding, [1, 1], 1);
@@ -611,21 +611,21 @@ fn convolved(x: &T, w: &T, bias: Option<&Raw>, stride: usize, padding: [usize; 2
     }
 }
 
-/// A product of operands, (n, i) and (i, o), in f32. GPUs add it up so and need not round it first.
-fn rounded(a: &Raw, b: &Raw) -> Tried {
+/// A product of operands, (n, i) and (i, o), with an f32 result. GPUs accumulate in f32 and need not round it first.
+fn rounded(a: &Raw, b: &Raw) -> TchResult {
     match a.device().is_cuda() && a.kind() != Kind::Float {
         true => a.f_mm_dtype(b, Kind::Float),
         false => a.f_mm(b)?.f_to_kind(Kind::Float),
     }
 }
 
-/// A number as a tensor, for operations that make a tensor: what takes it as a number panics in tch when memory is short.
+/// A number as a tensor, because the variants that take a number panic in tch when memory is short.
 fn number(x: f64) -> Raw {
     Raw::from(x)
 }
 
-/// The greatest value of each window, and where it is.
-fn pool(x: &Raw, window: Window) -> Tried<(Raw, Raw)> {
+/// The maximum of each window, and its position.
+fn pool(x: &Raw, window: Window) -> TchResult<(Raw, Raw)> {
     let [size, stride, padding] = sides(window);
     x.f_max_pool2d_with_indices(size, stride, padding, [1, 1], false)
 }
@@ -635,12 +635,12 @@ fn sides(window: Window) -> [[i64; 2]; 3] {
 }
 
 /// Both halves of the last dimension.
-fn halves(x: &Raw) -> Tried<(Raw, Raw)> {
+fn halves(x: &Raw) -> TchResult<(Raw, Raw)> {
     let half = x.size()[x.dim() - 1] / 2;
     Ok((x.f_narrow(-1, 0, half)?, x.f_narrow(-1, half, half)?))
 }
 
-/// What ranks of this library gave for the exchange of tensors.
+/// The process group behind the engine's `ranks`.
 fn ranks_of(ranks: &dyn Any) -> Result<&Ranks> {
     let other = || Error::Internal("ranks of another library".into());
     ranks.downcast_ref().ok_or_else(other)

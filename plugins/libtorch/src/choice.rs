@@ -1,9 +1,9 @@
-//! Choosing codes from rows of logits where they lie; `retort_engine::backend::choice` is the definition.
+//! Choosing codes from rows of logits on their device; `retort_engine::backend::choice` is the definition.
 
 use retort_engine::backend::Truncation;
 use tch::{Kind, TchError, Tensor};
 
-/// Elements that are looked at together: some of their numbers take eight bytes.
+/// Elements processed together; intermediate values take eight bytes each.
 const TOGETHER: i64 = 1 << 26;
 
 /// logits (n, k) -> logits over the temperature, -inf where a code is excluded.
@@ -14,7 +14,7 @@ pub(crate) fn truncate(logits: &Tensor, truncation: &Truncation) -> Result<Tenso
         top_p,
     } = *truncation;
     let place = logits.device();
-    // A tensor: by a number, libtorch would multiply by its inverse.
+    // As a tensor: given a number, libtorch would multiply by its inverse.
     let scaled = logits.f_div(&Tensor::f_full([1], temperature, (Kind::Float, place))?)?;
     let k = scaled.size()[1];
     let keep = match top_k as i64 {
@@ -26,13 +26,13 @@ pub(crate) fn truncate(logits: &Tensor, truncation: &Truncation) -> Result<Tenso
     }
     by_rows(&scaled, |rows, _| {
         let (sorted, order) = rows.f_sort_stable(true, -1, true)?;
-        // Whatever equals the last of the most probable codes stays too.
+        // Codes equal to the last of the most probable ones stay too.
         let last = sorted.f_narrow(1, keep - 1, 1)?;
         let mut left = sorted.f_masked_fill(&sorted.f_lt_tensor(&last)?, f64::NEG_INFINITY)?;
         if top_p < 1.0 {
             let sums = weights(&left, &left.f_narrow(1, 0, 1)?)?.f_cumsum(1, Kind::Double)?;
             let enough = sums.f_narrow(1, k - 1, 1)?.f_mul_scalar(top_p)?;
-            // A code goes where those before it are enough.
+            // A code is excluded if the more probable ones suffice.
             let none = enough.f_zeros_like()?;
             let before = Tensor::f_cat(&[&none, &sums.f_narrow(1, 0, k - 1)?], 1)?;
             left = left.f_masked_fill_(&before.f_gt_tensor(&enough)?, f64::NEG_INFINITY)?;
@@ -57,7 +57,7 @@ pub(crate) fn categorical(logits: &Tensor, uniforms: &[f64]) -> Result<Tensor, T
         let ids =
             sums.f_le_tensor(&passed)?
                 .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
-        // Where rounding makes a number pass all sums: the last code that can be.
+        // If rounding makes a number exceed all sums, take the last possible code.
         let places = Tensor::f_arange(k, (Kind::Int64, logits.device()))?;
         let last = weights
             .f_gt_tensor(&Tensor::from(0.0))?
@@ -67,12 +67,12 @@ pub(crate) fn categorical(logits: &Tensor, uniforms: &[f64]) -> Result<Tensor, T
     })
 }
 
-/// exp(logits - top) in f64; the difference is one of floats, as on the host.
+/// exp(logits - top) in f64; the difference is taken in f32, as on the host.
 fn weights(logits: &Tensor, top: &Tensor) -> Result<Tensor, TchError> {
     logits.f_sub(top)?.f_to_kind(Kind::Double)?.f_exp_()
 }
 
-/// What a function makes of some rows at a time, given the number of the first.
+/// Applies a function to some rows at a time, with the number of the first.
 fn by_rows(
     x: &Tensor,
     of: impl Fn(&Tensor, i64) -> Result<Tensor, TchError>,

@@ -87,8 +87,8 @@ c10::intrusive_ptr<Group> nccl(const Store &store, int rank, int size, std::chro
 
 extern "C" {
 
-// Where ranks meet: `held` says that somebody else keeps the store there, `name` tells this meeting from others in it.
-struct Meeting {
+// Where ranks meet: `held` says that somebody else keeps the store there, `name` tells this place from others in it.
+struct RendezvousAddress {
   const char *host;
   uint16_t port;
   bool held;
@@ -96,18 +96,18 @@ struct Meeting {
 };
 
 // Waits until all ranks are there, `timeout` milliseconds at most; so long each later call may wait. `gpu`: by NCCL, on it.
-const char *retort_ranks_meet(const Meeting *meeting, int rank, int size, int64_t timeout, int gpu, void **out) {
+const char *retort_ranks_meet(const RendezvousAddress *address, int rank, int size, int64_t timeout, int gpu, void **out) {
   return guarded([&] {
-    const std::string host = meeting->host;
+    const std::string host = address->host;
     c10d::TCPStoreOptions options;
-    options.port = meeting->port;
-    options.isServer = rank == 0 && !meeting->held;
+    options.port = address->port;
+    options.isServer = rank == 0 && !address->held;
     options.waitWorkers = false;
     options.timeout = std::chrono::milliseconds(timeout);
     auto ranks = std::make_unique<Ranks>();
     ranks->gpu = gpu;
     ranks->store = c10::make_intrusive<c10d::TCPStore>(host, options);
-    ranks->store = c10::make_intrusive<c10d::PrefixStore>(std::string("retort/") + meeting->name, ranks->store);
+    ranks->store = c10::make_intrusive<c10d::PrefixStore>(std::string("retort/") + address->name, ranks->store);
     if (gpu >= 0) {
       ranks->group = nccl(ranks->store, rank, size, options.timeout);
     } else {

@@ -1,12 +1,12 @@
 //! Ranks through libtorch's c10d (`collective.cpp`): Gloo in the host's memory, NCCL between GPUs.
 //!
-//! Where they meet the environment says, by the names that `torchrun` gives it.
+//! The environment says where they meet, with the variables of `torchrun`.
 
 use std::any::Any;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use retort_abi::Part;
-use retort_engine::collective::{Collective, Meeting};
+use retort_engine::collective::{Collective, Rendezvous};
 use retort_engine::error::{Error, Result};
 use tch::Device;
 
@@ -14,7 +14,7 @@ use crate::Libtorch;
 
 unsafe extern "C" {
     fn retort_ranks_meet(
-        meeting: *const MeetingPlace,
+        address: *const RendezvousAddress,
         rank: c_int,
         size: c_int,
         timeout: i64,
@@ -34,9 +34,9 @@ unsafe extern "C" {
     fn retort_ranks_part(ranks: *mut c_void);
 }
 
-/// [`Meeting`], as `collective.cpp` takes it.
+/// [`Rendezvous`] for `collective.cpp`.
 #[repr(C)]
-struct MeetingPlace {
+struct RendezvousAddress {
     host: *const c_char,
     port: u16,
     held: bool,
@@ -51,37 +51,37 @@ pub(crate) struct Ranks {
     on_gpu: bool,
 }
 
-// SAFETY: c10d's groups may be used from any thread; that calls have one order is the engine's affair.
+// SAFETY: c10d's groups may be used from any thread; the engine orders the calls.
 unsafe impl Send for Ranks {}
 // SAFETY: as above; c10d takes a lock of its own around its queue of work.
 unsafe impl Sync for Ranks {}
 
-/// Meets the other parts of a stage, on the device of this one.
+/// Connects to the other parts of a stage, on this part's device.
 ///
 /// # Errors
 /// The environment does not say where, or they have not all come.
 pub fn meet(backend: &Libtorch, part: Part) -> Result<Box<dyn Collective>> {
     meet_at(
-        &Meeting::read(part, |name| std::env::var(name).ok())?,
+        &Rendezvous::read(part, |name| std::env::var(name).ok())?,
         backend.device,
         part,
     )
 }
 
-/// The same at a place that the caller knows.
+/// The same with an explicit rendezvous.
 ///
 /// # Errors
 /// They have not all come.
-pub fn meet_at(meeting: &Meeting, device: Device, part: Part) -> Result<Box<dyn Collective>> {
+pub fn meet_at(rendezvous: &Rendezvous, device: Device, part: Part) -> Result<Box<dyn Collective>> {
     let text = |text: &str| {
-        let wrong = |_| Error::Rank(format!("{text:?} is no place where ranks can meet"));
+        let wrong = |_| Error::Backend(format!("{text:?} is no place where ranks can meet"));
         CString::new(text).map_err(wrong)
     };
-    let (host, name) = (text(&meeting.host)?, text(&meeting.name)?);
-    let place = MeetingPlace {
+    let (host, name) = (text(&rendezvous.host)?, text(&rendezvous.name)?);
+    let address = RendezvousAddress {
         host: host.as_ptr(),
-        port: meeting.port,
-        held: meeting.held,
+        port: rendezvous.port,
+        held: rendezvous.held,
         name: name.as_ptr(),
     };
     let gpu = match device {
@@ -89,10 +89,10 @@ pub fn meet_at(meeting: &Meeting, device: Device, part: Part) -> Result<Box<dyn 
         _ => -1,
     };
     let (rank, size) = (part.index as c_int, part.of as c_int);
-    let timeout = i64::try_from(meeting.patience.as_millis()).unwrap_or(i64::MAX);
+    let timeout = i64::try_from(rendezvous.patience.as_millis()).unwrap_or(i64::MAX);
     let mut ranks = std::ptr::null_mut();
-    // SAFETY: the strings and the place for the answer outlive the call.
-    let said = unsafe { retort_ranks_meet(&place, rank, size, timeout, gpu, &mut ranks) };
+    // SAFETY: the address, its strings and the place for the answer outlive the call.
+    let said = unsafe { retort_ranks_meet(&address, rank, size, timeout, gpu, &mut ranks) };
     check(part.index, said)?;
     Ok(Box::new(Ranks {
         ranks,
@@ -127,7 +127,7 @@ fn check(rank: usize, message: *const c_char) -> Result<()> {
     let text = unsafe { CStr::from_ptr(message) }.to_string_lossy();
     let text = text.lines().next().unwrap_or_default().trim();
     Err(Error::Rank(format!(
-        "worker {} has lost another one, or waited for it in vain: {text}",
+        "worker {} lost contact with another one, or timed out waiting for it: {text}",
         rank + 1
     )))
 }

@@ -1,7 +1,7 @@
-//! The half of libtorch that drives GPUs, loaded when it is asked for.
+//! The GPU half of libtorch, loaded on demand.
 //!
-//! The plugin is linked with the CPU half only, so it works where CUDA's libraries are absent. Loading
-//! `libtorch_cuda.so` registers its operations with the half that is loaded already.
+//! The plugin is linked only with the CPU half, so it works without CUDA's libraries. Loading `libtorch_cuda.so` registers
+//! its operations with the CPU half.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::aten;
 
-/// A GPU, as its driver knows it.
+/// A GPU, from its driver.
 #[derive(Debug, Clone)]
 pub struct Gpu {
     /// What its maker calls it.
@@ -32,7 +32,7 @@ pub fn devices() -> Result<&'static [Gpu], &'static str> {
         .map_err(std::string::String::as_str)
 }
 
-/// The file of the GPU half, which lies beside the half that is loaded, if that libtorch has one.
+/// The file of the GPU half, beside the loaded half, if this libtorch has one.
 pub(crate) fn file() -> Option<PathBuf> {
     let file = aten::library().with_file_name("libtorch_cuda.so");
     file.exists().then_some(file)
@@ -70,7 +70,8 @@ fn load() -> Result<Vec<Gpu>, String> {
 /// Asks the driver; libtorch does not tell.
 fn described(index: c_int) -> Result<Gpu, libloading::Error> {
     let (mut device, mut name, mut memory) = (0, [0; 128], 0usize);
-    // SAFETY: the functions have these types in every version of CUDA's driver interface, and write no more than told.
+    // SAFETY: the functions have these types in every version of CUDA's driver interface, and write only within the given
+    // bounds.
     unsafe {
         let driver = Library::new("libcuda.so.1")?;
         driver.get::<unsafe extern "C" fn(u32) -> c_int>(b"cuInit")?(0);

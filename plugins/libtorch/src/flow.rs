@@ -20,7 +20,7 @@ pub(crate) fn flow_map(
         .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?
         .f_mul_scalar_(0.5)?;
     let spread = spread(codes, &half_square)?;
-    // s and the weights, which are integrals over s, go by the inverse of the spread: nothing has to leave the GPU.
+    // s and the weights, which are integrals over s, scale with the inverse of the spread, so nothing has to leave the GPU.
     let steps = flow::steps(solver, 1.0);
     let count = steps.len() as i64;
     let points: Vec<f32> = steps.iter().map(|step| step.s as f32).collect();
@@ -31,8 +31,8 @@ pub(crate) fn flow_map(
         .f_view([count, 2, kept])?
         .f_to(place)?
         .f_div(&spread)?;
-    // Slopes, each in the place of the one that nobody needs any more, so that a step is one small product: z and the z to
-    // evaluate next, from z and all slopes.
+    // A ring buffer of slopes: each replaces the oldest, so that a step is one small product from z and all slopes to the new
+    // z and the next evaluation point.
     let slopes = Tensor::f_zeros([kept, n * d], (Kind::Float, place))?;
     let mut z = noise.f_reshape([1, n * d])?;
     let mut ahead = noise.shallow_clone();
@@ -53,7 +53,7 @@ pub(crate) fn flow_map(
     weights.f_argmax(-1, false)
 }
 
-/// [`flow::spread`] of codes (k, d), given half of |c|^2, as a number where the codes lie.
+/// [`flow::spread`] of codes (k, d), given half of |c|^2, as a tensor on the codes' device.
 fn spread(codes: &Tensor, half_square: &Tensor) -> Result<Tensor, TchError> {
     let d = codes.size()[1] as f64;
     let mean_square = half_square.f_mean(Kind::Double)?.f_mul_scalar(2.0 / d)?;
@@ -84,7 +84,7 @@ mod tests {
         Tensor::from_slice(&data).view([rows as i64, columns as i64])
     }
 
-    /// Nothing of it is particular to GPUs, so it runs here.
+    /// Nothing in it is specific to GPUs, so the test runs on the CPU.
     #[test]
     fn it_chooses_what_the_kernel_of_the_host_chooses() {
         for (n, k, d, scale) in [(200, 512, 8, 0.35), (100, 256, 32, 0.5), (50, 37, 5, 1.5)] {

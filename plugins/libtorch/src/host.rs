@@ -1,4 +1,4 @@
-//! The kernels of the host on libtorch's tensors and threads.
+//! Host kernels on libtorch's tensors and threads.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -20,7 +20,7 @@ impl Pool for Threads {
     }
 
     fn each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
-        // Whoever is free takes the next one.
+        // A free thread takes the next task.
         let next = AtomicUsize::new(0);
         let worker = |_| {
             loop {
@@ -36,8 +36,8 @@ impl Pool for Threads {
     }
 }
 
-/// x (.., i) times w (o, i) transposed, plus bias (o), where x has few rows and everything lies in host memory; w in f32
-/// or bf16. None, where that is not so.
+/// x (.., i) times w (o, i) transposed, plus bias (o), if x has few rows and everything is in host memory, with w in f32 or
+/// bf16. Otherwise None.
 pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Option<Result<Tensor>> {
     let (xs, ws) = (x.size(), w.size());
     let (&[o, i], Some((&last, _))) = (&ws[..], xs.split_last()) else {
@@ -84,7 +84,7 @@ fn few<W: Weight + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Re
     Ok(y)
 }
 
-/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). None, where they are on a GPU.
+/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). None if they are on a GPU.
 pub(crate) fn flow_map(
     logits: &Tensor,
     noise: &Tensor,
@@ -134,12 +134,12 @@ impl Element for bf16 {
 /// The elements of a row-major tensor in host memory.
 fn elements<T: Element>(x: &Tensor) -> Result<&[T]> {
     let (start, count) = place::<T>(x)?;
-    // SAFETY: `place` has checked that so many elements of this type begin here; the tensor keeps them as long as it is
-    // borrowed, and nobody writes to tensors that are being read (the engine's contract).
+    // SAFETY: `place` has checked that this many elements of this type begin here; the borrowed tensor keeps them alive, and
+    // nobody writes to tensors that are being read (the engine's contract).
     Ok(unsafe { std::slice::from_raw_parts(start, count) })
 }
 
-/// The elements of a row-major tensor in host memory that nobody else has.
+/// The elements of a row-major tensor in host memory that is not shared.
 fn elements_mut(x: &mut Tensor) -> Result<&mut [f32]> {
     let (start, count) = place::<f32>(x)?;
     // SAFETY: as above, and the tensor is new and borrowed mutably.

@@ -1,12 +1,11 @@
 //! libtorch as a backend of retort, through tch.
 //!
-//! [`Libtorch`] is what the engine runs on. Nothing here records gradients: no tensor ever asks libtorch for one, so its
-//! autograd stays idle, and the engine's tape asks for values only. All tensors are f32 but those that only products
-//! read: with `dtype: bf16` products (linear maps, convolutions, attention) take their operands in bf16
-//! ([`ProductPrecision`] says which; convolutions on CPUs alone), and everything else, sums and norms and optimiser steps
-//! among it, stays in f32.
+//! [`Libtorch`] is what the engine runs on. Nothing here records gradients: libtorch's autograd stays idle, and the engine's
+//! tape asks only for values. All tensors are f32 except operands of products: with `dtype: bf16` linear maps, attention and,
+//! on CPUs, convolutions take operands in bf16 ([`ProductPrecision`] has the details). Everything else, including sums, norms
+//! and optimiser steps, stays in f32.
 //!
-//! In host memory the flow map and products of few rows are kernels shared with the candle plugin (`retort-kernels`), on
+//! In host memory the flow map and products with few rows use kernels shared with the candle plugin (`retort-kernels`), on
 //! libtorch's threads.
 
 mod aten;
@@ -33,7 +32,7 @@ pub struct Libtorch {
     precision: ProductPrecision,
 }
 
-/// A tensor of libtorch and the precision of the products it takes part in.
+/// A tensor of libtorch and the precision of its products.
 #[derive(Debug)]
 pub struct Tensor {
     inner: tch::Tensor,
@@ -93,13 +92,13 @@ impl Libtorch {
         Ok(Self::with(place, precision, threads))
     }
 
-    /// A device that is known to be there, with an explicit way to compute products.
+    /// A device that is known to exist, with an explicit precision of products.
     pub fn with(device: Device, precision: ProductPrecision, threads: usize) -> Self {
         if threads > 0 {
             tch::set_num_threads(threads.try_into().unwrap_or(i32::MAX));
         }
-        // The engine's own loops over samples; they never run at the same time as an operation of libtorch. An error
-        // means that the pool exists already; whoever made it chose its size.
+        // The engine's own loops over samples; they never run at the same time as an operation of libtorch. An error means
+        // that the pool already exists, with the size that its creator chose.
         let _ = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build_global();
@@ -115,7 +114,7 @@ fn failed(error: TchError) -> Error {
     }
 }
 
-/// What libtorch says, without its backtrace. Want of memory is a kind of its own, because the user can act on it.
+/// libtorch's message without its backtrace. Running out of memory is a separate error, because the user can act on it.
 fn failure(text: &str) -> Error {
     let end = text.find("\nException raised from").unwrap_or(text.len());
     let message = text[..end].trim().to_owned();
@@ -140,7 +139,7 @@ mod tests {
     fn errors_are_short_and_memory_is_a_kind_of_its_own() {
         let text = "shapes differ\nException raised from here at there.cpp:1\nframe #0";
         assert!(matches!(failure(text), Error::Backend(message) if message == "shapes differ"));
-        // More than any machine has: the allocator refuses before anything is touched.
+        // More than any machine has: the allocator refuses before touching memory.
         let refused = tch::Tensor::f_zeros([1i64 << 50], (tch::Kind::Float, Device::Cpu));
         let error = failed(refused.expect_err("a petabyte"));
         assert!(matches!(error, Error::OutOfMemory(_)), "{error:?}");

@@ -1,4 +1,4 @@
-//! How precisely products are computed.
+//! The precision of products.
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,11 +7,11 @@ use tch::{Device, Kind, Tensor};
 pub enum ProductPrecision {
     /// f32.
     Full,
-    /// bf16, multiplied by hardware that can. Caches of a generation too on GPUs; on CPUs, where a step has few queries and
-    /// bringing all keys into shape for the hardware takes longer than it saves, they are f32.
+    /// bf16, multiplied by hardware support. On GPUs this includes a generation's caches. On CPUs caches are f32, because a
+    /// step has few queries, and converting all keys for the hardware takes longer than it saves.
     Half,
-    /// bf16 for the weights of linear maps that do not change, f32 for all else: for processors that cannot multiply
-    /// bf16, where all that is left to gain is half the memory and half the time of reading the weights.
+    /// bf16 for the weights of linear maps that do not change, f32 for all else: for processors without bf16 multiplication,
+    /// which still gain half the memory and half the time for reading the weights.
     Weights,
 }
 
@@ -25,7 +25,7 @@ impl ProductPrecision {
         }
     }
 
-    /// A weight or cache that only products read, as it is kept.
+    /// The storage type of a weight or cache that only products read.
     pub(crate) fn factor(self, x: &Tensor) -> tch::Result<Tensor> {
         match self {
             Self::Half if x.dim() == 2 || x.device().is_cuda() => x.f_to_kind(Kind::BFloat16),

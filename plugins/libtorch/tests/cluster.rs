@@ -1,11 +1,12 @@
 //! A training whose workers are on two nodes of a real Slurm, with libtorch's own collective between them.
 
 use lab::Lab;
+use retort_tests::digits::Digits;
 use site::Site;
 
 /// What the cluster's set-up needs of a laboratory.
 mod lab {
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
@@ -66,14 +67,9 @@ mod lab {
             if let Some(found) = look() {
                 return found;
             }
-            assert!(began.elapsed() < Duration::from_secs(120), "no {what}");
+            assert!(began.elapsed() < Duration::from_secs(300), "no {what}");
             std::thread::sleep(Duration::from_millis(100));
         }
-    }
-
-    pub fn digits() -> PathBuf {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/data/digits.csv");
-        data.canonicalize().expect("the digits")
     }
 }
 
@@ -81,31 +77,7 @@ mod lab {
 #[allow(dead_code)]
 mod site;
 
-const RECIPE: &str = "
-version: 1
-seed: 5
-backend: libtorch
-device: cpu
-threads: 1
-params:
-  data: {csv: DATA, height: 8, width: 8, max: 16}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    train: {steps: 10, batch: 32}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 32
-    depth: 2
-    heads: 2
-    train: {steps: 10, batch: 32}
+const STAGES: &str = "
   pairs: {kind: trajectories, teacher: teacher, count: 200}
   student:
     kind: distill
@@ -122,7 +94,13 @@ fn two_nodes_train_as_one_machine_does() {
     let lab = Lab {
         dir: tempfile::tempdir().expect("a directory"),
     };
-    let text = RECIPE.replace("DATA", &lab::digits().display().to_string());
+    let small = Digits {
+        backend: "libtorch",
+        top: "seed: 5\ndevice: cpu\nthreads: 1",
+        codes: "train: {steps: 10, batch: 32}",
+        teacher: "width: 32, depth: 2, heads: 2, train: {steps: 10, batch: 32}",
+    };
+    let text = small.recipe(STAGES);
     std::fs::write(lab.dir.path().join("r.yaml"), text).expect("a recipe");
     let hash = || {
         let rows = site

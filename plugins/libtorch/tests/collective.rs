@@ -1,4 +1,4 @@
-//! Ranks through libtorch's collective, as threads of one process: what they add up, and trainings whose optimiser is divided.
+//! Ranks through libtorch's collective, as threads of one process: sums, and trainings with a sharded optimiser.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,32 +7,31 @@ use std::time::Duration;
 
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel, Part};
 use retort_engine::backend::Tensors;
-use retort_engine::collective::{Collective, Meeting, Single};
+use retort_engine::collective::{Collective, Rendezvous, SingleRank};
 use retort_engine::error::{Error, Result};
 use retort_engine::muon::Muon;
 use retort_engine::tape::Variable;
 use retort_engine::train::{StepOutput, TrainOptions, TrainingLoop, average};
 use retort_libtorch::{Libtorch, ProductPrecision, meet_at};
+use retort_tests::port::HeldPort;
 use tch::Device;
 use tempfile::TempDir;
 
 #[test]
 fn ranks_add_up_and_one_that_is_gone_is_an_error() {
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-        .and_then(|listener| Ok(listener.local_addr()?.port()))
-        .unwrap();
-    let meeting = Meeting {
+    let place = HeldPort::take();
+    let rendezvous = Rendezvous {
         host: "127.0.0.1".into(),
-        port,
+        port: place.number(),
         name: String::new(),
         held: false,
-        patience: Duration::from_secs(20),
+        patience: Duration::from_secs(120),
     };
     let size = 3;
     let ranks = (0..size).map(|index| {
-        let meeting = meeting.clone();
+        let rendezvous = rendezvous.clone();
         std::thread::spawn(move || {
-            let ranks = meet_at(&meeting, Device::Cpu, Part { index, of: size }).unwrap();
+            let ranks = meet_at(&rendezvous, Device::Cpu, Part { index, of: size }).unwrap();
             assert!(ranks.on_device().is_none());
             let mut values = vec![0.1 * (index + 1) as f32; 1000];
             ranks.all_reduce(&mut values).unwrap();
@@ -46,7 +45,8 @@ fn ranks_add_up_and_one_that_is_gone_is_an_error() {
             let began = std::time::Instant::now();
             let error = ranks.all_reduce(&mut [1.0]).unwrap_err();
             assert!(matches!(error, Error::Rank(_)), "{error:?}");
-            assert!(began.elapsed().as_secs() < 10);
+            // Not when it has waited for as long as it may.
+            assert!(began.elapsed().as_secs() < 60);
             values
         })
     });
@@ -58,23 +58,21 @@ fn ranks_add_up_and_one_that_is_gone_is_an_error() {
 
 #[test]
 fn several_trainings_meet_in_a_store_that_somebody_else_holds() {
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-        .and_then(|listener| Ok(listener.local_addr()?.port()))
-        .unwrap();
-    let meeting = |name: &str, held: bool| Meeting {
+    let place = HeldPort::take();
+    let rendezvous = |name: &str, held: bool| Rendezvous {
         host: "127.0.0.1".into(),
-        port,
+        port: place.number(),
         name: name.into(),
         held,
-        patience: Duration::from_secs(20),
+        patience: Duration::from_secs(120),
     };
     let alone = Part { index: 0, of: 1 };
-    let holder = meet_at(&meeting("", false), Device::Cpu, alone).unwrap();
+    let holder = meet_at(&rendezvous("", false), Device::Cpu, alone).unwrap();
     for name in ["one", "two"] {
         let ranks = [0, 1].map(|index| {
-            let meeting = meeting(name, true);
+            let rendezvous = rendezvous(name, true);
             std::thread::spawn(move || {
-                let ranks = meet_at(&meeting, Device::Cpu, Part { index, of: 2 }).unwrap();
+                let ranks = meet_at(&rendezvous, Device::Cpu, Part { index, of: 2 }).unwrap();
                 let mut values = [index as f32 + 1.0];
                 ranks.all_reduce(&mut values).unwrap();
                 ranks.barrier().unwrap();
@@ -86,7 +84,7 @@ fn several_trainings_meet_in_a_store_that_somebody_else_holds() {
     drop(holder);
 }
 
-/// A training's host, which asks it to stop once it has come so far.
+/// A training's host, which asks it to stop at a given step.
 struct Until(u64, AtomicU64);
 
 impl Host for Until {
@@ -111,13 +109,13 @@ impl Host for Until {
 }
 
 const STEPS: u64 = 24;
-/// Samples of a step, one number each of which the loss is made.
+/// A step's samples, one number each, from which the loss is computed.
 const BATCH: usize = 8;
 
-type Made = BTreeMap<String, Vec<f32>>;
+type FinalWeights = BTreeMap<String, Vec<f32>>;
 
 /// One rank's training of a matrix that Muon moves, two others and a vector, up to a step; the weights if it has ended.
-fn train(dir: &Path, ranks: &dyn Collective, zero_stage: u8, until: u64) -> Option<Made> {
+fn train(dir: &Path, ranks: &dyn Collective, zero_stage: u8, until: u64) -> Option<FinalWeights> {
     let backend = Libtorch::with(Device::Cpu, ProductPrecision::Full, 1);
     let shapes: [(&str, &[usize]); 4] = [
         ("blocks.a", &[6, 5]),
@@ -190,27 +188,26 @@ fn train(dir: &Path, ranks: &dyn Collective, zero_stage: u8, until: u64) -> Opti
     }
 }
 
-/// The same with several ranks, as threads of this process; what the first has made.
-fn train_together(dir: &TempDir, size: usize, zero_stage: u8, until: u64) -> Option<Made> {
+/// The same with several ranks, as threads of this process; returns the first rank's result.
+fn train_together(dir: &TempDir, size: usize, zero_stage: u8, until: u64) -> Option<FinalWeights> {
     if size == 1 {
-        return train(dir.path(), &Single, zero_stage, until);
+        return train(dir.path(), &SingleRank, zero_stage, until);
     }
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    let meeting = Meeting {
+    let place = HeldPort::take();
+    let rendezvous = Rendezvous {
         host: "127.0.0.1".into(),
-        port: listener.local_addr().unwrap().port(),
+        port: place.number(),
         name: String::new(),
         held: false,
-        patience: Duration::from_secs(60),
+        patience: Duration::from_secs(120),
     };
-    drop(listener);
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..size)
             .map(|index| {
-                let (meeting, dir) = (&meeting, dir.path());
+                let (rendezvous, dir) = (&rendezvous, dir.path());
                 scope.spawn(move || {
                     let part = Part { index, of: size };
-                    let ranks = meet_at(meeting, Device::Cpu, part).unwrap();
+                    let ranks = meet_at(rendezvous, Device::Cpu, part).unwrap();
                     train(dir, &*ranks, zero_stage, until)
                 })
             })
@@ -229,7 +226,7 @@ fn sharded_moments_change_nothing_and_any_number_of_ranks_takes_up_any_checkpoin
     let new = || tempfile::tempdir().unwrap();
     let whole = |size, zero_stage| train_together(&new(), size, zero_stage, u64::MAX).unwrap();
     let one = whole(1, 0);
-    let apart = |made: &Made| {
+    let apart = |made: &FinalWeights| {
         let pairs = one
             .iter()
             .flat_map(|(name, values)| values.iter().zip(&made[name]));
@@ -244,7 +241,7 @@ fn sharded_moments_change_nothing_and_any_number_of_ranks_takes_up_any_checkpoin
         assert_eq!(train_together(&dir, size, 1, 9), None);
         assert_eq!(train_together(&dir, size, 1, u64::MAX).unwrap(), plain);
     }
-    // One after the other: sharded or not, of other numbers.
+    // In sequence: sharded or not, with other numbers of ranks.
     let dir = new();
     let legs = [
         (2, 1, 5),

@@ -2,7 +2,7 @@
 
 use retort_engine::Result;
 use retort_engine::backend::{self, FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
-use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
+use retort_engine::model::{BatchConditioning, ConditioningShape, Student, llamagen};
 use retort_engine::random::noise;
 use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
@@ -21,7 +21,7 @@ fn config() -> llamagen::Config {
         vocabulary: 100,
         codebook_dim: 8,
         map: Sides::square(6),
-        condition: ConditionShape::Classes(10),
+        condition: ConditioningShape::Classes(10),
     }
 }
 
@@ -37,7 +37,7 @@ fn student(precision: ProductPrecision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let (l, d) = (c.map.area(), c.codebook_dim);
     let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
     let eps = backend.floats(&eps, &[BATCH, l, d])?;
-    let labels = Conditions::Classes(backend.indices(&[1, 2, 3, 4], &[BATCH])?);
+    let labels = BatchConditioning::Classes(backend.indices(&[1, 2, 3, 4], &[BATCH])?);
     let kinds = backend.indices(&vec![0; BATCH * l], &[BATCH, l])?;
     let ids: Vec<u32> = (0..BATCH * l).map(|i| i as u32 * 7 % 100).collect();
     let ids = backend.indices(&ids, &[BATCH * l])?;
@@ -93,7 +93,7 @@ fn networks_stay_close() {
     }
 }
 
-/// What searches, sums, normalises or optimises has the same bits as in f32.
+/// Searches, sums, norms and optimiser steps are bit-identical to f32.
 #[test]
 fn everything_but_products_is_exact() {
     let compute = |precision| -> Result<Vec<Vec<f32>>> {
@@ -138,7 +138,7 @@ fn weights_that_only_products_read_take_half_the_memory() {
     assert_eq!(kept, [1.001]);
 }
 
-/// Where a processor cannot multiply bf16, it reads weights of linear maps in bf16 and computes in f32.
+/// Without bf16 multiplication, weights of linear maps are read in bf16 and products computed in f32.
 #[test]
 fn only_weights_of_linear_maps_are_rounded_without_the_hardware() {
     let b = on(ProductPrecision::Weights);

@@ -1,41 +1,24 @@
-//! Trainings of several workers, through the real binary: as one worker trains so do two and four, and what one of them
-//! suffers ends the attempt of all.
+//! Trainings with several workers, through the real binary: two and four workers train like one, and the failure of one ends
+//! the attempt of all.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use retort_tests::digits::Digits;
+use retort_tests::port::HeldPort;
 use serde_json::Value;
 
 /// Batches of 30: four workers have shares of 7 and 8.
-const RECIPE: &str = "
-version: 1
-seed: 4
-backend: libtorch
-device: cpu
-threads: 1
-params:
-  data: {csv: DATA, height: 8, width: 8, max: 16}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    codebook_ema: 0.95
-    accumulate: 2
-    train: {steps: 60, batch: 30, ema: 0.95}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 32
-    depth: 2
-    heads: 2
-    token_noise: 0.1
-    train: {steps: 80, batch: 30, warmup: 10, ema: 0.95}
+const TEACHER: Digits<'_> = Digits {
+    backend: "libtorch",
+    top: "seed: 4\ndevice: cpu\nthreads: 1",
+    codes: "codebook_ema: 0.95, accumulate: 2, train: {steps: 60, batch: 30, ema: 0.95}",
+    teacher: "width: 32, depth: 2, heads: 2, token_noise: 0.1, train: {steps: 80, batch: 30, warmup: 10, ema: 0.95}",
+};
+
+/// Their pairs, and a student.
+const STUDENT: &str = "
   pairs: {kind: trajectories, teacher: teacher, count: 400}
   student:
     kind: distill
@@ -60,10 +43,7 @@ impl Lab {
     /// A directory with the recipe.
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/data/digits.csv");
-        let data = data.canonicalize().expect("the digits");
-        let text = RECIPE.replace("DATA", &data.display().to_string());
-        std::fs::write(dir.path().join("r.yaml"), text).expect("a recipe");
+        std::fs::write(dir.path().join("r.yaml"), TEACHER.recipe(STUDENT)).expect("a recipe");
         Self(dir)
     }
 
@@ -122,7 +102,6 @@ impl Lab {
             command.args(["--set", setting]);
         }
         command.args(more);
-        command.env("RETORT_RANK_TIMEOUT", "4");
         command
     }
 
@@ -205,7 +184,7 @@ fn n_workers_train_as_one_does_and_what_happens_to_one_ends_all() {
     faults(&lab);
 }
 
-/// With the optimiser's state divided among ranks the bits are the same.
+/// A sharded optimiser gives the same bits.
 fn sharding(lab: &Lab) {
     for (stage, workers) in [("codes", 2), ("student", 4)] {
         let force = format!("--force={stage}");
@@ -221,17 +200,13 @@ fn sharding(lab: &Lab) {
     }
 }
 
-/// Processes that somebody else has started find their places by the variables of `torchrun`.
+/// Processes started by somebody else find their ranks in the variables of `torchrun`.
 fn torchrun(lab: &Lab) {
     let student = ["run", "r.yaml", "--until", "student", "--force=student"];
     lab.retort(&[&student[..], &["--set", "stages.student.workers=2"]].concat());
     let hash = lab.hash("student");
-    // Free again at once.
-    let free_port = || {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-        listener.local_addr().expect("an address").port()
-    };
-    let port = free_port().to_string();
+    let held = HeldPort::take();
+    let port = held.number().to_string();
     let rank = |rank: &str, more: &[&str]| {
         let mut command = lab.command(&student);
         command.args(["--executor", "torchrun"]).args(more);
@@ -248,7 +223,7 @@ fn torchrun(lab: &Lab) {
     let second = second.wait_with_output().expect("it ends");
     assert!(second.status.success(), "{}", said(&second));
     assert_eq!(lab.hash("student"), hash, "as two workers of one runner");
-    // Both refuse what cannot be.
+    // Both refuse impossible settings.
     let other = rank("0", &["--set", "stages.student.workers=3"])
         .output()
         .expect("it runs");
@@ -269,7 +244,7 @@ fn torchrun(lab: &Lab) {
     );
 }
 
-/// Workers that die each time: with fewer, while there are enough; the history says why.
+/// Workers die each time: the training continues with fewer while there are enough; the history says why.
 fn fewer(lab: &Lab) {
     let mut command = lab.command(&["run", "r.yaml", "--grace", "2s"]);
     for setting in [
@@ -281,7 +256,6 @@ fn fewer(lab: &Lab) {
     ] {
         command.args(["--set", &format!("stages.student.{setting}")]);
     }
-    command.env("RETORT_RANK_TIMEOUT", "4");
     let child = command.spawn().expect("the binary runs");
     lab.wait_for_checkpoint();
     signal(lab.rank(&child, 2, 3), "-KILL");
@@ -380,11 +354,12 @@ fn faults(lab: &Lab) {
             took.as_secs_f64()
         );
         assert!(!output.status.success(), "{}", said(&output));
-        assert!(took < Duration::from_secs(30), "{took:?}");
+        // One that hangs is known by its silence, for 30 seconds; by themselves the others would wait for ten minutes.
+        assert!(took < Duration::from_secs(240), "{took:?}");
         match what {
             "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
             "-TERM" => assert_eq!(reason, "interrupted", "{}", said(&output)),
-            _ => assert!(reason.starts_with("failed"), "{reason}: {}", said(&output)),
+            _ => assert_eq!(reason, "rank 1 hangs", "{}", said(&output)),
         }
         let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
         assert!(resumed.status.success(), "{}", said(&resumed));

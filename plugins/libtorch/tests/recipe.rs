@@ -1,35 +1,12 @@
-//! Both plugins in one recipe, through the real binary: what one makes the other takes, and both train alike.
+//! Both plugins in one recipe, through the real binary: each reads the other's artifacts, and both train alike.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use retort_tests::digits::Digits;
 use serde_json::Value;
 
-const RECIPE: &str = "
-version: 1
-seed: 4
-backend: candle
-device: cpu
-params:
-  data: {csv: DATA, height: 8, width: 8, max: 16}
-  train: {steps: 200, batch: 32, warmup: 20, ema: 0.95}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    train: {steps: 100, batch: 32}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 32
-    depth: 2
-    heads: 2
-    train: {steps: 100, batch: 32}
+const STAGES: &str = "
   on-candle: {kind: trajectories, seed: 5, teacher: teacher, count: 500}
   on-libtorch: {kind: trajectories, plugin: libtorch, seed: 5, teacher: teacher, count: 500}
   student-candle:
@@ -39,7 +16,7 @@ stages:
     trajectories: on-candle
     timesteps: [0, 6]
     held_out: 0.2
-    train: ${params.train}
+    train: {steps: 200, batch: 32, warmup: 20, ema: 0.95}
   student-libtorch:
     kind: distill
     plugin: libtorch
@@ -48,7 +25,7 @@ stages:
     trajectories: on-candle
     timesteps: [0, 6]
     held_out: 0.2
-    train: ${params.train}
+    train: {steps: 200, batch: 32, warmup: 20, ema: 0.95}
   student-bf16:
     kind: distill
     plugin: libtorch
@@ -58,7 +35,7 @@ stages:
     trajectories: on-candle
     timesteps: [0, 6]
     held_out: 0.2
-    train: ${params.train}
+    train: {steps: 200, batch: 32, warmup: 20, ema: 0.95}
   samples: {kind: sample, sampler: {kind: student, student: student-libtorch, timesteps: [0]}, count: 32}
   samples-libtorch:
     kind: sample
@@ -70,13 +47,13 @@ stages:
 #[test]
 fn a_recipe_may_change_plugins_between_its_stages() {
     let dir = tempfile::tempdir().expect("a directory");
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/data/digits.csv");
-    let data = data
-        .canonicalize()
-        .expect("the digits")
-        .display()
-        .to_string();
-    std::fs::write(dir.path().join("r.yaml"), RECIPE.replace("DATA", &data)).expect("a recipe");
+    let small = Digits {
+        backend: "candle",
+        top: "seed: 4\ndevice: cpu",
+        codes: "train: {steps: 100, batch: 32}",
+        teacher: "width: 32, depth: 2, heads: 2, train: {steps: 100, batch: 32}",
+    };
+    std::fs::write(dir.path().join("r.yaml"), small.recipe(STAGES)).expect("a recipe");
     let ran = retort(dir.path(), &["run", "r.yaml"]);
     let stages = ran["stages"].as_array().expect("stages");
     assert!(stages.iter().all(|s| s["outcome"] == "ran"), "{ran:#}");

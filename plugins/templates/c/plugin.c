@@ -16,7 +16,7 @@ static int32_t probe(const retort_host *host, retort_sink out, retort_sink err) 
 }
 static int32_t validate(const retort_host *host, retort_str job, retort_sink diagnostics, retort_sink err) {
     (void)host, (void)job, (void)err;
-    return retort_put(diagnostics, "[]"), RETORT_OK; /* what the schema cannot say would be said here */
+    return retort_put(diagnostics, "[]"), RETORT_OK; /* checks that the schema cannot express belong here */
 }
 /* A number in [0, 1) that depends on seed and index alone (splitmix64): equal seeds give equal results. */
 static double uniform(uint64_t seed, uint64_t index) {

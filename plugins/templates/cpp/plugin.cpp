@@ -53,7 +53,7 @@ static int32_t probe(const retort_host *, retort_sink out, retort_sink) {
     return retort_put(out, R"([{"name": "cpu"}])"), RETORT_OK;
 }
 static int32_t validate(const retort_host *, retort_str, retort_sink diagnostics, retort_sink) {
-    return retort_put(diagnostics, "[]"), RETORT_OK; // what the schema cannot say would be said here
+    return retort_put(diagnostics, "[]"), RETORT_OK; // checks that the schema cannot express belong here
 }
 static const retort_plugin table = {sizeof(retort_plugin), RETORT_ABI_MINOR, 0, 0, nullptr, describe, probe,
                                     validate, run};

@@ -1,4 +1,4 @@
-//! What differs between runs, and which of them has the best value of a metric.
+//! The differences between runs, and which run has the best value of a metric.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -7,16 +7,16 @@ use serde_json::Value;
 
 use crate::store::{RunDetail, RunId, SeriesSummary};
 
-/// Something that can be said of a run.
+/// A fact about a run.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Fact {
     /// `run`, `parameter`, `environment`, `metric`, `picture`.
     pub about: &'static str,
-    /// What of it: a path, a series, a stage.
+    /// Its name: a path, a series, a stage.
     pub name: String,
 }
 
-/// Everything that can be said of a run; pictures by their files in the store at `dir`.
+/// All facts about a run; pictures as paths in the store at `dir`.
 pub fn facts(detail: &RunDetail, metrics: &[SeriesSummary], dir: &Path) -> Vec<(Fact, Value)> {
     let mut facts = Vec::new();
     let mut add = |about, name: String, value| facts.push((Fact { about, name }, value));
@@ -65,7 +65,7 @@ pub fn facts(detail: &RunDetail, metrics: &[SeriesSummary], dir: &Path) -> Vec<(
     facts
 }
 
-/// The places of the best values of a metric; none where it is not known which is better, or all are alike.
+/// The indices of the best values of a metric; none if it is not known which is better, or if all are equal.
 pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
     const LOWER: [&str; 10] = [
         "loss",
@@ -116,7 +116,7 @@ pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
         .collect()
 }
 
-/// What is said of any of the runs, in the order of the first that says it; without `all` only what differs.
+/// The facts about any of the runs, in order of first occurrence; without `all` only those that differ.
 pub fn side_by_side(
     runs: &[(RunId, Vec<(Fact, Value)>)],
     all: bool,

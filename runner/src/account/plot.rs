@@ -1,7 +1,7 @@
 //! A sweep as a picture: parallel coordinates, and the objective over each parameter, as one SVG document.
 //!
-//! In: an axis for each parameter, a line for each point. Colours go from the best value (blue) to the worst (orange). Out: one
-//! document, or its parts for a page, which gives their classes colours of its own.
+//! In: an axis for each parameter, a line for each point. Colours go from the best value (blue) to the worst (orange). Out:
+//! one document, or its parts for a page, whose style sheet colours their classes.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,16 +10,16 @@ use crate::chart::escaped;
 use crate::sweep::{Goal, Objective, Parameter};
 use crate::table::number;
 
-/// A parameter, with the place of each point on its axis.
+/// A parameter, with each point's position on its axis.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Axis {
     /// The parameter.
     pub path: String,
-    /// Where each point is: its number, or the number of its text among all.
+    /// Each point's position: its number, or the index of its text.
     pub places: Vec<f64>,
-    /// The texts, where values are no numbers.
+    /// The texts, if values are not numbers.
     pub texts: Vec<String>,
-    /// Whether the numbers are shown by their logarithm.
+    /// Whether the axis is logarithmic.
     pub log: bool,
 }
 
@@ -57,7 +57,7 @@ pub fn of_points<'a>(
 }
 
 impl Axis {
-    /// The axis of these values. Numbers that span more than two powers of ten go by their logarithm.
+    /// The axis of these values; logarithmic if they span more than two powers of ten.
     pub fn of(path: String, values: Vec<String>) -> Self {
         let numbers: Option<Vec<f64>> = values
             .iter()
@@ -91,7 +91,7 @@ impl Axis {
         }
     }
 
-    /// What the axis is, in a line.
+    /// A description of the axis, in a line.
     pub fn caption(&self) -> String {
         if self.log {
             return format!("{} (log10)", self.path);
@@ -123,7 +123,7 @@ impl Axis {
     }
 }
 
-/// The least and the greatest; apart, so that there is something between them.
+/// The minimum and maximum, widened if they are equal.
 fn ends(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (least, most) = values.fold(
         (f64::INFINITY, f64::NEG_INFINITY),
@@ -132,7 +132,7 @@ fn ends(values: impl Iterator<Item = f64>) -> (f64, f64) {
     match most > least {
         true => (least, most),
         false => {
-            // Around one value alone, by its size.
+            // A range around a single value, relative to its size.
             let more = if least == 0.0 { 0.5 } else { least.abs() * 0.1 };
             (least - more, most + more)
         }
@@ -153,14 +153,14 @@ const W: f64 = 980.0;
 const TOP: f64 = 56.0;
 const BOTTOM: f64 = 34.0;
 const HEIGHT: f64 = 300.0;
-/// Room beside the outermost axes: half of the longest name.
+/// Margin beside the outermost axes: half of the longest name.
 const SIDE: f64 = 90.0;
 /// From one parallel axis to the next, on a page.
 const STEP: f64 = 190.0;
-/// A slice: all of it, and within it the place of its axes.
+/// A slice plot: its size, and the position of its axes.
 const SLICE: (f64, f64) = (420.0, 250.0);
 const PLOT: (f64, f64, f64, f64) = (70.0, 14.0, 330.0, 186.0);
-/// Shades from the best value to the worst that a page tells apart.
+/// Number of shades from the best value to the worst on a page.
 const SHADES: usize = 8;
 
 /// The picture.
@@ -218,7 +218,7 @@ fn element((width, height): (f64, f64), what: &str, draw: impl FnOnce(&mut Strin
     svg + "</svg>"
 }
 
-/// How good a value is: 0 is the best, 1 the worst.
+/// The rank of a value: 0 is the best, 1 the worst.
 fn rank(value: f64, (least, most): (f64, f64), goal: Goal) -> f64 {
     let part = (value - least) / (most - least);
     match goal {
@@ -238,7 +238,7 @@ fn color(rank: f64) -> String {
     )
 }
 
-/// The class of a shade, by which a page colours it.
+/// The CSS class of a shade.
 fn shade(rank: f64) -> String {
     let number = (rank.clamp(0.0, 1.0) * (SHADES - 1) as f64).round();
     format!("shade-{number}")
@@ -257,7 +257,7 @@ fn draw_parallel(
     let y = |value: f64, (least, most): (f64, f64)| {
         TOP + HEIGHT - (value - least) / (most - least) * HEIGHT
     };
-    // The best last, above the others.
+    // The best last, so that it is on top.
     for (place, line) in lines.iter().enumerate().rev() {
         let rank = rank(line.value, values, objective.goal);
         let mut points: Vec<String> = axes
@@ -309,7 +309,7 @@ fn draw_parallel(
     );
 }
 
-/// The end of a path, which says the most.
+/// The end of a path, its most informative part.
 fn last_steps(path: &str) -> &str {
     match path.char_indices().nth_back(23) {
         Some((start, _)) => path[start..]

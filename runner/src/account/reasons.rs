@@ -12,17 +12,17 @@ use crate::store::{RunId, StageRecord, StageState, Store, StoreError};
 pub struct StageReason {
     /// The stage.
     pub stage: String,
-    /// How many inputs lie between it and the stage that was asked about.
+    /// The number of inputs between it and the stage in question.
     pub depth: usize,
     /// How its turn went.
     pub state: StageState,
-    /// The earlier run that it is compared with.
+    /// The earlier run for comparison.
     pub compared_with: Option<RunId>,
     /// Why, a sentence each.
     pub why: Vec<String>,
 }
 
-/// Why a stage had its turn as it did; and, where an input had changed, why that had.
+/// Why a stage ran or was reused, and why changed inputs had changed.
 ///
 /// # Errors
 /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -47,7 +47,7 @@ pub async fn of_stage(
     Ok(reasons)
 }
 
-/// Why one stage had its turn as it did, and which of its inputs had changed; none when the run has no such stage.
+/// Why one stage ran or was reused, and which of its inputs had changed; None if the run has no such stage.
 ///
 /// # Errors
 /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -56,24 +56,24 @@ pub async fn of_turn(
     run: &RunId,
     stage: &str,
 ) -> Result<Option<(StageReason, Vec<String>)>, StoreError> {
-    let Some(turn) = store.turn(run, stage).await? else {
+    let Some(record) = store.turn(run, stage).await? else {
         return Ok(None);
     };
     let before = store.turn_before(run, stage).await?;
-    let changed = changed_inputs(&turn, before.as_ref());
+    let changed = changed_inputs(&record, before.as_ref());
     let reason = StageReason {
         stage: stage.to_owned(),
         depth: 0,
-        state: turn.state,
-        why: why(&turn, before.as_ref()),
+        state: record.state,
+        why: why(&record, before.as_ref()),
         compared_with: before.map(|before| before.run),
     };
     Ok(Some((reason, changed)))
 }
 
-fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
-    let Some(components) = &turn.components else {
-        let inputs: Vec<&str> = turn
+fn why(record: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
+    let Some(components) = &record.components else {
+        let inputs: Vec<&str> = record
             .inputs
             .iter()
             .map(|(_, stage)| stage.as_str())
@@ -87,12 +87,12 @@ fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
         .and_then(|before| before.components.as_ref())
         .map(|before| decision::differences(before, components));
     let mut why = Vec::new();
-    if let Some(from) = &turn.reused_from {
+    if let Some(from) = &record.reused_from {
         why.push(format!(
-            "run {from} had made the same: nothing that decides its result differs"
+            "run {from} had already made this result: nothing that affects it differs"
         ));
     }
-    if turn.forced {
+    if record.forced {
         why.push("forced (--force)".into());
     }
     match (differences, before) {
@@ -100,13 +100,15 @@ fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
             why.push(unchanged(before));
         }
         (Some(differences), Some(_)) => why.extend(differences),
-        _ if turn.reused_from.is_none() => why.push("first run of it in this recipe".into()),
+        _ if record.reused_from.is_none() => {
+            why.push("first run of this stage in this recipe".into())
+        }
         _ => {}
     }
     why
 }
 
-/// Why a stage ran although nothing differs from its turn before.
+/// Why a stage ran although nothing differs from its previous turn.
 fn unchanged(before: &StageRecord) -> String {
     match before.state {
         StageState::Succeeded | StageState::Reused => {
@@ -123,16 +125,16 @@ fn unchanged(before: &StageRecord) -> String {
     }
 }
 
-/// The stages whose results went in and were others before.
-fn changed_inputs(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
+/// The input stages whose results have changed.
+fn changed_inputs(record: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
     let (Some(now), Some(before)) = (
-        &turn.components,
+        &record.components,
         before.and_then(|before| before.components.as_ref()),
     ) else {
         return Vec::new();
     };
     let mut changed: Vec<String> = Vec::new();
-    for (pointer, stage) in &turn.inputs {
+    for (pointer, stage) in &record.inputs {
         let at = |components: &Value| components["options"].pointer(pointer).cloned();
         if at(now) != at(before) && !changed.contains(stage) {
             changed.push(stage.clone());

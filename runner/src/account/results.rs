@@ -1,6 +1,6 @@
 //! A sweep's results: the value of each point, and which are the best.
 //!
-//! In: a sweep of the store, and what is looked for. Out: one order of its points, for tables, pictures and pages.
+//! In: a sweep of the store, and an objective. Out: one order of its points, for tables, pictures and pages.
 
 use std::collections::HashMap;
 
@@ -24,7 +24,7 @@ pub struct Results {
 }
 
 impl Results {
-    /// Reads the values; of another objective, if one is given.
+    /// Reads the values of the objective, or of another one if given.
     ///
     /// # Errors
     /// As [`Store::list_runs`]; a metric that no run has is no error.
@@ -34,7 +34,7 @@ impl Results {
         other: Option<Objective>,
     ) -> Result<Self, StoreError> {
         let definition = &detail.plan.definition;
-        // Points that are judged on the way are judged by the same at the end, unless somebody says otherwise.
+        // By default points judged at rungs are judged by the same series at the end.
         let judged = definition.asha.as_ref().map(|asha| Objective {
             metric: asha.metric.clone(),
             goal: asha.goal,
@@ -86,22 +86,22 @@ impl Results {
         points.filter(|point| point.is_done()).count()
     }
 
-    /// The run that speaks for a point.
+    /// The run that represents a point.
     pub fn run(&self, point: &SweepPoint) -> Option<&RunSummary> {
         self.runs.get(&point.run.as_ref()?.0.0)
     }
 
-    /// What a point reached; NaN is a value.
+    /// A point's value; NaN is a value.
     pub fn value(&self, point: &SweepPoint) -> Option<f64> {
         match self.run(point)?.values.values().next()? {
             Value::Number(number) => number.as_f64(),
-            // As the table has it where there is no number.
+            // The table's form of a missing number.
             Value::String(_) => Some(f64::NAN),
             _ => None,
         }
     }
 
-    /// The points that have gone the whole way and have a value, the best first.
+    /// The complete points with a value, the best first.
     pub fn ranked(&self) -> Vec<(&SweepPoint, f64)> {
         let goal = self
             .objective
@@ -123,7 +123,7 @@ impl Results {
         self.ranked().into_iter().find(|(_, value)| !value.is_nan())
     }
 
-    /// What a picture shows: the points that have gone the whole way with a finite value, the best first.
+    /// The points in a picture: complete ones with a finite value, the best first.
     pub fn drawn(&self) -> (Vec<Axis>, Vec<PlottedPoint>) {
         let ranked = self.ranked();
         let drawn = ranked

@@ -1,4 +1,4 @@
-//! The layout of a store's directory, and the locks on exclusive parts of it.
+//! The layout of a store's directory, and locks on parts of it.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -17,7 +17,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout of the store in `dir`, made absolute: workers may have another working directory.
+    /// The layout of the store in `dir`, made absolute, because workers may have another working directory.
     ///
     /// # Errors
     /// The working directory is gone.
@@ -42,13 +42,13 @@ impl Layout {
         self.store.join("staging").join(run)
     }
 
-    /// What survives attempts at a stage with this digest.
+    /// The work directory of a stage with this digest, which survives attempts.
     pub fn work(&self, digest: &str) -> PathBuf {
         self.store.join("work").join(digest)
     }
 
-    /// Whether an artifact lies in its place, going by the sizes of its files: cheap enough to ask at every run.
-    /// [`super::verify`] asks in earnest.
+    /// Whether an artifact is in place, judged by the sizes of its files: cheap enough for every run. [`super::verify`]
+    /// checks the content.
     pub fn holds(&self, record: &ArtifactRecord) -> bool {
         let dir = self.artifact(&record.hash);
         !record.files.is_empty()
@@ -58,19 +58,19 @@ impl Layout {
             })
     }
 
-    /// Takes the staging directory of a run for this process, and removes what dead runs have left.
+    /// Takes the staging directory of a run for this process, and removes those of dead runs.
     ///
     /// # Errors
     /// [`ArtifactError::Io`].
     pub fn open_staging(&self, run: &str) -> Result<Staging, ArtifactError> {
         let (root, dir) = (self.store.join("staging"), self.staging(run));
         make_dir(&root)?;
-        // Now, and not when a stage has computed its result.
+        // Fail now rather than after a stage has computed its result.
         make_dir(&self.artifacts())?;
         self.tidy();
         let lock_path = dir.with_extension("lock");
         let lock = loop {
-            // Another process may hold it for the moment it takes to see that nothing is to be removed.
+            // Another process may briefly hold it while it checks whether there is anything to remove.
             if let Some(lock) = Lock::try_take(lock_path.clone())? {
                 break lock;
             }
@@ -83,7 +83,7 @@ impl Layout {
         })
     }
 
-    /// Removes what processes that are gone left in `staging`, and their work directories with nothing in them.
+    /// Removes leftovers of dead processes in `staging`, and their empty work directories.
     pub fn tidy(&self) {
         for dir in ["staging", "work"] {
             let Ok(entries) = fs::read_dir(self.store.join(dir)) else {
@@ -91,7 +91,7 @@ impl Layout {
             };
             let locks = entries.flatten().map(|entry| entry.path());
             for path in locks.filter(|path| path.extension() == Some("lock".as_ref())) {
-                // A lock ends with its process, however that ended.
+                // A lock is released when its process ends, in whatever way.
                 let Ok(Some(lock)) = Lock::try_take(path.clone()) else {
                     continue;
                 };
@@ -162,7 +162,7 @@ impl WorkDir {
         &self.dir
     }
 
-    /// Removes it: the stage has succeeded, there is nothing to take up again.
+    /// Removes it: the stage has succeeded, so there is nothing to resume.
     pub fn remove(self) {
         let _ = fs::remove_dir_all(&self.dir);
     }
@@ -170,7 +170,7 @@ impl WorkDir {
 
 impl Drop for WorkDir {
     fn drop(&mut self) {
-        // Without anything to take up again it leaves nothing behind.
+        // If there is nothing to resume, nothing is left behind.
         let _ = fs::remove_dir(&self.dir);
         if !self.dir.exists()
             && let Some(lock) = self.lock.take()
@@ -180,7 +180,7 @@ impl Drop for WorkDir {
     }
 }
 
-/// A lock on a file, which ends with the process at the latest.
+/// A lock on a file, released at the latest when the process ends.
 #[derive(Debug)]
 struct Lock {
     path: PathBuf,
@@ -197,7 +197,7 @@ impl Lock {
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(source)) => return Err(failed("lock", &path)(source)),
             }
-            // The one who had it before may have removed the file between our opening and our locking it.
+            // The previous holder may have removed the file between our opening and locking it.
             let ours = file.metadata().map_err(failed("read", &path))?.ino();
             if fs::metadata(&path).is_ok_and(|found| found.ino() == ours) {
                 return Ok(Some(Self { path, _file: file }));
@@ -205,13 +205,14 @@ impl Lock {
         }
     }
 
-    /// Removes the file and gives the lock back, in this order.
+    /// Removes the file and releases the lock, in this order.
     fn remove(self) {
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Opens a file to be locked, making it if need be. Whatever else lies there is not waited for, followed or changed.
+/// Opens a file for locking, and creates it if necessary. Anything else at the path is neither waited for, followed nor
+/// changed.
 ///
 /// # Errors
 /// It cannot be made, or is no regular file.

@@ -1,4 +1,4 @@
-//! What an artifact is, what is refused, and what is left behind.
+//! Artifacts: publishing, refusals, and leftovers.
 
 use super::*;
 use retort_abi::ArtifactMeta;
@@ -32,7 +32,7 @@ fn a_lock_that_nobody_holds_is_tidied_up() {
     let held = layout.open_work("held").unwrap().unwrap();
     fs::remove_dir(held.path()).unwrap();
     let work = root.path().join("work");
-    // A runner that was killed left this one; that one guards something to take up again.
+    // A killed runner left this one; the other one guards work that can be resumed.
     fs::write(work.join("idle.lock"), "").unwrap();
     fs::write(work.join("needed.lock"), "").unwrap();
     fs::create_dir(work.join("needed")).unwrap();
@@ -165,7 +165,7 @@ fn damage_is_named() {
     fs::remove_file(place.join("x")).unwrap();
     fs::remove_file(place.join("y")).unwrap();
     fs::write(place.join("y"), "!").unwrap();
-    // Longer than anybody waits for: its size says enough, and what is too many is not read either.
+    // Too long to read: its size is enough, and surplus bytes are not read either.
     fs::remove_file(place.join("z")).unwrap();
     for name in ["z", "new"] {
         let file = File::create(place.join(name)).unwrap();

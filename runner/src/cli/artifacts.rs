@@ -209,7 +209,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
                 .iter()
                 .any(|prefix| hash.starts_with(prefix.as_str()))
     };
-    // The same content may have been made repeatedly; it is stored once.
+    // Several stages may have made the same content; it is stored once.
     let mut seen = HashSet::new();
     artifacts.retain(|row| wanted(&row.artifact.hash) && seen.insert(row.artifact.hash.clone()));
 
@@ -227,7 +227,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
                 row.stage.as_str().into(),
                 row.run.0.as_str().into(),
                 damage.path.into(),
-                Cell::from(damage.problem).tone(CellStyle::Bad),
+                Cell::from(damage.problem).style(CellStyle::Error),
             ]);
         }
     }

@@ -62,15 +62,15 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     for (fact, values) in &facts {
         let best = best(fact, values);
         let cells = (0..).zip(values).map(|(place, value)| {
-            let cell = value.map_or_else(|| Cell::from("-").tone(CellStyle::Dim), Cell::json);
+            let cell = value.map_or_else(|| Cell::from("-").style(CellStyle::Dim), Cell::json);
             match best.contains(&place) {
-                true => cell.marked(" *").tone(CellStyle::Good),
+                true => cell.marked(" *").style(CellStyle::Ok),
                 false => cell,
             }
         });
         rows.push(
             [
-                Cell::from(fact.about).tone(CellStyle::Dim),
+                Cell::from(fact.about).style(CellStyle::Dim),
                 fact.name.as_str().into(),
             ]
             .into_iter()

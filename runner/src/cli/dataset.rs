@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueHint};
 use retort_checkpoint::Checkpoint;
-use retort_checkpoint::pieces::{Fault, MANIFEST, Shard, hash, joined};
-use retort_checkpoint::trajectories::{CAPTIONS, ConditionShape, Manifest};
+use retort_checkpoint::sample_shards::{Fault, MANIFEST, Shard, hash, joined};
+use retort_checkpoint::trajectories::{CAPTIONS, ConditioningShape, Manifest};
 use serde_json::{Map, Value, json};
 
 use crate::artifact::{self, Layout};
@@ -155,8 +155,8 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         ranges.iter().map(|r| json!([r.start, r.end])).collect()
     };
     let (kind, number) = match m.condition {
-        ConditionShape::Classes(classes) => ("classes", classes),
-        ConditionShape::Captions(_) => ("captions", classes.len()),
+        ConditioningShape::Classes(classes) => ("classes", classes),
+        ConditioningShape::Captions(_) => ("captions", classes.len()),
     };
     let spread = classes.values().min().zip(classes.values().max());
     let spread = spread.map_or_else(String::new, |(least, most)| format!("{least} to {most}"));
@@ -216,7 +216,7 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         rows.push([
             file.into(),
             samples.into(),
-            Cell::from(what).tone(CellStyle::Bad),
+            Cell::from(what).style(CellStyle::Error),
         ]);
     };
     let mut labels = 0;
@@ -241,12 +241,12 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     if let Err(fault) = joined(vec![(found.dir.clone(), m.shards.clone())]) {
         problem(MANIFEST, String::new(), fault.to_string());
     }
-    if matches!(m.condition, ConditionShape::Captions(_))
+    if matches!(m.condition, ConditioningShape::Captions(_))
         && let Err(what) = captions(&found.dir.join(CAPTIONS), labels)
     {
         problem(CAPTIONS, String::new(), what);
     }
-    // The record of an artifact knows all files, the manifest among them.
+    // The record of an artifact lists all files, including the manifest.
     if let Some(record) = &found.record {
         for damage in artifact::verify(&found.dir, record) {
             let known = m.shards.iter().any(|shard| shard.file == damage.path);
@@ -348,7 +348,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
         )));
     }
     let mut extra = None;
-    if matches!(whole.condition, ConditionShape::Captions(_)) {
+    if matches!(whole.condition, ConditioningShape::Captions(_)) {
         let hashes = parts.iter().map(|part| hash(&part.dir.join(CAPTIONS)));
         let hashes = hashes.collect::<Result<Vec<_>, _>>()?;
         if hashes.iter().any(|one| *one != hashes[0]) {
@@ -357,7 +357,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
         extra = Some(parts[0].dir.join(CAPTIONS));
     }
 
-    // Complete or not there at all.
+    // Complete or absent.
     let failed = |action: &str, path: &Path| {
         let message = format!("cannot {action} {}", path.display());
         move |e: std::io::Error| Error::new(Exit::Internal, message).cause(&e)
@@ -366,7 +366,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     let draft = Draft::folder(out).map_err(failed("make", out))?;
     let take = |from: &Path, name: &str| {
         let to = draft.path().join(name);
-        // An artifact's files must not become writable by another name.
+        // An artifact's files must not become writable under another name.
         fs::copy(from, &to).map(drop).map_err(failed("copy", from))
     };
     let mut bytes = 0;

@@ -1,4 +1,4 @@
-//! Runs that their runner has left to Slurm: their states are updated from Slurm before they are shown.
+//! Detached runs, left to Slurm: their states are updated from Slurm before they are shown.
 
 use std::collections::HashMap;
 
@@ -6,8 +6,8 @@ use crate::cli::{Context, Error, output};
 use crate::cluster::slurm::{ElementStatus, Slurm, State};
 use crate::store::{DetachedJobs, Store};
 
-/// Asks Slurm about the runs that have no runner any more but unfinished jobs, and corrects their states in the store.
-/// Returns those that Slurm still works on, or whose state is unknown.
+/// Asks Slurm about runs with unfinished jobs but no runner, and corrects their states in the store. Returns those that Slurm
+/// still runs, or whose state is unknown.
 pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
     let left = store.left_to_scheduler().await?;
     if left.is_empty() {
@@ -15,7 +15,11 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
     }
     let jobs: Vec<u64> = left.iter().flat_map(|left| left.jobs.clone()).collect();
     let slurm = Slurm::default();
-    let known = match slurm.look(&jobs).await {
+    let known = slurm.look_back(&jobs, |known| {
+        let is_known = |job: &u64| known.keys().any(|(known, _)| known == job);
+        !jobs.iter().all(is_known)
+    });
+    let known = match known.await {
         Ok(known) => known,
         Err(error) => {
             if !context.quiet {
@@ -28,33 +32,35 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
     };
     let mut alive = Vec::new();
     for run in left {
-        let said: Vec<&ElementStatus> = known
-            .iter()
-            .filter(|((job, _), said)| run.jobs.contains(job) && !said.state.is_final())
+        let its_own = known.iter().filter(|((job, _), _)| run.jobs.contains(job));
+        let (ended, said): (Vec<_>, Vec<_>) = its_own
             .map(|(_, said)| said)
-            .collect();
-        // A read-only store is shown as it is.
+            .partition(|said| said.state.is_final());
+        // If it cannot be recorded it is still shown.
         if said.is_empty() {
-            let _ = store.scheduler_is_done(&run).await;
+            let faults = ended.iter().filter_map(|said| said.state.fault());
+            let _ = store.scheduler_is_done(&run, most(faults)).await;
             continue;
         }
         let waiting = said.iter().all(|said| said.state == State::Pending);
-        let _ = store
-            .scheduler_says(&run, waiting.then(|| most(&said)))
-            .await;
+        let reasons = said
+            .iter()
+            .map(|said: &&ElementStatus| said.reason.as_str());
+        let waiting = waiting.then(|| most(reasons).unwrap_or_default());
+        let _ = store.scheduler_says(&run, waiting).await;
         alive.push(run);
     }
     Ok(alive)
 }
 
-/// The reason that most have.
-fn most<'a>(said: &[&'a ElementStatus]) -> &'a str {
+/// The most frequent reason.
+fn most<'a>(said: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let mut counts: HashMap<&str, usize> = HashMap::new();
     for said in said {
-        *counts.entry(&said.reason).or_default() += 1;
+        *counts.entry(said).or_default() += 1;
     }
     let most = counts
         .into_iter()
         .max_by_key(|(reason, count)| (*count, *reason));
-    most.map_or("", |(reason, _)| reason)
+    most.map(|(reason, _)| reason)
 }

@@ -1,11 +1,12 @@
 //! `retort doctor`: checks this machine and installation, and suggests repairs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::ValueHint;
 use serde_json::json;
 use tokio::runtime::Runtime;
 
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, gc, output};
 use crate::cluster::slurm::{Slurm, SlurmError};
 use crate::draft;
 use crate::plugin::{self, Plugins, search_dirs};
@@ -21,12 +22,15 @@ const LITTLE_MEMORY: u64 = 2 << 30;
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// A recipe, whose directory's settings are shown; without it those of the working directory.
+    #[arg(value_name = "RECIPE", value_hint = ValueHint::FilePath)]
+    pub recipe: Option<PathBuf>,
     /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
 
-/// One thing that was looked at.
+/// One check.
 struct Check {
     what: String,
     verdict: Verdict,
@@ -36,17 +40,17 @@ struct Check {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    Good,
-    Odd,
-    Bad,
+    Ok,
+    Warning,
+    Error,
 }
 
 impl Verdict {
     fn name(self) -> &'static str {
         match self {
-            Self::Good => "good",
-            Self::Odd => "odd",
-            Self::Bad => "bad",
+            Self::Ok => "good",
+            Self::Warning => "odd",
+            Self::Error => "bad",
         }
     }
 }
@@ -74,12 +78,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let store = check_store(&runtime, &context.store, &mut checks);
     checks.push(space(&context.store));
     plugins(&runtime, context, store.as_ref(), &mut checks);
-    cluster(&runtime, context, &mut checks);
+    cluster(&runtime, context, recipe_dir(args)?, &mut checks);
     drafts(&mut checks);
     output::print(&text(&checks, args, context))?;
     match checks
         .iter()
-        .filter(|check| check.verdict == Verdict::Bad)
+        .filter(|check| check.verdict == Verdict::Error)
         .count()
     {
         0 => Ok(()),
@@ -88,6 +92,18 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             format!("{bad} of {} checks failed", checks.len()),
         )),
     }
+}
+
+/// The directory whose settings count.
+fn recipe_dir(args: &Args) -> Result<&Path, Error> {
+    let Some(recipe) = &args.recipe else {
+        return Ok(Path::new("."));
+    };
+    if !recipe.is_file() {
+        let message = format!("there is no recipe {}", recipe.display());
+        return Err(Error::new(Exit::Usage, message));
+    }
+    Ok(recipe.parent().unwrap_or(Path::new(".")))
 }
 
 fn text(checks: &[Check], args: &Args, context: &Context) -> String {
@@ -103,13 +119,13 @@ fn text(checks: &[Check], args: &Args, context: &Context) -> String {
     }
     let mut rows = Rows::new(&["check", "verdict", "detail", "repair"]);
     for check in checks {
-        let tone = match check.verdict {
-            Verdict::Good => CellStyle::Good,
-            Verdict::Odd => CellStyle::Odd,
-            Verdict::Bad => CellStyle::Bad,
+        let cell_style = match check.verdict {
+            Verdict::Ok => CellStyle::Ok,
+            Verdict::Warning => CellStyle::Warning,
+            Verdict::Error => CellStyle::Error,
         };
         let repair = check.repair.clone().map_or_else(Cell::none, Cell::from);
-        let verdict = Cell::from(check.verdict.name()).tone(tone);
+        let verdict = Cell::from(check.verdict.name()).style(cell_style);
         rows.push([
             check.what.as_str().into(),
             verdict,
@@ -125,12 +141,12 @@ fn installation() -> Check {
     match std::env::current_exe() {
         Ok(path) => Check::new(
             "retort",
-            Verdict::Good,
+            Verdict::Ok,
             format!("{version}, {}", path.display()),
         ),
         Err(error) => Check::new(
             "retort",
-            Verdict::Odd,
+            Verdict::Warning,
             format!("{version}, its file is unknown: {error}"),
         )
         .repair("plugins beside the executable are not found; use --plugin-dir"),
@@ -139,9 +155,13 @@ fn installation() -> Check {
 
 fn processors() -> Check {
     match std::thread::available_parallelism() {
-        Ok(cores) => Check::new("processors", Verdict::Good, format!("{cores} usable")),
-        Err(error) => Check::new("processors", Verdict::Odd, format!("not known: {error}"))
-            .repair("set `threads` in recipes"),
+        Ok(cores) => Check::new("processors", Verdict::Ok, format!("{cores} usable")),
+        Err(error) => Check::new(
+            "processors",
+            Verdict::Warning,
+            format!("not known: {error}"),
+        )
+        .repair("set `threads` in recipes"),
     }
 }
 
@@ -155,12 +175,12 @@ fn memory() -> Check {
         (Some(free), Some(total)) => {
             let detail = format!("{} of {} available", bytes(free), bytes(total));
             if free < LITTLE_MEMORY {
-                return Check::new("memory", Verdict::Odd, detail)
+                return Check::new("memory", Verdict::Warning, detail)
                     .repair("end other programs before training");
             }
-            Check::new("memory", Verdict::Good, detail)
+            Check::new("memory", Verdict::Ok, detail)
         }
-        _ => Check::new("memory", Verdict::Odd, "not known on this system"),
+        _ => Check::new("memory", Verdict::Warning, "not known on this system"),
     }
 }
 
@@ -172,24 +192,25 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
         Err(StoreError::Missing { .. }) => {
             checks.push(Check::new(
                 "store",
-                Verdict::Good,
+                Verdict::Ok,
                 format!("{shown} is not there yet; the first run makes it"),
             ));
             return None;
         }
         Err(error @ StoreError::Damaged { .. }) => {
-            checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(SALVAGE));
+            checks.push(Check::new("store", Verdict::Error, error.to_string()).repair(SALVAGE));
             checks.push(salvage(runtime, dir));
             return None;
         }
         Err(error @ StoreError::HistoryGone { .. }) => {
-            checks
-                .push(Check::new("store", Verdict::Bad, error.to_string()).repair(after_loss(dir)));
+            checks.push(
+                Check::new("store", Verdict::Error, error.to_string()).repair(after_loss(dir)),
+            );
             return None;
         }
         Err(error) => {
             let repair = "move it away, or choose another with --store";
-            checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(repair));
+            checks.push(Check::new("store", Verdict::Error, error.to_string()).repair(repair));
             return None;
         }
     };
@@ -201,7 +222,7 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
             "{shown} is damaged in {}: {first}",
             output::count(problems.len(), "place")
         );
-        checks.push(Check::new("store", Verdict::Bad, detail).repair(SALVAGE));
+        checks.push(Check::new("store", Verdict::Error, detail).repair(SALVAGE));
         checks.push(salvage(runtime, dir));
         return Some(store);
     }
@@ -213,24 +234,34 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
                 .count();
             checks.push(Check::new(
                 "store",
-                Verdict::Good,
+                Verdict::Ok,
                 format!("{shown}: {} runs, {lost} of them lost", runs.len()),
             ));
         }
-        Err(error) => checks.push(Check::new("store", Verdict::Bad, error.to_string())),
+        Err(error) => checks.push(Check::new("store", Verdict::Error, error.to_string())),
+    }
+    if let Ok(garbage) = runtime.block_on(store.garbage()) {
+        let unknown = gc::strangers(dir, &garbage);
+        if unknown > 0 {
+            let detail = format!(
+                "{} older than all runs of the history, which knows nothing of them: it was emptied or replaced",
+                output::count(unknown, "artifact")
+            );
+            checks.push(Check::new("artifacts", Verdict::Warning, detail).repair(after_loss(dir)));
+        }
     }
     checks.push(privacy(dir));
     match tempfile::Builder::new().prefix(".doctor").tempfile_in(dir) {
-        Ok(_) => checks.push(Check::new("store is writable", Verdict::Good, "yes")),
+        Ok(_) => checks.push(Check::new("store is writable", Verdict::Ok, "yes")),
         Err(error) => checks.push(
-            Check::new("store is writable", Verdict::Bad, error.to_string())
+            Check::new("store is writable", Verdict::Error, error.to_string())
                 .repair("correct its permissions, or choose another with --store"),
         ),
     }
     Some(store)
 }
 
-/// What to do when the history is gone: first, restore a copy that exists.
+/// Advice when the history is missing: first, restore an existing copy.
 fn after_loss(dir: &Path) -> String {
     let backups = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut backups: Vec<_> = backups
@@ -251,7 +282,7 @@ fn after_loss(dir: &Path) -> String {
     )
 }
 
-/// Whether others may read the history: it contains command arguments.
+/// Whether other users may read the history, which contains command arguments.
 fn privacy(dir: &Path) -> Check {
     use std::os::unix::fs::PermissionsExt;
     let open: Vec<String> = ["history.db", "history.db-wal"]
@@ -263,13 +294,13 @@ fn privacy(dir: &Path) -> Check {
         .map(|name| dir.join(name).display().to_string())
         .collect();
     let what = "store is private";
-    // A directory that is closed closes what is in it.
+    // A closed directory protects its contents.
     let closed = std::fs::metadata(dir).is_ok_and(|dir| dir.permissions().mode() & 0o001 == 0);
     match open.is_empty() || closed {
-        true => Check::new(what, Verdict::Good, "yes"),
+        true => Check::new(what, Verdict::Ok, "yes"),
         false => Check::new(
             what,
-            Verdict::Odd,
+            Verdict::Warning,
             "everybody on this machine can read its history, including --set values",
         )
         .repair(format!("chmod o-rwx {}", open.join(" "))),
@@ -279,7 +310,7 @@ fn privacy(dir: &Path) -> Check {
 const SALVAGE: &str = "save what can be read (`retort runs export -o saved.db`), move the store away, and \
     `retort runs import saved.db` into a new one";
 
-/// What can be saved of a damaged store: tried, in a temporary directory.
+/// What can be saved of a damaged store, tried out in a temporary directory.
 fn salvage(runtime: &Runtime, dir: &Path) -> Check {
     let what = "what can be saved";
     let tried = tempfile::tempdir()
@@ -290,29 +321,29 @@ fn salvage(runtime: &Runtime, dir: &Path) -> Check {
             saved.map_err(|error| error.to_string())
         });
     match tried {
-        Err(error) => Check::new(what, Verdict::Bad, format!("nothing: {error}")),
+        Err(error) => Check::new(what, Verdict::Error, format!("nothing: {error}")),
         Ok(saved) => {
             let (runs, lost) = (output::count(saved.runs.len(), "run"), saved.lost.len());
             let detail = match saved.lost.first() {
                 None => format!("{runs}, whole"),
                 Some(first) => format!("{runs}, without {}: {first}", output::count(lost, "piece")),
             };
-            Check::new(what, Verdict::Odd, detail)
+            Check::new(what, Verdict::Warning, detail)
         }
     }
 }
 
-/// Free space where the store is, or will be.
+/// Free space on the store's disk.
 fn space(dir: &Path) -> Check {
     let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     let there = dir.ancestors().find(|dir| dir.exists()).unwrap_or(&dir);
     match free_space(there) {
         Some(free) if free < LITTLE_SPACE => {
-            Check::new("disk", Verdict::Odd, format!("{} free", bytes(free)))
+            Check::new("disk", Verdict::Warning, format!("{} free", bytes(free)))
                 .repair("free some space, or choose another disk with --store")
         }
-        Some(free) => Check::new("disk", Verdict::Good, format!("{} free", bytes(free))),
-        None => Check::new("disk", Verdict::Odd, "the free space is unknown"),
+        Some(free) => Check::new("disk", Verdict::Ok, format!("{} free", bytes(free))),
+        None => Check::new("disk", Verdict::Warning, "the free space is unknown"),
     }
 }
 
@@ -327,22 +358,22 @@ fn free_space(dir: &Path) -> Option<u64> {
     }
 }
 
-/// What commands that were killed have left in the working directory.
+/// Leftovers of killed commands in the working directory.
 fn drafts(checks: &mut Vec<Check>) {
     for path in draft::abandoned(Path::new(".")) {
         let what = format!("{} was left by a command that was killed", path.display());
         let repair =
             "remove it; the next `artifacts export` or `dataset merge` into this directory does";
-        checks.push(Check::new("draft", Verdict::Odd, what).repair(repair));
+        checks.push(Check::new("draft", Verdict::Warning, what).repair(repair));
     }
 }
 
-/// What runs stages of recipes here, what set this, and whether the cluster answers.
-fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
-    let settings = match Settings::read(Path::new("."), &context.given()) {
+/// The executor for recipes here, the origin of that setting, and whether the cluster responds.
+fn cluster(runtime: &Runtime, context: &Context, dir: &Path, checks: &mut Vec<Check>) {
+    let settings = match Settings::read(dir, &context.given()) {
         Ok(settings) => settings,
         Err(error) => {
-            let check = Check::new("settings", Verdict::Bad, error.message);
+            let check = Check::new("settings", Verdict::Error, error.message);
             checks.push(match error.hint {
                 Some(hint) => check.repair(hint),
                 None => check,
@@ -351,15 +382,11 @@ fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
         }
     };
     for (name, value, origin) in settings.list() {
-        checks.push(Check::new(
-            name,
-            Verdict::Good,
-            format!("{value} ({origin})"),
-        ));
+        checks.push(Check::new(name, Verdict::Ok, format!("{value} ({origin})")));
     }
     for path in settings.untrusted() {
         let what = format!("{path} has lines that run in jobs, and is not trusted as it is now");
-        let check = Check::new("settings", Verdict::Odd, what);
+        let check = Check::new("settings", Verdict::Warning, what);
         checks.push(check.repair("read it, then run `retort trust` in its directory".to_owned()));
     }
     let wanted = settings.executor().0 == Executor::Slurm;
@@ -372,13 +399,17 @@ fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
             };
             checks.push(Check::new(
                 "slurm",
-                Verdict::Good,
+                Verdict::Ok,
                 format!("{version}, {accounts}"),
             ));
         }
         Err(SlurmError::NotInstalled { .. }) if !wanted => {}
         Err(error) => {
-            let verdict = if wanted { Verdict::Bad } else { Verdict::Odd };
+            let verdict = if wanted {
+                Verdict::Error
+            } else {
+                Verdict::Warning
+            };
             checks.push(
                 Check::new("slurm", verdict, error.to_string()).repair(
                     "run on a machine that submits to the cluster, or with --executor local",
@@ -394,14 +425,14 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
     let all = plugin::find_all(&dirs);
     if all.is_empty() {
         checks.push(
-            Check::new("plugins", Verdict::Bad, "none found")
+            Check::new("plugins", Verdict::Error, "none found")
                 .repair("build one (`make`), or name its directory with --plugin-dir"),
         );
     }
     for (name, build) in plugin::OWN {
         if !all.is_empty() && !all.iter().any(|found| found.name == name) {
             checks.push(
-                Check::new(format!("plugin {name}"), Verdict::Good, "not built")
+                Check::new(format!("plugin {name}"), Verdict::Ok, "not built")
                     .repair(format!("`{build}`, if recipes should use it")),
             );
         }
@@ -413,7 +444,7 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
             checks.push(
                 Check::new(
                     format!("plugin {name}, {variant}"),
-                    Verdict::Good,
+                    Verdict::Ok,
                     "not built",
                 )
                 .repair(format!("`{build}`, for NVIDIA GPUs")),
@@ -446,16 +477,16 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                 }
                 let usable = devices.iter().any(|device| device.unusable.is_none());
                 let verdict = match usable {
-                    true => Verdict::Good,
+                    true => Verdict::Ok,
                     // The plugin itself serves other devices.
-                    false if found.variant.is_some() => Verdict::Odd,
-                    false => Verdict::Bad,
+                    false if found.variant.is_some() => Verdict::Warning,
+                    false => Verdict::Error,
                 };
                 checks.push(Check::new(what.clone(), verdict, detail));
             }
             Err(error) => checks.push(Check {
                 repair: error.hint,
-                ..Check::new(what.clone(), Verdict::Bad, error.message)
+                ..Check::new(what.clone(), Verdict::Error, error.message)
             }),
         }
         for shadowed in found.shadowed {
@@ -464,8 +495,9 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                 shadowed.display(),
                 found.path.display()
             );
-            checks
-                .push(Check::new(what.clone(), Verdict::Odd, detail).repair("remove one of them"));
+            checks.push(
+                Check::new(what.clone(), Verdict::Warning, detail).repair("remove one of them"),
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The one place that turns a module's error into an exit code, a message and a hint.
+//! The only place that turns a module's error into an exit code, a message and a hint.
 //!
 //! Modules of the library know nothing of exit codes: each gets a `From` here.
 
@@ -45,35 +45,42 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The number given to the system.
+    /// The numeric exit code.
     pub fn code(self) -> u8 {
         self as u8
     }
 }
 
-/// Why a command did not do what was asked.
+/// Why a command failed.
 #[derive(Debug, Clone)]
 pub struct Error {
     /// With which code to leave.
     pub exit: Exit,
-    /// What happened, where, what was expected. Empty: everything has been said already.
+    /// What happened, where, and what was expected. Empty if everything has been printed already.
     pub message: String,
     /// Causes, outermost first.
     pub causes: Vec<String>,
     /// What to do.
     pub hint: Option<String>,
-    /// What is wrong with a recipe, shown before the message.
+    /// Findings about a recipe, a filter or a settings file, shown before the message.
     pub report: Option<Box<Report>>,
 }
+
+/// Advice about the limit on the size of files.
+const LIMIT_HINT: &str = "`ulimit -f unlimited` in this shell lifts the limit on the size of files; where the system refuses, \
+                          its administrator or the batch system has set it";
 
 impl Error {
     /// An error with a message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        let message = message.into();
+        // The standard library's error, for any file.
+        let is_limit = message.contains(&format!("(os error {})", libc::EFBIG));
         Self {
             exit,
-            message: message.into(),
+            message,
             causes: Vec::new(),
-            hint: None,
+            hint: is_limit.then(|| LIMIT_HINT.to_owned()),
             report: None,
         }
     }
@@ -99,7 +106,7 @@ impl Error {
         self
     }
 
-    /// Of queries while planning: the store's error, or that of reading a file.
+    /// An error while planning: the store's, or that of reading a file.
     pub fn of_history(error: Box<dyn StdError>) -> Self {
         match error.downcast::<StoreError>() {
             Ok(error) => (*error).into(),
@@ -132,7 +139,7 @@ impl Error {
 }
 
 impl From<std::io::Error> for Error {
-    /// Of printing: a reader that went away (`| head`) is success.
+    /// An error of printing: a reader that went away (`| head`) counts as success.
     fn from(error: std::io::Error) -> Self {
         match error.kind() {
             std::io::ErrorKind::BrokenPipe => Self::said(Exit::Success),
@@ -149,7 +156,7 @@ impl From<Report> for Error {
             Exit::InvalidRecipe
         };
         let errors = report.errors();
-        // One finding speaks for itself.
+        // A single finding needs no summary.
         let message = if errors > 1 {
             format!("{errors} errors in {}", report.path.display())
         } else {
@@ -164,10 +171,9 @@ impl From<Report> for Error {
 
 impl From<FilterError> for Error {
     fn from(error: FilterError) -> Self {
-        let message = format!("{error}\n{}", error.marked());
         Self {
-            hint: error.hint,
-            ..Self::new(Exit::Usage, message)
+            report: Some(Box::new(error.into())),
+            ..Self::said(Exit::Usage)
         }
     }
 }
@@ -242,13 +248,7 @@ impl From<StoreError> for Error {
                     "use that host, or retry when it has ended; a dead machine is forgotten after two minutes",
                 ),
             ),
-            StoreError::FileTooLong { .. } => (
-                Exit::Internal,
-                Some(
-                    "`ulimit -f unlimited` in this shell lifts it; where the system refuses, its administrator or the \
-                     batch system has set it",
-                ),
-            ),
+            StoreError::FileTooLong { .. } => (Exit::Internal, Some(LIMIT_HINT)),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());
@@ -266,7 +266,7 @@ impl From<StoreError> for Error {
 }
 
 impl From<InputError> for Error {
-    /// A recipe's path is not what its option expects.
+    /// A path in a recipe is not of the kind its option expects.
     fn from(error: InputError) -> Self {
         Self::new(Exit::InvalidRecipe, error.to_string())
     }
@@ -274,9 +274,15 @@ impl From<InputError> for Error {
 
 impl From<SettingsError> for Error {
     fn from(error: SettingsError) -> Self {
-        Self {
-            hint: error.hint,
-            ..Self::new(Exit::Usage, error.message)
+        match error.report {
+            Some(report) => Self {
+                report: Some(report),
+                ..Self::said(Exit::Usage)
+            },
+            None => Self {
+                hint: error.hint,
+                ..Self::new(Exit::Usage, error.message)
+            },
         }
     }
 }

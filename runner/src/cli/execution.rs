@@ -1,4 +1,4 @@
-//! A plan about to be run, by any command: how, where, and with what result.
+//! Running a plan, for all commands: options, executor and results.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use crate::artifact::Layout;
 use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::{Context, Error, Exit, output};
-use crate::cluster::torchrun::{Board, Place};
+use crate::cluster::torchrun::{LaunchedRank, PostedJobs};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::environment;
 use crate::executor::Cluster;
@@ -29,7 +29,7 @@ use crate::plugin::Plugins;
 use crate::progress::{self, ProgressReporter, Verbosity};
 use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Overrides, Settings};
-use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
+use crate::store::{Access, ArtifactRow, HashTrust, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, CellStyle, Rows};
 
 /// How stages are run: shared by `run` and `resume`.
@@ -48,7 +48,7 @@ pub struct ExecutionArgs {
     /// poll, shrink-after.
     #[arg(long, value_name = "KEY=VALUE")]
     pub slurm: Vec<String>,
-    /// Exit once everything that can be submitted has been; `retort resume` takes the run up again.
+    /// Exit once every stage whose inputs exist has been submitted; `retort resume` takes the run up again. Not for sweeps.
     #[arg(long)]
     pub detach: bool,
     /// After a failure, go on with the stages that do not depend on the failed one.
@@ -62,12 +62,12 @@ pub struct ExecutionArgs {
     pub json: bool,
 }
 
-/// Stages that are submitted at the same time, unless somebody says otherwise.
+/// Default number of stages submitted at the same time.
 const MOST_ON_A_CLUSTER: usize = 64;
 
 impl ExecutionArgs {
-    /// How many stages, or runs of a sweep, are under way at the same time; and the cluster that runs stages of these kinds,
-    /// unless this machine does.
+    /// How many stages, or runs of a sweep, run at the same time; and the cluster that runs stages of these kinds, if not
+    /// this machine.
     pub fn placement<'a>(
         &self,
         dir: &Path,
@@ -92,7 +92,7 @@ impl ExecutionArgs {
         Ok((self.jobs.unwrap_or(most), cluster))
     }
 
-    /// These, completed with the options of the run that is resumed.
+    /// These options, completed with those of the resumed run.
     pub fn or_as_recorded(&self, recorded: &RecordedPlan) -> Self {
         let mut these = self.clone();
         these.executor = these.executor.or(recorded.executor);
@@ -102,12 +102,12 @@ impl ExecutionArgs {
         these
     }
 
-    /// This process's place among those that `torchrun` has started, where they run the trainings.
-    pub fn place(&self, settings: &Settings) -> Result<Option<Place>, Error> {
+    /// This process's rank among those started by `torchrun`, if they run the trainings.
+    pub fn place(&self, settings: &Settings) -> Result<Option<LaunchedRank>, Error> {
         if settings.executor().0 != Executor::Torchrun {
             return Ok(None);
         }
-        let place = Place::read(|name| std::env::var(name).ok());
+        let place = LaunchedRank::read(|name| std::env::var(name).ok());
         place.map(Some).map_err(|error| {
             Error::new(Exit::Usage, format!("--executor torchrun: {error}")).hint(
                 "torchrun --nproc-per-node 4 --no-python retort run RECIPE --executor torchrun",
@@ -141,17 +141,17 @@ pub(super) fn store_if_there(runtime: &Runtime, dir: &Path) -> Result<Option<Arc
     }
 }
 
-/// What a store knows of the past.
+/// The store's earlier results.
 pub(super) fn known_results<'a>(
     runtime: &'a Runtime,
     store: &'a Store,
-    memory: Memory,
+    trust: HashTrust,
 ) -> Result<History<'a>, Error> {
     let layout = Layout::new(store.dir())?;
-    Ok(History::new(runtime, store, layout, memory))
+    Ok(History::new(runtime, store, layout, trust))
 }
 
-/// Shows progress on standard error from here on, above which everything else is said.
+/// Shows progress on standard error from now on; other messages are printed above it.
 pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
     let manner = Verbosity {
         bars: std::io::stderr().is_terminal(),
@@ -168,13 +168,13 @@ pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
 pub(super) struct Job {
     /// The plan.
     pub plan: Plan,
-    /// The part of each of its stages.
+    /// The role of each of its stages.
     pub roles: Vec<Role>,
-    /// The recipe's file, as people named it.
+    /// The recipe's file, as typed.
     pub shown_path: PathBuf,
-    /// The run that is taken up again.
+    /// The run that is resumed.
     pub resumed_from: Option<RunId>,
-    /// The point of a sweep that it is.
+    /// Its point of a sweep, if any.
     pub sweep: Option<SweepPlace>,
 }
 
@@ -197,16 +197,16 @@ impl Job {
             fits_one_machine(&self.plan)?;
         }
         let open = |place| {
-            Board::open(store.dir(), place).map_err(|error| {
+            PostedJobs::open(store.dir(), place).map_err(|error| {
                 let message = "ranks cannot be told what to do: the store's `torchrun` folder";
                 Error::new(Exit::Internal, message).cause(&error)
             })
         };
-        let board = place.map(open).transpose()?.map(Arc::new);
+        let posted_jobs = place.map(open).transpose()?.map(Arc::new);
         let options = Options {
             jobs,
             cluster,
-            board: board.clone(),
+            posted_jobs: posted_jobs.clone(),
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
                 (true, _) => DetachPolicy::WhenSubmitted,
                 (false, true) => DetachPolicy::Ask(Arc::new(ask_how_to_leave)),
@@ -232,9 +232,9 @@ impl Job {
         ));
         output::attach(None);
         drop(options);
-        if let Some(board) = board.and_then(Arc::into_inner) {
+        if let Some(posted_jobs) = posted_jobs.and_then(Arc::into_inner) {
             let good = |report: &RunReport| report.state == RunState::Succeeded;
-            board.close(outcome.as_ref().is_ok_and(good));
+            posted_jobs.close(outcome.as_ref().is_ok_and(good));
         }
         let report = outcome?;
         let artifacts = runtime.block_on(store.list_artifacts(Some(&report.run)))?;
@@ -258,24 +258,24 @@ impl Job {
             };
             output::say(&wrong.render(context.color_stderr()));
         }
-        // The run's result decides, even if its output cannot be written.
+        // The exit code follows the run's result, even if its output cannot be written.
         run_output.conclude(context)?;
         printed?;
         Ok(report.run)
     }
 
-    /// Checks the plan by what the store knows, if there is one, and opens a new store only for a good plan.
+    /// Checks the plan against the existing store, if there is one, and creates a new store only for a valid plan.
     pub fn prepare(
         &self,
         runtime: &Runtime,
         known: Option<&Arc<Store>>,
-        memory: Memory,
+        trust: HashTrust,
         plugins: &mut Plugins<'_>,
         context: &Context,
     ) -> Result<Arc<Store>, Error> {
         let store = match known {
             Some(store) => {
-                let known = &mut known_results(runtime, store, memory)?;
+                let known = &mut known_results(runtime, store, trust)?;
                 self.check(plugins, known, context)?;
                 Arc::clone(store)
             }
@@ -288,7 +288,7 @@ impl Job {
         Ok(store)
     }
 
-    /// Checks all that can be checked before any work is done; shows warnings.
+    /// Checks everything that can be checked before any work is done, and shows warnings.
     pub fn check(
         &self,
         plugins: &mut Plugins<'_>,
@@ -309,7 +309,7 @@ impl Job {
                 let stage = missing.stage.clone();
                 return Err(ExecutorError::Missing { stage }.into());
             }
-            // Without work ahead no process has to be started: the options have been checked before.
+            // If nothing will run, no process has to be started: the options have been checked before.
             if action(&[Action::Run, Action::RunInputChanges]).is_some() {
                 let found = self.of_wanted(self.plan.validate(plugins)).into_iter();
                 let (grave, light): (Vec<_>, Vec<_>) =
@@ -368,7 +368,7 @@ pub(super) fn is_left_out(finding: &Finding, plan: &Plan, roles: &[Role]) -> boo
     stages.any(|(stage, role)| Some(&*stage.name) == name && *role == Role::Skipped)
 }
 
-/// What is printed of a run that has ended, and how its command exits.
+/// The output and the exit code of a finished run.
 struct RunOutput<'a> {
     report: &'a RunReport,
     artifacts: &'a [ArtifactRow],
@@ -387,7 +387,7 @@ impl<'a> RunOutput<'a> {
         idle.then_some(stages.len())
     }
 
-    /// Options whose mistakes only running the stage can show.
+    /// Options whose mistakes only a run of the stage can reveal.
     fn options_at_fault(&self) -> Vec<Finding> {
         let of = |stage: &StageReport| match &stage.outcome {
             Outcome::Ran(End::Failed(failure)) if failure.code == FailureCode::InvalidOptions => {
@@ -431,7 +431,7 @@ impl<'a> RunOutput<'a> {
     fn stages(&self) -> Rows {
         let mut rows = Rows::new(&["stage", "kind", "outcome", "time", "detail"]);
         for stage in &self.report.stages {
-            let (outcome, tone, detail) = describe(stage);
+            let (outcome, cell_style, detail) = describe(stage);
             let time = match stage.outcome {
                 Outcome::Ran(_) => Cell::new(
                     progress::duration(stage.elapsed),
@@ -439,7 +439,7 @@ impl<'a> RunOutput<'a> {
                 ),
                 _ => Cell::none(),
             };
-            let outcome = Cell::from(outcome).tone(tone);
+            let outcome = Cell::from(outcome).style(cell_style);
             rows.push([
                 stage.name.as_str().into(),
                 stage.kind.as_str().into(),
@@ -490,7 +490,7 @@ impl<'a> RunOutput<'a> {
     }
 
     fn outputs(&self) -> impl Iterator<Item = &'a ArtifactRow> {
-        // Attempts that failed may have made artifacts too: they are not what came of the run.
+        // Failed attempts may have made artifacts too; they are not the run's results.
         let good = |name: &str| {
             self.report
                 .stages
@@ -571,7 +571,7 @@ impl<'a> RunOutput<'a> {
     }
 }
 
-/// The code of a run that this signal ended.
+/// The exit code of a run ended by this signal.
 fn exit_of(signal: i32) -> Exit {
     match signal {
         libc::SIGINT => Exit::Interrupted,
@@ -610,11 +610,11 @@ struct Picture<'a> {
 fn describe(stage: &StageReport) -> (&'static str, CellStyle, String) {
     match &stage.outcome {
         Outcome::Ran(end) => match end.state() {
-            crate::store::AttemptState::Succeeded => ("ran", CellStyle::Good, String::new()),
+            crate::store::AttemptState::Succeeded => ("ran", CellStyle::Ok, String::new()),
             crate::store::AttemptState::Interrupted => {
-                ("interrupted", CellStyle::Odd, String::new())
+                ("interrupted", CellStyle::Warning, String::new())
             }
-            _ => ("failed", CellStyle::Bad, end.reason()),
+            _ => ("failed", CellStyle::Error, end.reason()),
         },
         Outcome::Reused { from } => ("reused", CellStyle::Dim, format!("from run {from}")),
         Outcome::Blocked { by } => ("skipped", CellStyle::Dim, format!("needs {by}")),
@@ -622,7 +622,7 @@ fn describe(stage: &StageReport) -> (&'static str, CellStyle, String) {
     }
 }
 
-/// A path as short as it can be shown: relative where it lies under the working directory.
+/// A path in its shortest form: relative if it is below the working directory.
 fn shown(path: &Path) -> &Path {
     std::env::current_dir()
         .ok()

@@ -1,6 +1,7 @@
-//! `retort gc`: removes what no run needs. Says so first, and does it only when asked to.
+//! `retort gc`: lists files that no run needs, and removes them if asked to.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use crate::artifact::{Layout, is_hash};
 use crate::cli::{Context, Error, FormatArgs, output};
@@ -29,11 +30,14 @@ struct Leftover {
 /// Lists, or removes, what no run needs.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let dir = &context.store;
+    let mut unknown = 0;
     let found = context.runtime()?.block_on(async {
         // Reading first: a missing store must not be created.
         let store = Store::open(dir, Access::ReadOnly).await?;
         if !args.remove {
-            let found = leftovers(&store, &store.garbage().await?);
+            let garbage = store.garbage().await?;
+            unknown = strangers(dir, &garbage);
+            let found = leftovers(&store, &garbage);
             store.close().await;
             return Ok::<_, Error>(found);
         }
@@ -41,6 +45,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         let store = Store::open(dir, Access::ReadWrite).await?;
         let mut removed = Vec::new();
         let collect = |garbage: &Garbage| {
+            unknown = strangers(dir, garbage);
             removed = leftovers(&store, garbage);
             removed.retain(remove);
             let gone = garbage.artifacts.iter();
@@ -63,6 +68,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         ]);
     }
     output::print(&rows.render(args.format.style(context)))?;
+    if unknown > 0 {
+        output::say(&format!(
+            "{} older than all runs of this history, which knows nothing of them, stay; `retort doctor` says more",
+            output::count(unknown, "artifact")
+        ));
+    }
     if !context.quiet {
         let size = bytes(found.iter().map(|one| one.size).sum());
         let count = output::count(found.len(), "thing");
@@ -75,7 +86,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// What lies in the store's directory and is not needed.
+/// Unneeded entries in the store's directory.
 fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
     let dir = store.dir();
     let mut found = Vec::new();
@@ -84,12 +95,14 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
         found.push(("draft", name.into_owned(), path));
     }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
-        if !garbage.needed.contains(&name) {
+        let is_garbage = garbage.artifacts.contains(&name)
+            || !(garbage.needed.contains(&name) || is_older(&path, garbage));
+        if is_garbage {
             found.push((what, name, path));
         }
     }
     for (what, name, path) in entries(&dir.join("work"), "checkpoint") {
-        // Locks belong to their holders; the next run tidies them up.
+        // Locks belong to their holders; the next run removes stale ones.
         if path.is_dir() && !garbage.resumable.contains(&name) {
             found.push((what, name, path));
         }
@@ -107,9 +120,29 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
     leftovers
 }
 
+/// Artifacts older than the whole history: it was emptied, or they belong to another one.
+pub(super) fn strangers(dir: &Path, garbage: &Garbage) -> usize {
+    let all = entries(&dir.join("artifacts"), "artifact").into_iter();
+    all.filter(|(_, name, path)| {
+        let is_known = garbage.needed.contains(name) || garbage.artifacts.contains(name);
+        !is_known && is_older(path, garbage)
+    })
+    .count()
+}
+
+/// Whether a file is older than the history's oldest run.
+fn is_older(path: &Path, garbage: &Garbage) -> bool {
+    let modified = std::fs::symlink_metadata(path).and_then(|found| found.modified());
+    let since_1970 = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).ok();
+    match (garbage.since, modified.ok().and_then(since_1970)) {
+        (Some(since), Some(modified)) => (modified.as_millis() as i64) < since.0,
+        _ => false,
+    }
+}
+
 fn entries(dir: &Path, what: &'static str) -> Vec<(&'static str, String, PathBuf)> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    // What has another name was not made here.
+    // Entries with other names were not made by retort.
     entries
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
@@ -129,7 +162,7 @@ fn size(path: &Path) -> u64 {
     entries.map(|entry| size(&entry.path())).sum()
 }
 
-/// Whether it is now gone. Leftovers are reported.
+/// Removes it; returns whether it is gone. Failures are reported.
 fn remove(one: &Leftover) -> bool {
     let removed = if one.path.is_dir() {
         std::fs::remove_dir_all(&one.path)

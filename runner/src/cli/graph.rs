@@ -4,9 +4,11 @@ use clap::ValueEnum;
 
 use crate::cli::lineage::short as short_hash;
 use crate::cli::{Context, Error, RecipeArgs, output};
-use crate::plan::{self, Plan, PlannedStage};
+use crate::cluster::devices;
+use crate::plan::{Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
+use crate::settings::Settings;
 
 /// Arguments of `graph`.
 #[derive(Debug, clap::Args)]
@@ -36,7 +38,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
-    let plan = plan::plan(&recipe, &mut plugins)?;
+    let settings = Settings::read(&recipe.source.base_dir, &context.given())?;
+    let plan = devices::plan(&recipe, &mut plugins, &settings)?;
     let drawing = match args.format {
         GraphFormat::Text => text(&plan),
         GraphFormat::Dot => dot(&plan),
@@ -46,16 +49,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// What is drawn as a node: a stage, or an artifact of the store that the recipe takes.
+/// A node: a stage, or an artifact of the store that the recipe takes.
 struct Node<'p> {
     name: &'p str,
-    /// What it is, in the second line.
+    /// Its kind, in the second line.
     text: String,
-    /// Absent for an artifact, which takes nothing.
+    /// None for an artifact, which has no inputs.
     stage: Option<&'p PlannedStage>,
 }
 
-/// The artifacts that are given, then the stages in the order in which they can run.
+/// The given artifacts, then the stages in execution order.
 fn nodes(plan: &Plan) -> Vec<Node<'_>> {
     let given = plan.given.iter().map(|given| Node {
         name: &given.name,
@@ -113,7 +116,7 @@ fn text(plan: &Plan) -> String {
     text
 }
 
-/// Artifacts that are given have dashed frames.
+/// Given artifacts have dashed frames.
 fn dot(plan: &Plan) -> String {
     let nodes = nodes(plan);
     let mut text = format!(
@@ -148,7 +151,7 @@ fn dot(plan: &Plan) -> String {
     text + "}\n"
 }
 
-/// Numbers as node names: Mermaid has reserved words, `end` among them. Artifacts that are given are round.
+/// Numbers as node names, because Mermaid has reserved words such as `end`. Given artifacts are round.
 fn mermaid(plan: &Plan) -> String {
     let nodes = nodes(plan);
     let mut text = "flowchart LR\n".to_owned();

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueHint;
-use retort_checkpoint::shards::SingleShard;
+use retort_checkpoint::sharded_weights::SingleShard;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 use serde_json::{Value, json};
 

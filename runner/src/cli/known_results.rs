@@ -16,10 +16,10 @@ use crate::input::FileKind;
 use crate::input::{Folder, InputError, Listing};
 use crate::plan::decision::KnownResults;
 use crate::plan::{FileOption, PlannedStage};
-use crate::store::{Memory, Store};
+use crate::store::{HashTrust, Store};
 use crate::table;
 
-/// How long files are read before a message.
+/// How long files are read before a message appears.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// [`KnownResults`] over a store.
@@ -27,18 +27,18 @@ pub struct History<'a> {
     runtime: &'a Runtime,
     store: &'a Store,
     layout: Layout,
-    memory: Memory,
+    trust: HashTrust,
     hashes: HashMap<(PathBuf, FileKind), String>,
 }
 
 impl<'a> History<'a> {
-    /// Results from this store; file hashes only if they are trusted.
-    pub fn new(runtime: &'a Runtime, store: &'a Store, layout: Layout, memory: Memory) -> Self {
+    /// Results from this store, and its cached file hashes if they are trusted.
+    pub fn new(runtime: &'a Runtime, store: &'a Store, layout: Layout, trust: HashTrust) -> Self {
         Self {
             runtime,
             store,
             layout,
-            memory,
+            trust,
             hashes: HashMap::new(),
         }
     }
@@ -67,9 +67,9 @@ impl KnownResults for History<'_> {
         &mut self,
         stage: &PlannedStage,
     ) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
-        let (runtime, store, memory) = (self.runtime, self.store, self.memory);
+        let (runtime, store, trust) = (self.runtime, self.store, self.trust);
         file_hashes(stage, &mut self.hashes, |file| {
-            let snapshot = store.snapshot(&file.path, file.kind, memory);
+            let snapshot = store.snapshot(&file.path, file.kind, trust);
             Ok(runtime.block_on(snapshot)?.hash)
         })
     }
@@ -79,9 +79,9 @@ impl KnownResults for History<'_> {
 #[derive(Default)]
 pub struct EmptyHistory {
     hashes: HashMap<(PathBuf, FileKind), String>,
-    /// What a store would have remembered.
+    /// File hashes of this command, which a store would have cached.
     pub hashed: BTreeMap<String, Folder>,
-    /// Bytes of all that was hashed.
+    /// Total hashed bytes.
     pub bytes: u64,
 }
 
@@ -132,7 +132,7 @@ fn file_hashes(
     Ok(hashes)
 }
 
-/// Runs what may read a large file, and says so if it takes long.
+/// Runs a function that may read a large file, and prints a message if it takes long.
 fn patiently<T>(file: &FileOption, hash: impl FnOnce() -> T) -> T {
     let (done, waiting) = mpsc::channel::<()>();
     thread::scope(|scope| {

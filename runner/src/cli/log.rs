@@ -4,15 +4,19 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
+use crate::artifact::Layout;
+use crate::cli::spooled::Spools;
 use crate::cli::{Context, Error, Format, FormatArgs, detached, output};
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, CellStyle, Rows};
 use crate::terminal::{clean_line, paint};
 
-/// How often a run under way is asked for more.
+/// How often a running run is polled for new lines.
 const INTERVAL: Duration = Duration::from_millis(300);
-/// How often Slurm is asked about a run that was left to it.
+/// How often Slurm is asked about a detached run.
 const ASK: Duration = Duration::from_secs(10);
+/// How often the spools of its jobs are read, on a shared file system.
+const LOOK: Duration = Duration::from_secs(2);
 /// Lines read at a time.
 const BATCH: u32 = 10_000;
 
@@ -85,6 +89,7 @@ impl WhichArgs {
 
 /// Prints a run's log.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let layout = Layout::new(&context.store)?;
     let lines = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
@@ -94,6 +99,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             let more = store.run_log(&run, after, BATCH).await?;
             let Some(last) = more.last() else { break };
             after = last.key;
+            lines.extend(more.into_iter().filter(|line| args.which.means(line)));
+        }
+        let state = store.run_detail(&run).await?.summary.state;
+        if has_no_runner(&store, &run, state).await? {
+            let more = Spools::default().lines(&store, &layout, &run).await?;
             lines.extend(more.into_iter().filter(|line| args.which.means(line)));
         }
         store.close().await;
@@ -115,36 +125,50 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// Prints the last lines of a run's log, and what comes until the run has ended.
+/// Prints the last lines of a run's log, and new ones until the run has ended.
 pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
+    let layout = Layout::new(&context.store)?;
     let ended = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
         let mut recent = Vec::new();
+        let mut spools = Spools::default();
         let mut after = 0;
         let mut begun = false;
         let mut headed = false;
-        let mut ask_at = tokio::time::Instant::now();
+        let (mut ask_at, mut look_at) = (tokio::time::Instant::now(), tokio::time::Instant::now());
         loop {
+            // Another machine may have taken the store up since the last look.
+            store.check_host().await?;
             if tokio::time::Instant::now() >= ask_at {
                 detached::refresh(&store, context).await?;
                 ask_at = tokio::time::Instant::now() + ASK;
             }
-            // The state first: everything logged before the end is then read.
+            // Read the state first, so that everything logged before the end is still printed.
             let detail = store.run_detail(&run).await?;
             loop {
                 let more = store.run_log(&run, after, BATCH).await?;
                 let Some(last) = more.last() else { break };
                 after = last.key;
+                let new = more.into_iter().filter(|line| !spools.has_given(line));
+                recent.extend(new.filter(|line| args.which.means(line)));
+            }
+            let state = detail.summary.state;
+            let over = !is_under_way(state);
+            if (over || tokio::time::Instant::now() >= look_at)
+                && has_no_runner(&store, &run, state).await?
+            {
+                look_at = tokio::time::Instant::now() + LOOK;
+                let more = spools.lines(&store, &layout, &run).await?;
                 recent.extend(more.into_iter().filter(|line| args.which.means(line)));
             }
             if !std::mem::replace(&mut begun, true) {
                 recent.drain(..recent.len().saturating_sub(args.lines));
             }
-            // Heads stand at the beginning, and once.
+            // Column heads are printed once, at the beginning.
             output::print(&shown(&recent, args, &mut headed, context))?;
             recent.clear();
-            if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
+            if over {
                 store.close().await;
                 return Ok::<_, Error>((run, detail));
             }
@@ -153,6 +177,19 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
     })?;
     say_end(&ended.0, &ended.1, context);
     Ok(())
+}
+
+/// Whether no runner collects the output of a run's jobs.
+async fn has_no_runner(store: &Store, run: &RunId, state: RunState) -> Result<bool, Error> {
+    if !is_under_way(state) {
+        return Ok(true);
+    }
+    let left = store.left_to_scheduler().await?;
+    Ok(left.iter().any(|left| left.run == *run))
+}
+
+fn is_under_way(state: RunState) -> bool {
+    matches!(state, RunState::Queued | RunState::Running)
 }
 
 fn shown(lines: &[RunLine], args: &TailArgs, headed: &mut bool, context: &Context) -> String {
@@ -184,7 +221,7 @@ fn say_end(run: &RunId, detail: &RunDetail, context: &Context) {
     }
 }
 
-/// A line of text for each: time (UTC, as everywhere), stage, message.
+/// One line of text for each: time (UTC), stage, message.
 fn texts(lines: &[RunLine], color: bool) -> String {
     let width = lines
         .iter()
@@ -200,7 +237,7 @@ fn texts(lines: &[RunLine], color: bool) -> String {
             (_, LogSource::Stdout | LogSource::Stderr) => ("", "2"),
             _ => ("", ""),
         };
-        // One line, always: text after a line feed could look like a line of another stage.
+        // Always on one line: text after a line feed could be mistaken for a line of another stage.
         let said = paint(&clean_line(&format!("{mark}{}", line.text)), code, color);
         text += &format!("{time} {stage:width$}  {said}\n");
     }
@@ -223,8 +260,8 @@ fn rows(lines: &[RunLine]) -> Rows {
     let mut rows = Rows::new(&["at", "stage", "level", "source", "text"]);
     for RunLine { stage, line, .. } in lines {
         let level = match line.level {
-            1 => Cell::from("error").tone(CellStyle::Bad),
-            2 => Cell::from("warn").tone(CellStyle::Odd),
+            1 => Cell::from("error").style(CellStyle::Error),
+            2 => Cell::from("warn").style(CellStyle::Warning),
             3 => "info".into(),
             4 => "debug".into(),
             _ => "trace".into(),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum, ValueHint};
 
-use crate::chart::{Chart, Curve, Sample};
+use crate::chart::{Chart, ColumnSummary, Curve};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::draft;
 use crate::store::{Access, Axis, Bucket, CurveQuery, RunId, SeriesSummary, Store};
@@ -174,7 +174,7 @@ async fn series_of(
     Ok(series)
 }
 
-/// Series in brief, a row each.
+/// One row of summary per series.
 pub(super) fn summary_rows(series: &[SeriesSummary]) -> Rows {
     let mut rows = Rows::new(&[
         "stage",
@@ -229,7 +229,7 @@ fn get(args: &GetArgs, context: &Context) -> Result<(), Error> {
     Ok(output::print(&text)?)
 }
 
-/// The series that names and patterns mean, as `stage/series`; all of them without any.
+/// The series that match names and patterns, as `stage/series`; without any, all.
 fn chosen(names: &[String], known: &[SeriesSummary], run: &RunId) -> Result<Vec<String>, Error> {
     let whole = |series: &SeriesSummary| format!("{}/{}", series.stage, series.series);
     let mut found: Vec<String> = Vec::new();
@@ -253,7 +253,7 @@ fn chosen(names: &[String], known: &[SeriesSummary], run: &RunId) -> Result<Vec<
     Ok(found)
 }
 
-/// Whether a name is meant by a pattern, in which `*` stands for anything.
+/// Whether a name matches a pattern, in which `*` matches anything.
 fn matches(pattern: &str, name: &str) -> bool {
     let mut pieces = pattern.split('*');
     let Some(mut rest) = pieces.next().and_then(|first| name.strip_prefix(first)) else {
@@ -301,7 +301,7 @@ async fn points(
     Ok(rows.render(style))
 }
 
-/// Buckets, a row each; with the run before them where runs are named.
+/// One row per bucket, with a column for the run if runs are named.
 fn bucket_rows(runs: &[(String, Vec<Bucket>)]) -> Rows {
     let own = [
         "stage",
@@ -347,7 +347,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
         (usize::from(width.0), usize::from(height.0).clamp(12, 30))
     });
     let format = args.format.get();
-    // Two dots to a column; more would not be seen.
+    // Two dots per column; more would not be visible.
     let drawn = args.svg.is_none() && format == Format::Table;
     let buckets = if drawn { columns * 2 } else { 1000 };
     let query = args.view.query(buckets as u32);
@@ -422,7 +422,7 @@ struct Plotted {
     buckets: Vec<Bucket>,
 }
 
-/// What would be drawn, as numbers.
+/// The drawn data, as numbers.
 fn numbers(curves: Vec<Plotted>, style: Style) -> String {
     if style == Style::Json {
         let buckets = curves.iter().flat_map(|plotted| {
@@ -452,7 +452,7 @@ pub(super) fn curve(label: String, buckets: &[Bucket], axis: Axis) -> Curve {
         }
     };
     let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
-    let samples = buckets.iter().map(|bucket| Sample {
+    let samples = buckets.iter().map(|bucket| ColumnSummary {
         x: place(bucket),
         min: value(bucket.min),
         mean: value(bucket.mean),

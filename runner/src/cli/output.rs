@@ -1,8 +1,8 @@
-//! stdout is data, stderr is messages: the only writer to either, or gives access ([`stdout`]).
+//! stdout is for data, stderr for messages: only this module writes to either, or gives access ([`stdout`]).
 //!
-//! Whatever is written, names and messages from anywhere among it, is made safe for a terminal here ([`terminal::show`]).
-//! Neither panics when the reader has gone away. While progress bars are on the screen, messages are printed above them
-//! ([`attach`]).
+//! Everything written, including names and messages from untrusted sources, is escaped for terminals here
+//! ([`terminal::show`]). Writing does not panic when the reader has gone away. While progress bars are on the screen,
+//! messages are printed above them ([`attach`]).
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::RwLock;
@@ -22,14 +22,14 @@ pub fn print(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Writes to stdout what draws a picture: escape sequences that are made of pixels, and of no text from anywhere.
+/// Writes a picture to stdout: escape sequences made only of pixels, without any text.
 pub fn draw(picture: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(picture.as_bytes())?;
     stdout.flush()
 }
 
-/// Where data goes that is written piece by piece, safe for a terminal as what [`print`] writes.
+/// A writer for data in pieces, escaped for terminals like [`print`].
 pub fn stdout() -> impl Write {
     io::BufWriter::new(SafeWriter {
         out: io::stdout().lock(),
@@ -37,10 +37,10 @@ pub fn stdout() -> impl Write {
     })
 }
 
-/// Shows what is written through it ([`terminal::show`]).
+/// Escapes everything written through it ([`terminal::show`]).
 struct SafeWriter<W> {
     out: W,
-    /// The first bytes of a character whose others are to come.
+    /// The first bytes of an incomplete character.
     begun: Vec<u8>,
 }
 
@@ -62,7 +62,7 @@ impl<W: Write> Write for SafeWriter<W> {
     }
 }
 
-/// Writes a line to stderr, above the progress bars where there are any. A missing reader is no error: a terminal may be
+/// Writes a line to stderr, above the progress bars if there are any. A missing reader is not an error: a terminal may be
 /// closed at any moment.
 pub fn say(line: &str) {
     let bars = BARS.read().ok().and_then(|bars| bars.clone());
@@ -78,7 +78,7 @@ pub fn count(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// From now on messages are printed above these bars; `None` ends it.
+/// From now on prints messages above these bars; `None` ends that.
 pub fn attach(bars: Option<MultiProgress>) {
     if let Ok(mut current) = BARS.write() {
         *current = bars;
@@ -116,7 +116,7 @@ impl Terminal for io::Stderr {
     }
 }
 
-/// Sends `tracing` to stderr: warnings by default, more with `-v`, what RUST_LOG says where it is set.
+/// Sends `tracing` to stderr: warnings by default, more with `-v`; RUST_LOG takes precedence.
 pub fn start_tracing(context: &Context) {
     let level = match (context.quiet, context.verbose) {
         (true, _) => "error",
@@ -137,7 +137,7 @@ pub fn start_tracing(context: &Context) {
     };
     let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // Its colours could not be told from those of what it tells.
+        // Its colours could not be distinguished from escape sequences in messages.
         .with_ansi(false)
         .with_target(context.verbose > 1)
         .without_time()
@@ -146,7 +146,7 @@ pub fn start_tracing(context: &Context) {
     if let Some(problem) = problem {
         tracing::warn!("{problem}");
     }
-    // Only a test that starts tracing twice comes here.
+    // Only happens in a test that starts tracing twice.
     drop(started);
 }
 

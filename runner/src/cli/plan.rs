@@ -8,11 +8,13 @@ use crate::artifact::Layout;
 use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, output};
+use crate::cluster::devices;
 use crate::diagnostic::Report;
 use crate::plan::decision::{self, Action, Decision};
-use crate::plan::{self, Origin, Plan, PlannedStage, Threads};
+use crate::plan::{Origin, Plan, PlannedStage, Threads};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
+use crate::settings::Settings;
 use crate::store::{Access, Store, StoreError};
 use crate::table::{Cell, CellStyle, Rows, Style};
 
@@ -33,7 +35,7 @@ pub struct Args {
     pub sweep: SweepArgs,
 }
 
-/// Planning makes no store, except after hashing files of this many bytes, to remember the hashes.
+/// Planning creates no store, except after hashing this many bytes, to cache the hashes.
 const WORTH_A_STORE: u64 = 1 << 30;
 
 /// Prints what would run and why.
@@ -42,23 +44,24 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if args.sweep.is_given() {
         return sweep::points::plan(&args.sweep, &args.selection, args.json, recipe, context);
     }
+    let settings = Settings::read(&recipe.source.base_dir, &context.given())?;
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
-    let plan = plan::plan(&recipe, &mut plugins)?;
+    let plan = devices::plan(&recipe, &mut plugins, &settings)?;
     let roles = args.selection.roles(&plan)?;
     let mut nothing = EmptyHistory::default();
     let decisions = match &store {
         Some(store) => {
             let layout = Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
+            let mut past = History::new(&runtime, store, layout, args.selection.rehash.trust());
             decision::decide(&plan, &roles, &mut past)
         }
         None => decision::decide(&plan, &roles, &mut nothing),
     };
     let decisions = decisions.map_err(Error::of_history)?;
     if nothing.bytes >= WORTH_A_STORE {
-        // Best effort: without it the next command reads the files again.
+        // Best effort: otherwise the next command reads the files again.
         let remembered = runtime.block_on(async {
             let store = Store::open(&context.store, Access::ReadWrite).await?;
             store.remember_files(&nothing.hashed).await?;
@@ -107,16 +110,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 fn text(plan: &Plan, decisions: &[Decision], style: Style, details: bool) -> String {
     let mut rows = Rows::new(&["", "stage", "kind", "where", "why"]);
     for (stage, decision) in plan.stages.iter().zip(decisions) {
-        let (action, tone) = match decision.action {
-            Action::Run => ("run", CellStyle::Odd),
-            Action::RunInputChanges => ("run (input changes)", CellStyle::Odd),
-            Action::Reuse => ("reuse", CellStyle::Good),
+        let (action, cell_style) = match decision.action {
+            Action::Run => ("run", CellStyle::Warning),
+            Action::RunInputChanges => ("run (input changes)", CellStyle::Warning),
+            Action::Reuse => ("reuse", CellStyle::Ok),
             Action::Skip => ("skip", CellStyle::Dim),
-            Action::Missing => ("missing", CellStyle::Bad),
+            Action::Missing => ("missing", CellStyle::Error),
         };
         let place = format!("{} {}", stage.device, stage.dtype);
         rows.push([
-            Cell::from(action).tone(tone),
+            Cell::from(action).style(cell_style),
             Cell::from(stage.name.as_str()),
             Cell::from(stage.kind.as_str()),
             Cell::from(place.as_str()),
@@ -170,7 +173,7 @@ fn plugins(plan: &Plan) -> String {
     )
 }
 
-/// Every settled value of a stage and where it came from.
+/// Every resolved value of a stage with its origin.
 fn values(stage: &PlannedStage) -> Rows {
     let mut rows =
         Rows::new(&["value of", "is", "from"]).titled(format!("{} ({})", stage.name, stage.kind));
@@ -207,15 +210,15 @@ fn values(stage: &PlannedStage) -> Rows {
             .strip_prefix("/options/")
             .unwrap_or(&pointer[1..])
             .replace('/', ".");
-        let tone = if *origin == Origin::Default {
+        let cell_style = if *origin == Origin::Default {
             CellStyle::Dim
         } else {
             CellStyle::Plain
         };
         rows.push([
             Cell::from(name.as_str()),
-            Cell::from(value.as_str()).tone(tone),
-            Cell::from(origin.to_string().as_str()).tone(tone),
+            Cell::from(value.as_str()).style(cell_style),
+            Cell::from(origin.to_string().as_str()).style(cell_style),
         ]);
     }
     rows

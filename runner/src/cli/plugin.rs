@@ -1,4 +1,4 @@
-//! `retort plugin`: which plugins there are, and whether they work; making, installing and testing one's own.
+//! `retort plugin`: lists and checks plugins; creates, installs and tests new ones.
 
 use clap::Subcommand;
 use retort_abi::{Description, Device};
@@ -75,7 +75,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 }
 
 fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {
-    // The store only saves the time to ask; without one, or with one that cannot be read, plugins are asked.
+    // The store is only a cache; without a readable one, plugins are asked.
     let store = runtime
         .block_on(Store::open(&context.store, Access::ReadOnly))
         .ok();
@@ -121,7 +121,7 @@ fn row(
     let file = Cell::from(found.path.display().to_string());
     let list = |items: &[String]| Cell::new(items.join(" "), items.to_vec());
     let none = Cell::none;
-    let bad = |problem: String| Cell::from(problem).tone(CellStyle::Bad);
+    let bad = |problem: String| Cell::from(problem).style(CellStyle::Error);
     let (description, devices) = match (described, devices) {
         (Ok((_, description)), Ok(devices)) => (description, devices),
         (Err(error), _) | (_, Err(error)) => {
@@ -143,7 +143,7 @@ fn row(
         true => bad(format!("calls itself `{}`", description.name)),
         false => match unusable.collect::<Vec<_>>().join("; ") {
             none if none.is_empty() => Cell::none(),
-            why => Cell::from(why).tone(CellStyle::Odd),
+            why => Cell::from(why).style(CellStyle::Warning),
         },
     };
     vec![
@@ -158,7 +158,7 @@ fn row(
     ]
 }
 
-/// The devices that can be used, with their memory; for programs all of them.
+/// The usable devices with their memory; in machine-readable formats all devices.
 fn present(devices: &[Device]) -> Cell {
     let usable = devices.iter().filter(|device| device.unusable.is_none());
     let shown = usable.map(|device| match device.memory {
@@ -171,7 +171,7 @@ fn present(devices: &[Device]) -> Cell {
 fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {
     let dirs = search_dirs(&context.plugin_dirs);
     let path = named(&args.plugin, &dirs)?;
-    // Without a store: a check asks the plugin itself.
+    // Without a store, so that the plugin itself is asked.
     let plugins = Plugins::new(dirs, runtime, None);
     let (identity, description) = plugins.describe_file(&path)?;
     let again = plugins.describe_file(&path)?.1;
@@ -219,7 +219,7 @@ fn named(plugin: &str, dirs: &[plugin::SearchDir]) -> Result<PathBuf, Error> {
     }
 }
 
-/// The shared object at a path: itself, or the one that a project in this directory has built.
+/// The shared object at a path: the file itself, or the one built by a project in this directory.
 fn built(path: &Path) -> Result<PathBuf, Error> {
     if !path.is_dir() {
         return Ok(path.to_owned());
@@ -298,8 +298,8 @@ fn text(
     let mut rows = Rows::new(&["device", "model", "memory", "state"]);
     for device in devices {
         let state = match &device.unusable {
-            None => Cell::from("usable").tone(CellStyle::Good),
-            Some(reason) => Cell::from(format!("unusable: {reason}")).tone(CellStyle::Bad),
+            None => Cell::from("usable").style(CellStyle::Ok),
+            Some(reason) => Cell::from(format!("unusable: {reason}")).style(CellStyle::Error),
         };
         let memory = device.memory.map_or_else(Cell::none, Cell::bytes);
         rows.push([

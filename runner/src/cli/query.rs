@@ -63,8 +63,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// The library's thread panics where a copy of a value does not fit in memory. That its connection is broken is an error, and
-/// told as one.
+/// The library's thread panics if a value's copy does not fit in memory. The broken connection is reported as an error.
 fn keep_quiet() {
     let others = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -81,6 +80,9 @@ fn of_statement(error: StoreError) -> Error {
     let wrong = || Error::new(Exit::Usage, "the statement failed");
     let error = match error {
         StoreError::Sql(error) => error,
+        several @ StoreError::SeveralStatements { .. } => {
+            return wrong().cause(&several).hint("ask one question at a time");
+        }
         endless @ StoreError::Endless { .. } => return wrong().cause(&endless).hint(MORE),
         error => return error.into(),
     };
@@ -95,7 +97,7 @@ fn of_statement(error: StoreError) -> Error {
     };
     let mut shown = wrong().hint(HINT);
     shown.causes.push(match database.code().as_deref() {
-        // SQLITE_AUTH says no more than that.
+        // SQLITE_AUTH gives no details.
         Some("23") => format!(
             "only reading the history is allowed ({})",
             database.message()
@@ -108,7 +110,7 @@ fn of_statement(error: StoreError) -> Error {
 const MORE: &str = "query less, or allow more time: `--timeout 10m`";
 const HINT: &str = "`retort query` without a statement lists the views and their columns";
 
-/// What may be asked: the views are kept, the tables under them may change.
+/// The tables for queries: the views are stable, the tables under them may change.
 const VIEWS: &str = "select v.name as view, group_concat(c.name, ', ') as columns
 from sqlite_schema v join pragma_table_info(v.name) c
 where v.type = 'view' and v.name glob 'v_*'

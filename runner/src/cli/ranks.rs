@@ -1,15 +1,14 @@
 //! `run` and `resume` in processes that `torchrun` has started: rank 0 runs the recipe, the others its trainings with it.
 
 use crate::cli::{Context, Error, Exit};
-use crate::cluster::torchrun::{self, FollowError, Place};
+use crate::cluster::torchrun::{self, FollowError, LaunchedRank};
 use crate::environment;
 use crate::plan::{Origin, Plan};
 use crate::plugin::Plugins;
 
-/// Does what rank 0 posts, until it ends.
-pub fn follow(place: &Place, context: &Context) -> Result<(), Error> {
-    // Ctrl-C in a terminal reaches all: rank 0 says what comes of it.
-    // SAFETY: ignores a signal, from here on.
+/// Follows the jobs posted by rank 0 until it ends.
+pub fn follow(place: &LaunchedRank, context: &Context) -> Result<(), Error> {
+    // Ctrl-C in a terminal reaches all ranks; rank 0 handles it. SAFETY: ignores a signal, from here on.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
     let node = environment::host_name();
     let following = torchrun::follow(&context.store, place, &node);
@@ -25,8 +24,31 @@ pub fn follow(place: &Place, context: &Context) -> Result<(), Error> {
     }
 }
 
+/// Refuses to start if several processes would all resume the same run: whether they work together is recorded in the
+/// history, which only one of them may open.
+pub fn check_is_first() -> Result<(), Error> {
+    match LaunchedRank::read(|name| std::env::var(name).ok()) {
+        Ok(place) if place.rank > 0 => Err(not_told(&place)),
+        _ => Ok(()),
+    }
+}
+
+/// The error for processes started as a group without --executor torchrun.
+pub fn not_told(place: &LaunchedRank) -> Error {
+    let message = format!(
+        "this is process {} of {} (RANK, WORLD_SIZE), and only with --executor torchrun do they resume a run together",
+        place.rank, place.size
+    );
+    Error::new(Exit::Usage, message)
+        .hint("torchrun --nproc-per-node 4 --no-python retort resume --executor torchrun")
+}
+
 /// Gives each training a worker in every one of the processes.
-pub fn spread(plan: &mut Plan, plugins: &mut Plugins<'_>, place: &Place) -> Result<(), Error> {
+pub fn spread(
+    plan: &mut Plan,
+    plugins: &mut Plugins<'_>,
+    place: &LaunchedRank,
+) -> Result<(), Error> {
     if place.size == 1 {
         return Ok(());
     }

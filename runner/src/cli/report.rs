@@ -75,7 +75,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     });
     let page = report::html(&title, &pages, &curves);
     if args.output.as_os_str() == "-" {
-        // A document and not words for a terminal; its control characters are those of texts in it.
+        // A document, not terminal output: control characters in it are part of its texts.
         return Ok(output::stdout().write_all(page.as_bytes())?);
     }
     draft::write(&args.output, page.as_bytes()).map_err(|error| {

@@ -29,11 +29,14 @@ pub struct Args {
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let settings = args.execution.settings(Path::new(""), context)?;
     let place = args.execution.place(&settings)?;
-    if let Some(place) = place.filter(|place| place.rank > 0) {
-        return ranks::follow(&place, context);
+    if let Some(place) = place.as_ref().filter(|place| place.rank > 0) {
+        return ranks::follow(place, context);
+    }
+    if place.is_none() && args.execution.executor.is_none() {
+        ranks::check_is_first()?;
     }
     let runtime = context.runtime()?;
-    // Reading first: a store that is not there is not to be made.
+    // Open for reading first, so that a missing store is not created.
     drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
     let store = open_store(&runtime, &context.store)?;
     let left = runtime.block_on(detached::refresh(&store, context))?;
@@ -60,6 +63,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         }
         run => run?,
     };
+    if Store::is_relative(reference) && runtime.block_on(store.is_imported(&run))? {
+        let message = format!("`{reference}` is run {run}, which comes from another store");
+        return Err(Error::new(Exit::Usage, message).hint(format!(
+            "`retort resume {run}` continues it, if you trust its recipe; `retort resume` the latest of your own"
+        )));
+    }
     if args.run.is_none() {
         let place = runtime.block_on(store.run_detail(&run))?.summary.sweep;
         if let Some(SweepPlace { id, .. }) = place {
@@ -91,13 +100,18 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let mut plan = recorded.plan.clone();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, Some(&store));
     renew_plugins(&mut plan, &mut plugins, context)?;
-    // Options of another store's run may name what runs in jobs here.
+    // Options of an imported run could contain commands that would run in jobs here.
     let execution = match runtime.block_on(store.is_imported(&run))? {
         true => args.execution.clone(),
         false => args.execution.or_as_recorded(&recorded),
     };
     let settings = execution.settings(&plan.base_dir, context)?;
+    let told = place.is_some();
     if let Some(place) = execution.place(&settings)? {
+        // The other ranks could not know it before the history was open.
+        if !told && place.size > 1 {
+            return Err(ranks::not_told(&place));
+        }
         ranks::spread(&mut plan, &mut plugins, &place)?;
     }
     let roles = plan
@@ -115,9 +129,9 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: Some(run.clone()),
         sweep: detail.summary.sweep.clone(),
     };
-    let known = &mut known_results(&runtime, &store, args.rehash.memory())?;
+    let known = &mut known_results(&runtime, &store, args.rehash.trust())?;
     job.check(&mut plugins, known, context)?;
-    // The jobs that still run are taken up as they are.
+    // Running jobs are taken over unchanged.
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
     }
@@ -125,7 +139,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         .map(drop)
 }
 
-/// Plugins rebuilt since then are used as they are now; their results are made again.
+/// Rebuilt plugins are used in their current form, and their stages run again.
 fn renew_plugins(
     plan: &mut Plan,
     plugins: &mut Plugins<'_>,
@@ -163,7 +177,7 @@ fn renew_plugins(
     Ok(())
 }
 
-/// The state in which a stage of a run ended.
+/// The final state of a run's stage.
 fn state_of(detail: &RunDetail, stage: &str) -> Option<StageState> {
     let stage = detail.stages.iter().find(|recorded| recorded.name == stage);
     stage.map(|stage| stage.state)

@@ -5,11 +5,9 @@ use std::path::Path;
 use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, RecipeArgs, SelectionArgs, ranks};
-use crate::cluster::devices::NodeDescriptions;
-use crate::plan;
+use crate::cluster::devices;
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
-use crate::settings::Executor;
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
@@ -54,10 +52,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         &runtime,
         known.as_deref(),
     );
-    let mut plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
-        true => plan::plan(&recipe, &mut NodeDescriptions(&mut plugins))?,
-        false => plan::plan(&recipe, &mut plugins)?,
-    };
+    let mut plan = devices::plan(&recipe, &mut plugins, &settings)?;
     if let Some(place) = &place {
         ranks::spread(&mut plan, &mut plugins, place)?;
     }
@@ -69,8 +64,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: None,
         sweep: None,
     };
-    let memory = args.selection.rehash.memory();
-    let store = job.prepare(&runtime, known.as_ref(), memory, &mut plugins, context)?;
+    let trust = args.selection.rehash.trust();
+    let store = job.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
     job.carry_out(&runtime, &store, &args.execution, context)
         .map(drop)
 }

@@ -10,7 +10,7 @@ use crate::cli::{
 use crate::filter;
 use crate::store::{
     Access, JobRow, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail,
-    StageState, Store, StoreError, Time,
+    StageState, Store, StoreError, Time, is_tag,
 };
 use crate::table::{self, Cell, CellStyle, Rows, Style};
 
@@ -161,7 +161,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     let (runs, more) = context.runtime()?.block_on(async {
         let store = match Store::open(&context.store, Access::ReadOnly).await {
             Ok(store) => store,
-            // An empty list is a truthful answer, and what scripts expect.
+            // For scripts an empty list is a valid answer.
             Err(StoreError::Missing { .. }) => return Ok((Vec::new(), false)),
             Err(error) => return Err(Error::from(error)),
         };
@@ -253,7 +253,7 @@ fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
     })
 }
 
-/// A row for each run: its cells under `heads`, then its values of `columns`.
+/// One row per run: its cells under `heads`, then its values of `columns`.
 fn rows(
     runs: &[RunSummary],
     heads: &[&str],
@@ -320,7 +320,7 @@ fn complete_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
 
 /// Opens an existing store for writing.
 async fn open_to_change(context: &Context) -> Result<Store, Error> {
-    // Reading first: a missing store must not be created.
+    // Open for reading first, so that a missing store is not created.
     drop(Store::open(&context.store, Access::ReadOnly).await?);
     Ok(Store::open(&context.store, Access::ReadWrite).await?)
 }
@@ -339,11 +339,11 @@ fn tag(args: &TagArgs, context: &Context) -> Result<(), Error> {
                 }
                 continue;
             }
-            // It could never be found: references are tried in this order.
-            if tag.trim().is_empty() || tag.starts_with("latest") {
+            // It could never be found, because references are tried in this order.
+            if !is_tag(tag) {
                 return Err(Error::new(
                     Exit::Usage,
-                    format!("`{tag}` cannot be a tag: it has another meaning, or is empty"),
+                    format!("`{tag}` cannot be a tag: it is empty, or means something else (`latest`, a run's id)"),
                 ));
             }
             store.tag_run(&run, tag).await?;
@@ -459,7 +459,7 @@ fn complete(
     complete
 }
 
-/// Everything about a run, for people: the results last, where they are seen.
+/// Everything about a run, for people: the results last, so that they are visible.
 fn sections(
     detail: &RunDetail,
     series: &[SeriesSummary],
@@ -494,7 +494,7 @@ fn facts(detail: &RunDetail) -> Rows {
     let run = &detail.summary;
     let mut rows = Rows::new(&["", ""]);
     let mut add =
-        |name: &str, value: Cell| rows.push([Cell::from(name).tone(CellStyle::Dim), value]);
+        |name: &str, value: Cell| rows.push([Cell::from(name).style(CellStyle::Dim), value]);
     add("run", run.id.0.as_str().into());
     add("state", run.state.into());
     add(
@@ -521,7 +521,7 @@ fn facts(detail: &RunDetail) -> Rows {
         add("note", run.note.as_str().into());
     }
     if let Some(error) = &run.error {
-        add("error", Cell::from(error.as_str()).tone(CellStyle::Bad));
+        add("error", Cell::from(error.as_str()).style(CellStyle::Error));
     }
     rows
 }
@@ -558,7 +558,7 @@ fn stage_rows(detail: &RunDetail) -> Rows {
     rows
 }
 
-/// Attempts, where a stage took more than one.
+/// Attempts, if a stage needed more than one.
 fn attempt_rows(detail: &RunDetail) -> Rows {
     let mut rows = Rows::new(&["stage", "attempt", "state", "started", "took", "why"]);
     let repeated = detail
@@ -589,6 +589,7 @@ fn attempt_rows(detail: &RunDetail) -> Rows {
 fn job_rows(jobs: &[JobRow]) -> Rows {
     let mut rows = Rows::new(&[
         "stage",
+        "cluster",
         "job",
         "elements",
         "queued",
@@ -604,6 +605,10 @@ fn job_rows(jobs: &[JobRow]) -> Rows {
         });
         rows.push([
             job.stage.as_str().into(),
+            Some(job.cluster.as_str())
+                .filter(|name| !name.is_empty())
+                .map(Cell::from)
+                .into(),
             job.job.map(Cell::from).into(),
             u64::from(job.elements.max(1)).into(),
             u64::from(job.queued).into(),
@@ -616,7 +621,7 @@ fn job_rows(jobs: &[JobRow]) -> Rows {
     rows
 }
 
-/// How a stage ended, or where its result came from.
+/// How a stage ended, or the origin of its result.
 fn why(stage: &StageDetail) -> String {
     if let Some(source) = &stage.reused_from {
         return format!("from run {}", source.run);
@@ -645,7 +650,7 @@ fn param_rows(detail: &RunDetail) -> Rows {
         rows.push([
             param.path.as_str().into(),
             Cell::json(&param.value),
-            Cell::from(param.origin.as_str()).tone(CellStyle::Dim),
+            Cell::from(param.origin.as_str()).style(CellStyle::Dim),
         ]);
     }
     rows
@@ -658,7 +663,7 @@ fn environment_rows(detail: &RunDetail) -> Rows {
             ("memory", Some(bytes)) => Cell::bytes(bytes),
             _ => Cell::json(value),
         };
-        rows.push([Cell::from(name.as_str()).tone(CellStyle::Dim), shown]);
+        rows.push([Cell::from(name.as_str()).style(CellStyle::Dim), shown]);
     }
     rows
 }

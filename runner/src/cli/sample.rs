@@ -1,7 +1,7 @@
-//! `retort sample`: images of a student or a teacher, without a recipe.
+//! `retort sample`: draws images with a student or a teacher, without a recipe.
 //!
-//! A recipe is written in memory, from `sample.yaml`, and run as any other. The network is an artifact of the store, which the
-//! recipe takes by its hash, or a published file, which a stage loads.
+//! It creates a recipe in memory from `sample.yaml` and runs it like any other. The network is an artifact of the store,
+//! which the recipe takes by its hash, or a published file, which a stage loads.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,16 +12,17 @@ use serde_json::{Value, json};
 use crate::artifact::{self, Layout};
 use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
 use crate::cli::{Context, Error, Exit, SelectionArgs, output, show};
-use crate::plan::{self, Descriptions};
+use crate::cluster::devices;
+use crate::plan::Descriptions;
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
-use crate::store::{Access, ArtifactRow, Memory, Store, StoreError};
+use crate::store::{Access, ArtifactRow, HashTrust, Store, StoreError};
 
 /// The recipe, without its network.
 const TEMPLATE: &str = include_str!("sample.yaml");
-/// The name by which the recipe knows the network.
+/// The name of the network in the recipe.
 const NETWORK: &str = "network";
-/// Kinds of networks that can be sampled, in the order in which they are looked for in a run.
+/// Kinds of networks that can be sampled, in order of preference within a run.
 const KINDS: [&str; 2] = ["student", "teacher"];
 
 /// Arguments of `sample`.
@@ -115,7 +116,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let shown_path = PathBuf::from("retort-sample.yaml");
     let mut recipe = recipe::parse(&shown_path, here, text, &set)?;
     recipe.source.home = context.home();
-    let plan = plan::plan(&recipe, &mut plugins)?;
+    let settings = args.execution.settings(&recipe.source.base_dir, context)?;
+    let plan = devices::plan(&recipe, &mut plugins, &settings)?;
     let roles = SelectionArgs::default().roles(&plan)?;
     let job = Job {
         plan,
@@ -124,8 +126,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: None,
         sweep: None,
     };
-    let memory = Memory::Trusted;
-    let store = job.prepare(&runtime, known.as_ref(), memory, &mut plugins, context)?;
+    let trust = HashTrust::Trusted;
+    let store = job.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
     let run = job.carry_out(&runtime, &store, &args.execution, context)?;
     let Some(dir) = &args.output else {
         return Ok(());
@@ -143,7 +145,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
 }
 
-/// Whether a text can only be a path: no reference to a run or an artifact looks like this.
+/// Whether a text can only be a path, not a reference to a run or an artifact.
 fn is_path(text: &str) -> bool {
     let endings = [".pt", ".pth", ".ckpt", ".bin", ".safetensors"];
     ["/", "./", "../"]
@@ -188,13 +190,13 @@ fn published(args: &Args, path: &Path) -> Result<Network, Error> {
     })
 }
 
-/// The artifact meant: itself, or the last of its kind in a run.
+/// The referenced artifact: itself, or the last of its kind in a run.
 async fn in_store(args: &Args, context: &Context) -> Result<Network, Error> {
     let store = Store::open(&context.store, Access::ReadOnly)
         .await
         .map_err(|error| match error {
             missing @ StoreError::Missing { .. } => Error::from(missing).hint(format!(
-                "`{}` is no file, and there is no store; --store names one",
+                "`{}` is not a file, and there is no store; name one with --store",
                 args.network
             )),
             error => error.into(),
@@ -283,7 +285,7 @@ fn written(args: &Args, network: &Network, backend: &str) -> Result<(String, Vec
             let stage = json!({
                 "kind": kind, "family": args.family, "model": path, "tokenizer": std::path::absolute(tokenizer)?,
             });
-            // The last of the template is the stages.
+            // The template ends with the stages.
             text.push_str(&format!("  {NETWORK}: {stage}\n"));
             (*kind, None)
         }
@@ -350,12 +352,12 @@ fn passes(steps: &str, trained: Option<&Value>) -> Result<Value, Error> {
     }
 }
 
-/// Classes as the option has them, and how many images there are to be.
+/// The value of the class option, and the number of images.
 fn labels(args: &Args) -> Result<(Option<String>, Option<u32>), Error> {
     let Some(text) = args.labels.as_deref().map(str::trim) else {
         return Ok((None, args.number));
     };
-    // A rule, or a form that only the option has: a list, a tensor of a file.
+    // A rule, or a form that only the option supports: a list, a tensor of a file.
     if ["balanced", "drawn"].contains(&text) || text.starts_with(['{', '[']) {
         return Ok((Some(text.to_owned()), args.number));
     }

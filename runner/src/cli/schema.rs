@@ -63,7 +63,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// The descriptions of the plugins named, or of all that work.
+/// The descriptions of the named plugins, or of all working ones.
 fn descriptions(
     names: &[String],
     plugins: &mut dyn Descriptions,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::ValueHint;
 use image::{DynamicImage, ImageFormat, ImageReader, Limits};
+use retort_checkpoint::images;
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, output};
@@ -16,7 +17,7 @@ use self::screen::{MOST_PIXELS, Protocol, Screen};
 mod encode;
 mod screen;
 
-/// Bytes of a picture that is read.
+/// Maximum bytes of a picture.
 pub(super) const MOST_BYTES: u64 = 64 << 20;
 
 /// Arguments of `show`.
@@ -104,11 +105,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// The pictures meant: of an artifact, or of all artifacts of a run.
+/// The pictures to show: of an artifact, or of all artifacts of a run.
 async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
     let mut rows = match store.resolve_artifact(what).await {
         Ok(_) if what.contains('/') => {
-            // Several stages may have made the same: this one has its own caption.
+            // Several stages may have made the same picture: use this stage's caption.
             let (run, stage) = what.split_once('/').unwrap_or_default();
             let run = store.resolve_run(run).await?;
             let mut rows = store.list_artifacts(Some(&run)).await?;
@@ -118,7 +119,7 @@ async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
         Ok(hash) => {
             let mut rows = store.list_artifacts(None).await?;
             rows.retain(|row| row.artifact.hash == hash);
-            // Made several times, it is still one picture.
+            // A picture made several times is shown once.
             rows.drain(..rows.len().saturating_sub(1));
             rows
         }
@@ -132,7 +133,7 @@ async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
         }
         Err(error) => return Err(error.into()),
     };
-    // A preview need not be a picture.
+    // A preview need not be an image.
     rows.retain(|row| {
         let preview = row.artifact.meta.preview.as_deref();
         preview.is_some_and(|preview| preview.to_ascii_lowercase().ends_with(".png"))
@@ -166,22 +167,24 @@ pub(super) fn read(layout: &Layout, row: &ArtifactRow) -> Result<Vec<u8>, Error>
 }
 
 fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
+    let unreadable = |error: &dyn std::error::Error| {
+        let message = format!("the picture of stage `{}` is not a readable PNG", row.stage);
+        Error::new(Exit::NothingMatches, message)
+            .cause(error)
+            .hint("`retort artifacts verify` says what is damaged")
+    };
+    images::check_palettes(bytes).map_err(|message| unreadable(&std::io::Error::other(message)))?;
     let mut reader = ImageReader::with_format(std::io::Cursor::new(bytes), ImageFormat::Png);
     let mut limits = Limits::default();
     limits.max_image_width = Some(MOST_PIXELS);
     limits.max_image_height = Some(MOST_PIXELS);
-    // It is copied once with four bytes for each pixel.
+    // It is copied once, with four bytes per pixel.
     limits.max_alloc = Some(176 << 20);
     reader.limits(limits);
-    reader.decode().map_err(|error| {
-        let message = format!("the picture of stage `{}` is not a readable PNG", row.stage);
-        Error::new(Exit::NothingMatches, message)
-            .cause(&error)
-            .hint("`retort artifacts verify` says what is damaged")
-    })
+    reader.decode().map_err(|error| unreadable(&error))
 }
 
-/// Draws at the cursor. What goes to the terminal is made of pixels alone.
+/// Draws at the cursor. Only pixels reach the terminal.
 fn draw(picture: &DynamicImage, args: &Args, manner: Protocol) -> Result<(), Error> {
     let screen = Screen::of_stdout();
     let picture = screen.fitted(&picture.to_rgba8(), args.width, manner);

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use crate::cli::{Context, Error, Exit, FormatArgs};
 use crate::recipe::Recipe;
-use crate::sweep::{Asha, Goal, Objective, Parameter, Sample, SpaceError, Sweep, goal_and_metric};
+use crate::sweep::{
+    Asha, Goal, Objective, Parameter, RandomSearch, SpaceError, Sweep, goal_and_metric,
+};
 
 pub mod execution;
 mod forecast;
@@ -98,7 +100,7 @@ pub struct PlotArgs {
     pub log: bool,
 }
 
-/// What makes a run a sweep: arguments of `run` and `plan`.
+/// The arguments of `run` and `plan` that make a sweep.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Sweeps")]
 pub struct SweepArgs {
@@ -142,13 +144,13 @@ pub struct SweepArgs {
 }
 
 impl SweepArgs {
-    /// Whether there is to be a sweep.
+    /// Whether a sweep is requested.
     pub fn is_given(&self) -> bool {
         !self.sweep.is_empty()
     }
 
-    /// The sweep that is meant. The recipe's own section is used if `--sweep` stands alone, and is changed by what is
-    /// named beside it; where values are named only, they are all that is varied.
+    /// The requested sweep. A bare `--sweep` uses the recipe's own section, changed by further parameters on the command
+    /// line; with only parameters, exactly these are varied.
     pub fn definition(&self, recipe: &Recipe) -> Result<Sweep, Error> {
         let whole = self.sweep.iter().any(String::is_empty);
         let mut sweep = match (&recipe.sweep, whole) {
@@ -181,7 +183,7 @@ impl SweepArgs {
         sweep.parameters.append(&mut named);
         if let Some(count) = self.sample {
             let seed = sweep.sample.map_or(0, |sample| sample.seed);
-            sweep.sample = Some(Sample { count, seed });
+            sweep.sample = Some(RandomSearch { count, seed });
         }
         match (&mut sweep.sample, self.sample_seed) {
             (Some(sample), Some(seed)) => sample.seed = seed,

@@ -79,7 +79,7 @@ fn export_file(args: &ExportArgs, context: &Context) -> Result<(), Error> {
             false => Some(resolve(&args.runs, context).await?),
         };
         if runs.is_none() {
-            // An older store is migrated by being opened; one that cannot be opened may still be read.
+            // Opening an older store migrates it; one that cannot be opened may still be readable.
             match Store::open(&context.store, Access::ReadOnly).await {
                 Ok(store) => store.close().await,
                 Err(StoreError::Damaged { message }) => output::say(&format!(
@@ -136,7 +136,7 @@ fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     report(&transfer, &args.format, context)
 }
 
-/// A directory per stage of a run, which is what TensorBoard takes for a run.
+/// One directory per stage of a run: TensorBoard treats each as a run.
 async fn write_events(
     store: &Store,
     run: &RunDetail,
@@ -230,23 +230,23 @@ fn report(transfer: &Transfer, format: &FormatArgs, context: &Context) -> Result
     let mut rows = Rows::new(&["what", "name", "done"]);
     let mut add = |what: &str, name: &str, done: Cell| rows.push([what.into(), name.into(), done]);
     for run in &transfer.runs {
-        add("run", &run.0, Cell::from("copied").tone(CellStyle::Good));
+        add("run", &run.0, Cell::from("copied").style(CellStyle::Ok));
     }
     for run in &transfer.known {
         add(
             "run",
             &run.0,
-            Cell::from("known already").tone(CellStyle::Dim),
+            Cell::from("known already").style(CellStyle::Dim),
         );
     }
     for hash in &transfer.artifacts {
-        add("artifact", hash, Cell::from("copied").tone(CellStyle::Good));
+        add("artifact", hash, Cell::from("copied").style(CellStyle::Ok));
     }
     for lost in &transfer.lost {
         add(
             "lost",
             lost,
-            Cell::from("not readable").tone(CellStyle::Bad),
+            Cell::from("not readable").style(CellStyle::Error),
         );
     }
     output::print(&rows.render(format.style(context)))?;

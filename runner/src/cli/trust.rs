@@ -1,4 +1,4 @@
-//! `retort trust`: lets the lines of a project's `retort.toml` run, as long as it stays as it is.
+//! `retort trust`: allows the commands in a project's `retort.toml`, until the file changes.
 
 use std::path::PathBuf;
 
@@ -19,7 +19,7 @@ pub struct Args {
     pub format: FormatArgs,
 }
 
-/// Remembers the file, and prints what runs.
+/// Records the file as trusted, and prints the commands.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let path = match args.path.is_dir() {
         true => settings::project_file(&args.path).ok_or_else(|| {

@@ -101,7 +101,7 @@ async fn listen(args: &Args) -> Result<TcpListener, Error> {
             Error::new(Exit::Internal, format!("cannot listen on {wanted}")).cause(error);
         match error.kind() {
             std::io::ErrorKind::AddrInUse => {
-                error_shown.hint("another program is; --port 0 takes any free port")
+                error_shown.hint("another program uses this port; --port 0 takes any free port")
             }
             std::io::ErrorKind::AddrNotAvailable => {
                 error_shown.hint("--bind takes an address of this machine")
@@ -119,7 +119,7 @@ async fn listen(args: &Args) -> Result<TcpListener, Error> {
     }
 }
 
-/// What to open: an unspecified address is opened as this machine.
+/// The address to open: an unspecified one is replaced by localhost.
 fn address(place: SocketAddr, token: Option<&str>) -> String {
     let host = match place.ip() {
         ip if ip.is_loopback() && ip.is_ipv4() => "localhost".to_owned(),
@@ -131,7 +131,8 @@ fn address(place: SocketAddr, token: Option<&str>) -> String {
     format!("http://{host}:{}/{token}", place.port())
 }
 
-/// Asks the desktop, or else `$BROWSER`, to open an address. Where neither does, it says so: the address has been printed.
+/// Asks the desktop, or else `$BROWSER`, to open an address. If neither does, it says so; the address has already been
+/// printed.
 fn open(address: &str) {
     let chosen = std::env::var("BROWSER").unwrap_or_default();
     let chosen = chosen.split(':').next().unwrap_or_default().to_owned();
@@ -157,7 +158,7 @@ fn open(address: &str) {
     };
     match opened {
         Ok(mut child) => {
-            // It may stay as long as the browser does.
+            // The process may live as long as the browser.
             std::thread::spawn(move || match child.wait() {
                 Ok(status) if !status.success() => unopened(format!("{program}: {status}")),
                 _ => {}

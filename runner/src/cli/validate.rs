@@ -1,15 +1,17 @@
 //! `retort validate`: everything that is wrong with recipes, without running anything.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueHint;
 use serde_json::{Value, json};
 
 use crate::cli::{Context, Error, Exit, output};
+use crate::cluster::devices;
 use crate::diagnostic::{Report, Severity};
 use crate::plan;
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
+use crate::settings::Settings;
 
 /// Arguments of `validate`.
 #[derive(Debug, clap::Args)]
@@ -31,10 +33,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let mut documents = Vec::new();
-    // The worst error: a wrong recipe before a missing plugin.
+    // The worst error: an invalid recipe takes precedence over a missing plugin.
     let mut worst: Option<Exit> = None;
     for path in &args.recipes {
-        let (report, stages) = findings(path, &args.set, context, &mut plugins);
+        let root = path.parent().unwrap_or(Path::new(""));
+        let (report, stages) = match Settings::read(root, &context.given()) {
+            Ok(settings) => findings(path, &args.set, context, &mut plugins, &settings),
+            Err(error) => (error.into_report(path), 0),
+        };
         if args.json {
             documents.push(document(&report));
         } else {
@@ -64,18 +70,19 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     worst.map_or(Ok(()), |exit| Err(Error::said(exit)))
 }
 
-/// What is wrong with a recipe, and how many stages it has.
+/// The findings about a recipe, and its number of stages.
 fn findings(
-    path: &std::path::Path,
+    path: &Path,
     set: &[String],
     context: &Context,
     plugins: &mut dyn plan::Descriptions,
+    settings: &Settings,
 ) -> (Report, usize) {
     let recipe = match recipe::read(path, set, context.home()) {
         Ok(recipe) => recipe,
         Err(report) => return (report, 0),
     };
-    match plan::plan(&recipe, plugins) {
+    match devices::plan(&recipe, plugins, settings) {
         Ok(mut plan) => {
             let mut findings = std::mem::take(&mut plan.warnings);
             findings.extend(plan.validate(plugins));

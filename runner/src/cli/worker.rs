@@ -42,14 +42,21 @@ fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
         return Err(Error::new(Exit::Usage, message)
             .hint("`retort run --executor slurm RECIPE` submits jobs"));
     };
+    let shown_job = match ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"].map(variable) {
+        [array, element] if !array.is_empty() && !element.is_empty() => {
+            format!("{array}_{element}")
+        }
+        _ => job.clone(),
+    };
     let place = ElementIdentity {
         spool: spool.to_owned(),
-        // Elsewhere than in an array it is the rank that counts, which is 0 in a job of one process.
+        // Outside an array the rank counts, which is 0 in a job of one process.
         element: ["SLURM_ARRAY_TASK_ID", "SLURM_PROCID"]
             .iter()
             .find_map(|name| variable(name).parse().ok())
             .unwrap_or(0),
         job,
+        shown_job,
         node: variable("SLURMD_NODENAME"),
         local_rank: variable("SLURM_LOCALID").parse().unwrap_or(0),
         sees_all_devices: false,

@@ -1,10 +1,9 @@
-//! The runner's end of a stage on a cluster: submits its elements, reads their spools, and restarts those that
-//! failed.
+//! The runner's side of a stage on a cluster: submits elements, reads their spools, and restarts those that failed.
 //!
-//! In: tasks of a stage and its parts, and the level to stop them. Out: events for each ([`Element::next`]), news of jobs in
-//! the store. One [`Dispatcher`] per attempt, a task of its own: it gathers what is to be submitted, reads the spools of all
-//! elements in turn and polls Slurm. Jobs submitted earlier, by a runner that is gone, are taken over.
-//! Deliberately absent: what an end means for the stage (the executor's), and how Slurm's programs are called.
+//! In: tasks of a stage and its parts, and stop requests. Out: events of each element ([`Element::next`]), and records of jobs
+//! in the store. Each attempt has one [`Dispatcher`], a separate async task: it batches submissions, reads the spools of all
+//! elements in turn and polls Slurm. It takes over jobs that an earlier runner submitted.
+//! Deliberately absent: what an end means for the stage (see the executor), and how Slurm's programs are called.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -17,9 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
-use crate::cluster::slurm::{Layout, Slurm};
-use crate::cluster::spool::{self, Reader, SpoolError};
+use crate::cluster::dispatch::slot::{Phase, Slot, StopRequest};
+use crate::cluster::slurm::{Key, Layout, Slurm};
+use crate::cluster::spool::{self, JobSpec, Reader, SpoolError};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
@@ -27,36 +26,38 @@ use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::ClusterEnd;
 
+mod lost_life;
 mod script;
 mod slot;
 mod submission;
 mod watch;
 
-/// How long tasks are gathered before they are submitted together.
+/// How long tasks are collected before they are submitted together.
 const GATHER: Duration = Duration::from_millis(50);
-/// The shortest time between two looks at spools, and how many elements are looked at in a second.
+/// The shortest time between two reads of spools, and how many elements are read per second: as many as write per second
+/// (`JobSpec::interval`).
 const LOOK: Duration = Duration::from_millis(250);
-const LOOKS_PER_SECOND: usize = 500;
-/// How soon Slurm is asked again about elements that it says are over.
+const LOOKS_PER_SECOND: usize = 200;
+/// How soon Slurm is asked again about elements that it reports as over.
 const SETTLE: Duration = Duration::from_secs(2);
-/// How often a full queue is tried again, at first and at last.
+/// The first and the longest delay before a full queue is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// What a dispatcher tells while jobs run.
+/// What a dispatcher reports while jobs run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notice {
-    /// Slurm has taken a job.
+    /// Slurm has accepted a job.
     Submitted {
-        /// Slurm's id.
+        /// The job's id in Slurm.
         job: u64,
-        /// Elements, where it is an array.
+        /// Number of elements, for an array.
         elements: Option<usize>,
     },
     /// Something is odd.
     Warning(String),
 }
 
-/// What jobs of a stage need to know.
+/// What a dispatcher needs to know about a stage.
 pub struct Assignment {
     /// The store.
     pub store: Arc<Store>,
@@ -72,13 +73,13 @@ pub struct Assignment {
     pub digest: String,
     /// The stage's work directory.
     pub work_dir: PathBuf,
-    /// What it asks of Slurm.
+    /// What its jobs request from Slurm.
     pub profile: Profile,
-    /// Processors, and threads, of each element.
+    /// Processors and threads per element.
     pub cpus: usize,
-    /// Whether its parts have to run at the same time: they are ranks of one job then.
+    /// Whether its parts have to run at the same time, as ranks of one job.
     pub together: bool,
-    /// Whether these can go on with fewer, where Slurm has no nodes for all of them any more.
+    /// Whether the ranks can go on with fewer when Slurm no longer has nodes for all of them.
     pub shrinks: bool,
 }
 
@@ -89,13 +90,13 @@ pub struct Dispatcher {
 }
 
 impl Drop for Dispatcher {
-    /// The jobs go on: their end is for whoever takes them up.
+    /// The jobs go on, until another runner takes them over.
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-/// The runner's end of an element: like a local worker, it gets a task, sends events and is signalled.
+/// The runner's handle of an element: like a local worker, it gets a task, sends events and is signalled.
 #[derive(Debug)]
 pub struct Element {
     part: Option<Part>,
@@ -113,7 +114,7 @@ enum Command {
     },
     Stop {
         part: Option<Part>,
-        level: StopLevel,
+        level: StopRequest,
     },
     Close(oneshot::Sender<()>),
 }
@@ -128,28 +129,28 @@ impl Element {
                 task: task.clone(),
                 tell: self.tell.clone(),
             },
-            ToWorker::CancelAtCheckpoint => Command::Stop {
+            ToWorker::StopAtCheckpoint => Command::Stop {
                 part,
-                level: StopLevel::Checkpoint,
+                level: StopRequest::Checkpoint,
             },
-            ToWorker::CancelNow => Command::Stop {
+            ToWorker::StopNow => Command::Stop {
                 part,
-                level: StopLevel::Now,
+                level: StopRequest::Now,
             },
         };
-        // A dispatcher that is gone tells of its end.
+        // If the dispatcher is gone, `next` reports its end.
         let _ = self.commands.send(command);
     }
 
-    /// Ends it: the only signal between machines.
+    /// Ends it: no other signal reaches another machine.
     pub fn end(&self) {
         let _ = self.commands.send(Command::Stop {
             part: self.part,
-            level: StopLevel::Now,
+            level: StopRequest::Now,
         });
     }
 
-    /// What it does next. Cancel-safe.
+    /// Its next event. Cancel-safe.
     pub async fn next(&mut self) -> WorkerEvent {
         self.heard.recv().await.unwrap_or(WorkerEvent::Exited(Exit {
             status: ExitStatus::Code(-1),
@@ -160,7 +161,7 @@ impl Element {
 }
 
 impl Dispatcher {
-    /// Opens the dispatcher of a stage, and finds what was submitted for it before.
+    /// Opens the dispatcher of a stage, and finds jobs that were submitted for it before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -178,7 +179,7 @@ impl Dispatcher {
         Ok(Self { commands, task })
     }
 
-    /// Closes the jobs: all ends have been told.
+    /// Closes the jobs, after all ends have been reported.
     pub async fn close(dispatcher: Self) {
         let (done, closed) = oneshot::channel();
         if dispatcher.commands.send(Command::Close(done)).is_ok() {
@@ -186,7 +187,7 @@ impl Dispatcher {
         }
     }
 
-    /// An element, to which nothing has been sent.
+    /// A new element, without a task yet.
     pub fn element(&self, part: Option<Part>) -> Element {
         let (tell, heard) = mpsc::channel(64);
         Element {
@@ -198,19 +199,23 @@ impl Dispatcher {
     }
 }
 
-/// A job that has been submitted.
+/// A submitted job.
 struct Job {
     key: JobKey,
-    /// Slurm's id.
+    /// The job's id in Slurm.
     id: u64,
     dir: PathBuf,
-    /// What its elements do.
+    /// The work of its elements.
     elements: Vec<Option<Part>>,
     layout: Layout,
-    /// Slots of its elements, where they are this runner's.
+    /// The slots of those elements that this runner manages.
     slots: Vec<Option<usize>>,
-    /// How far each was taken over by another runner.
+    /// Lives that earlier jobs have wasted, per element.
+    wasted: Vec<u32>,
+    /// How far another runner has read each element's records.
     marks: Vec<u64>,
+    /// Which elements were found to have ended without a result while no runner was there.
+    given_up: Vec<bool>,
     /// Whether its elements have been asked to stop.
     stopping: bool,
     over: bool,
@@ -220,23 +225,23 @@ struct DispatchLoop {
     to: Assignment,
     jobs: Vec<Job>,
     slots: Vec<Slot>,
-    /// ElementEvent for the history, written together.
+    /// Events for the history, written together.
     news: Vec<(JobKey, usize, ElementUpdate)>,
-    /// When Slurm is asked next.
+    /// When to poll Slurm next.
     ask_at: Instant,
-    /// When elements without a job are submitted, and how long that is put off when the queue is full.
+    /// When to submit elements without a job, and the delay when the queue is full.
     submit_at: Instant,
     put_off: Duration,
-    /// Elements of one array at most; none before Slurm has been asked.
+    /// The most elements of one array; None until Slurm has answered.
     chunk: Option<usize>,
-    /// Why nothing runs, as it is recorded.
+    /// Why nothing runs, as recorded.
     waiting: Option<String>,
-    /// Whether it has been said that Slurm does not answer.
+    /// Whether the user has been warned that Slurm does not answer.
     silent: bool,
     submitted: u32,
-    /// Which elements are heard first.
+    /// The element to read first.
     heard_from: usize,
-    /// Since when ranks that have run wait.
+    /// Since when ranks that ran before have been waiting.
     waits_since: Option<Instant>,
 }
 
@@ -268,23 +273,21 @@ impl DispatchLoop {
         (self.to.listener)(Notice::Warning(text.into()));
     }
 
-    /// Finds the jobs that another runner has left.
+    /// Finds the jobs that another runner left behind.
     async fn recall(&mut self) -> Result<(), StoreError> {
         for open in self.to.store.open_jobs(&self.to.digest).await? {
             let dir = self.spools().join(&open.name);
-            let id = match open.job {
-                Some(id) => Some(id),
-                // It ended between submitting it and writing its id down.
-                None => submission::found(&self.to.slurm, &open.name)
-                    .await
-                    .map_err(|error| unknown(&dir, error))?,
-            };
             let order = match spool::read_order(&dir) {
                 Ok(order) => Some(order),
                 Err(SpoolError::Damaged { .. }) => None,
                 Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => None,
-                // A job whose order cannot be read now may be at work.
+                // A job whose order cannot be read now may be running.
                 Err(error) => return Err(unknown(&dir, error)),
+            };
+            let id = match open.job {
+                Some(id) => Some(id),
+                // The runner ended after submitting it and before recording its id.
+                None => self.id_of(&open.name, &dir, order.as_ref()).await?,
             };
             let (Some(id), Some(order)) = (id, order) else {
                 match id {
@@ -298,9 +301,12 @@ impl DispatchLoop {
                 continue;
             };
             if open.job.is_none() {
-                self.to.store.job_submitted(open.key, id, "").await?;
+                let cluster = self.to.slurm.cluster().await.name;
+                let store = &self.to.store;
+                store.job_submitted(open.key, id, &cluster).await?;
             }
-            let mut marks = vec![0; order.elements.len()];
+            let slots = order.elements.len();
+            let mut marks = vec![0; slots];
             for (element, mark) in open.imported {
                 if let Some(place) = marks.get_mut(element) {
                     *place = mark;
@@ -310,15 +316,41 @@ impl DispatchLoop {
                 key: open.key,
                 id,
                 dir,
-                slots: vec![None; order.elements.len()],
+                slots: vec![None; slots],
                 layout: order.layout(),
+                wasted: (0..slots)
+                    .map(|element| order.wasted_before(element))
+                    .collect(),
                 elements: order.elements,
                 marks,
+                given_up: vec![false; slots],
                 stopping: false,
                 over: false,
             });
         }
         Ok(())
+    }
+
+    /// The id of the job that was submitted under this name, if any: from Slurm or, if Slurm has forgotten it, from the
+    /// records of its elements.
+    async fn id_of(
+        &self,
+        name: &str,
+        dir: &Path,
+        order: Option<&JobSpec>,
+    ) -> Result<Option<u64>, StoreError> {
+        let found = submission::found(&self.to.slurm, name).await;
+        if let Some(id) = found.map_err(|error| unknown(dir, error))? {
+            return Ok(Some(id));
+        }
+        let Some(order) = order else { return Ok(None) };
+        let (spool, elements) = (dir.to_owned(), order.elements.len());
+        let began = tokio::task::spawn_blocking(move || slot::job_of(&spool, elements)).await;
+        match began.map_err(|error| unknown(dir, error))? {
+            Ok(Some(id)) => Ok(Some(id)),
+            Ok(None) => Ok(self.to.slurm.find_ended(name).await),
+            Err(error) => Err(unknown(dir, error)),
+        }
     }
 
     async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Command>) {
@@ -345,7 +377,7 @@ impl DispatchLoop {
         }
     }
 
-    /// Writes what is still pending.
+    /// Writes pending events.
     async fn close(&mut self) -> Result<(), StoreError> {
         let news = std::mem::take(&mut self.news);
         self.to.store.note_elements(&news).await?;
@@ -373,7 +405,7 @@ impl DispatchLoop {
         }
     }
 
-    /// When there is something to do next.
+    /// When the next round is due.
     fn next_look(&self) -> Instant {
         let now = Instant::now();
         if self.slots.iter().all(|slot| slot.phase == Phase::Over) {
@@ -409,13 +441,13 @@ impl DispatchLoop {
         self.settle().await
     }
 
-    /// Whether all ranks have run, and wait now, and fewer could go on.
+    /// Whether all ranks ran before and are waiting now, and fewer could go on.
     fn ranks_wait_again(&self) -> bool {
         let mut ranks = self.slots.iter().filter(|slot| slot.part.is_some());
         self.to.shrinks && ranks.clone().next().is_some() && ranks.all(Slot::waits_again)
     }
 
-    /// Gives up ranks that have run and wait too long to run again, where fewer can go on.
+    /// Gives up ranks that ran before and have waited too long for a restart, if fewer can go on.
     async fn shrink(&mut self) {
         if !self.ranks_wait_again() {
             self.waits_since = None;
@@ -443,7 +475,7 @@ impl DispatchLoop {
         }
     }
 
-    /// Writes down what happened, and closes jobs of which nothing is left.
+    /// Records what happened, and closes finished jobs.
     async fn settle(&mut self) -> Result<(), StoreError> {
         let news = std::mem::take(&mut self.news);
         self.to.store.note_elements(&news).await?;
@@ -454,7 +486,7 @@ impl DispatchLoop {
                     slot.phase == Phase::Over || slot.job.is_none_or(|(at, _)| at != job.key)
                 })
             };
-            // Those that nobody has asked for yet may still be.
+            // Elements that the executor has not requested yet may still be wanted.
             if !job.over && job.slots.iter().any(Option::is_some) && job.slots.iter().all(done) {
                 job.over = true;
                 self.to.store.job_over(job.key).await?;
@@ -483,7 +515,7 @@ impl DispatchLoop {
         Ok(())
     }
 
-    /// The store cannot be written to: nothing true could be said any more.
+    /// The store cannot be written to, so no report would be true any more.
     async fn fail(&mut self, error: &StoreError) {
         let ended = ClusterEnd {
             reason: "history not written".into(),
@@ -495,11 +527,11 @@ impl DispatchLoop {
         }
     }
 
-    /// Stops what is to be stopped.
+    /// Carries out stop requests.
     async fn stop(&mut self) {
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
-            if slot.phase == Phase::New && slot.level > StopLevel::GoOn {
+            if slot.phase == Phase::New && slot.level > StopRequest::GoOn {
                 slot.cancelled().await;
             }
         }
@@ -513,17 +545,17 @@ impl DispatchLoop {
             if wishes
                 .iter()
                 .flatten()
-                .all(|level| *level == StopLevel::GoOn)
+                .all(|level| *level == StopRequest::GoOn)
             {
                 continue;
             }
-            let wanted = |level: StopLevel| -> Vec<Option<usize>> {
+            let wanted = |level: StopRequest| -> Vec<Option<usize>> {
                 let some = wishes.iter().enumerate();
                 let some = some.filter(|(_, found)| **found == Some(level));
                 let mut names: Vec<_> = some
                     .map(|(element, _)| job.layout.element(element))
                     .collect();
-                names.dedup(); // ranks have one
+                names.dedup(); // ranks share one job
                 names
             };
             if !std::mem::replace(&mut job.stopping, true) {
@@ -531,51 +563,69 @@ impl DispatchLoop {
                 let _ = self
                     .to
                     .slurm
-                    .cancel(job.id, &wanted(StopLevel::Checkpoint), true)
+                    .cancel(job.id, &wanted(StopRequest::Checkpoint), true)
                     .await;
             }
-            let now = wanted(StopLevel::Now);
+            let now = wanted(StopRequest::Now);
             if !now.is_empty() {
                 let _ = self.to.slurm.cancel(job.id, &now, false).await;
             }
             self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
         }
         for slot in &mut self.slots {
-            // Once is enough; what comes of it Slurm says.
-            if slot.level == StopLevel::Now {
-                slot.level = StopLevel::Ending;
+            // Once is enough; Slurm reports the outcome.
+            if slot.level == StopRequest::Now {
+                slot.level = StopRequest::Ending;
             }
         }
     }
 
-    /// Slurm's ids of jobs of which something is left to do.
+    /// Slurm's ids of unfinished jobs.
     fn open_jobs(&self) -> Vec<u64> {
         let open = self.jobs.iter().filter(|job| !job.over);
         open.map(|job| job.id).collect()
     }
 
-    /// Finds elements that another runner has submitted, for those that have no job.
+    /// Matches slots without a job with elements that another runner submitted.
     async fn adopt(&mut self) -> Result<(), StoreError> {
-        let new = |slot: &Slot| slot.phase == Phase::New && slot.level == StopLevel::GoOn;
+        let new = |slot: &Slot| slot.phase == Phase::New && slot.level == StopRequest::GoOn;
         let unclaimed = |job: &Job| !job.over && job.slots.iter().all(Option::is_none);
         if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
         }
-        let known = self.to.slurm.look(&self.open_jobs()).await;
+        let name = |part: Option<Part>| part.map(|part| (part.index, part.of));
+        let asked = self.slots.iter().filter(|slot| new(slot));
+        let asked: BTreeSet<_> = asked.map(|slot| name(slot.part)).collect();
+        let wanted = |job: &Job, element: usize| {
+            !job.over && !job.given_up[element] && asked.contains(&name(job.elements[element]))
+        };
+        let places: Vec<Key> = self
+            .jobs
+            .iter()
+            .flat_map(|job| {
+                let elements = (0..job.elements.len()).filter(|element| wanted(job, *element));
+                elements.map(|element| (job.id, job.layout.element(element)))
+            })
+            .collect();
+        let ids = self.open_jobs();
+        let known = self.to.slurm.look_back(&ids, |known| {
+            places.iter().any(|key| !known.contains_key(key))
+        });
+        let known = known.await;
         let mut taken = BTreeSet::new();
         for index in 0..self.slots.len() {
             if !new(&self.slots[index]) {
                 continue;
             }
             let part = self.slots[index].part;
-            // The newest first.
+            // Newest first.
             for at in (0..self.jobs.len()).rev() {
                 let job = &self.jobs[at];
                 let element = job.elements.iter().position(|known| *known == part);
                 let Some(element) = element.filter(|element| job.slots[*element].is_none()) else {
                     continue;
                 };
-                if job.over {
+                if job.over || job.given_up[element] {
                     continue;
                 }
                 let dir = spool::element_dir(&job.dir, element);
@@ -584,17 +634,30 @@ impl DispatchLoop {
                     known.get(&key).is_some_and(|said| !said.state.is_final())
                 });
                 let goes_on = said.unwrap_or(true);
-                if !slot::is_worth_taking(&dir, goes_on) {
-                    // It ended while nobody was there.
+                // A spool may be long, and the file system may hang.
+                let read = dir.clone();
+                let judged = move || slot::is_worth_taking(&read, goes_on);
+                let judged = tokio::task::spawn_blocking(judged).await;
+                let judged = judged.map_err(|error| unknown(&dir, error))?;
+                if !judged.map_err(|error| unknown(&dir, error))? {
+                    // It ended while no runner was there.
                     let key = (job.id, job.layout.element(element));
                     let said = known.as_ref().ok().and_then(|known| known.get(&key));
                     let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
                     let reason = reason.to_owned();
+                    let (key, mark) = (job.key, job.marks[element]);
+                    let reader = Reader::new(dir.clone());
+                    self.slots[index]
+                        .read_out((key, element), reader, mark, &mut self.news)
+                        .await
+                        .map_err(|error| unknown(&dir, error))?;
                     self.news
-                        .push((job.key, element, ElementUpdate::Lost { reason }));
+                        .push((key, element, ElementUpdate::Lost { reason }));
+                    self.jobs[at].given_up[element] = true;
                     continue;
                 }
                 let (key, mark) = (job.key, job.marks[element]);
+                self.slots[index].wasted = job.wasted[element];
                 self.jobs[at].slots[element] = Some(index);
                 self.slots[index].place((key, element), Reader::new(dir), mark);
                 taken.insert(key);
@@ -617,7 +680,7 @@ impl DispatchLoop {
             ));
         }
         self.ask_at = Instant::now();
-        // Of other numbers of parts, or ended without a result: they would be in the way.
+        // With another number of parts, or ended without a result: they would get in the way.
         let whole = self.slots.iter().all(|slot| slot.part.is_none());
         for job in &mut self.jobs {
             let of_parts = job.elements.iter().any(Option::is_some);
@@ -632,8 +695,8 @@ impl DispatchLoop {
     }
 }
 
-/// That a job left by another runner cannot be taken up, nor be given up.
-fn unknown(dir: &Path, error: impl std::error::Error) -> StoreError {
+/// A job that another runner left behind can neither be taken over nor given up.
+fn unknown(dir: &Path, error: impl std::fmt::Display) -> StoreError {
     let message = format!("what became of the job of this spool is not known now: {error}");
     StoreError::refused(dir, std::io::Error::other(message))
 }

@@ -1,10 +1,9 @@
-//! The end of a spool where the work is done: watches over a worker on a compute node.
+//! The compute node's side of a spool: supervises a worker.
 //!
-//! In: the directory of a job's spool, and what Slurm says of the place. Out: records in the spool. The worker is the
-//! same as on the runner's machine, and its events are those that a runner would get; they are recorded instead of
-//! handled. Slurm's signal ahead of the time limit asks the worker to stop at its next checkpoint, and Slurm for
-//! another life. Deliberately absent: the store, which no compute node opens, and the runner's machine, which need
-//! not be there.
+//! In: the directory of a job's spool, and Slurm's environment variables. Out: records in the spool. The worker is the same as
+//! on the runner's machine and sends the same events; they are recorded here instead of handled. When Slurm signals ahead of
+//! the time limit, the worker is asked to stop at its next checkpoint, and Slurm is asked for another life.
+//! Deliberately absent: the store, which no compute node opens, and the runner's machine, which may be down.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -19,38 +18,41 @@ use tokio::time::Instant;
 use crate::cluster::spool::{self, JobSpec, LifeEnd, SpoolError, SpoolEvent, Writer};
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
+use crate::worker::heartbeat::{self, Heartbeat};
 use crate::worker::process::{Exit, Worker, WorkerEvent};
 
-/// How often the file that stops a job is looked for, and stale directories with it.
+/// How often to look for the file that stops a job.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);
-/// From SIGTERM to SIGKILL for the worker, once Slurm has said that the end is near.
+/// From SIGTERM to SIGKILL for the worker, once Slurm has announced the end.
 const LAST_MOMENTS: Duration = Duration::from_secs(20);
-/// How long records that cannot be written are tried again.
+/// How long to retry records that cannot be written.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// Bytes that may wait to be written; beyond, metrics and lines are lost.
+/// Bytes that may wait to be written; beyond that, metrics and lines are dropped.
 const MOST_PENDING: usize = 64 << 20;
 
-/// This process's place in Slurm.
+/// This process's identity within its job.
 #[derive(Debug, Clone)]
 pub struct ElementIdentity {
     /// The directory of the job's spool.
     pub spool: PathBuf,
-    /// Which element of the job this is.
+    /// This element's index in the job.
     pub element: usize,
-    /// Slurm's id of this element.
+    /// This element's id in Slurm.
     pub job: String,
+    /// The same id as people know it: the array's id, and the element's number in it.
+    pub shown_job: String,
     /// The name of the node.
     pub node: String,
-    /// Which of the ranks on this node it is.
+    /// Its number among the ranks on this node.
     pub local_rank: usize,
-    /// Whether it sees the devices of all ranks on this node, and not its own alone.
+    /// Whether it sees the devices of all ranks on this node, not only its own.
     pub sees_all_devices: bool,
 }
 
-/// The variable with the name of a training's meeting place, where more than one training meets at an address.
+/// The variable that names a training's rendezvous when several trainings share an address.
 pub const MEETING: &str = "RETORT_MEETING";
 
-/// The variables of a rank, named as by `torchrun`.
+/// A rank's variables, with torchrun's names.
 pub fn rank_variables(part: Part, on_this_node: usize) -> [(&'static str, OsString); 3] {
     [
         ("RANK", part.index.to_string().into()),
@@ -59,13 +61,13 @@ pub fn rank_variables(part: Part, on_this_node: usize) -> [(&'static str, OsStri
     ]
 }
 
-/// Why a process supervises no worker.
+/// Why a process does not supervise a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The spool cannot be used.
     #[error(transparent)]
     Spool(#[from] SpoolError),
-    /// The element is none of the job's.
+    /// The job has no such element.
     #[error("{} has no element {element}", spool.display())]
     NoElement {
         /// The spool.
@@ -73,7 +75,7 @@ pub enum NodeError {
         /// The element.
         element: usize,
     },
-    /// The operating system refuses.
+    /// The operating system refused.
     #[error("{what}: {source}")]
     System {
         /// What was tried.
@@ -83,10 +85,10 @@ pub enum NodeError {
     },
 }
 
-/// Runs an element; returns whether it ended by itself.
+/// Runs an element. Returns whether it ended by itself.
 ///
 /// # Errors
-/// [`NodeError`]: nothing was begun, or what happened could not be written down.
+/// [`NodeError`]: nothing was started, or the events could not be written.
 pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     let order = spool::read_order(&place.spool)?;
     let system = |what: &str| {
@@ -104,18 +106,20 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     let shown = dir.display().to_string();
     let mut writer = Writer::open(&dir).map_err(system(&format!("cannot write to {shown}")))?;
     writer.push(SpoolEvent::Began {
-        job: place.job.clone(),
+        job: place.shown_job.clone(),
         node: place.node.clone(),
         pid: std::process::id(),
     });
-    // Two lives would write the same files: one that Slurm presumed dead gets time to notice.
+    // Two lives would write the same files, so a life that Slurm presumed dead gets time to notice.
     if writer.supersede() {
         let began = Instant::now();
         while writer.is_followed_too_soon() && began.elapsed() < 5 * STOP_INTERVAL {
             tokio::time::sleep(STOP_INTERVAL / 4).await;
         }
     }
-    let wasted = spool::wasted_lives(&dir, writer.life());
+    let wasted = order
+        .wasted_before(place.element)
+        .saturating_add(spool::wasted_lives(&dir, writer.life()));
     let over = if spool::is_to_stop(&place.spool) {
         LifeEnd::Stopped
     } else if wasted > order.requeue {
@@ -142,6 +146,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
             progress: None,
             answer: None,
             cause: None,
+            is_silent: false,
         };
         let over = watch
             .over(task, &mut signals, wasted)
@@ -155,13 +160,13 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         LifeEnd::TimeLimit { at_checkpoint } | LifeEnd::Terminated { at_checkpoint } => {
             *at_checkpoint
         }
-        LifeEnd::Again { .. } | LifeEnd::GaveUp => false,
+        LifeEnd::Again { .. } | LifeEnd::OutOfTries { .. } | LifeEnd::GaveUp => false,
         LifeEnd::Done | LifeEnd::Stopped => true,
     };
     writer.push(SpoolEvent::Over(over));
     let began = Instant::now();
     while let Err(source) = writer.close(good) {
-        // A runner that has read it all removes the spool, perhaps before the last piece has its name.
+        // A runner that has read everything removes the spool, perhaps before the last piece is renamed.
         if source.kind() == std::io::ErrorKind::NotFound && !place.spool.exists() {
             break;
         }
@@ -171,11 +176,12 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    // Of ranks the first asks, which saves what all have done: the others would end it in the middle of that.
-    let asks = !order.ranks || place.element == 0;
-    if again && order.again && asks {
+    if again && order.again {
+        if order.ranks && place.element > 0 && first_rank_ends(place, writer.life()).await {
+            return Ok(good);
+        }
         if order.ranks {
-            // They leave at the same step, and write down that they did.
+            // They leave at the same step, and record it.
             tokio::time::sleep(STOP_INTERVAL).await;
         }
         requeue(&place.job).await;
@@ -183,14 +189,30 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     Ok(good)
 }
 
-/// Asks Slurm for another life of this job, which ends this process. Where that fails the runner will do it.
+/// Whether the first rank's life ends soon. The first rank asks for the next life, because it saves the work of all, and the
+/// others would interrupt that. If it hangs it does not ask, and another rank has to. The ranks wait for different times,
+/// because the first request ends them all.
+async fn first_rank_ends(place: &ElementIdentity, life: u32) -> bool {
+    let first = spool::element_dir(&place.spool, 0);
+    let turns = u32::try_from(place.element).unwrap_or(u32::MAX);
+    let until = Instant::now() + LAST_MOMENTS + STOP_INTERVAL * 4 * turns.min(1 << 16);
+    while Instant::now() < until {
+        if spool::is_over(&first, life) {
+            return true;
+        }
+        tokio::time::sleep(STOP_INTERVAL).await;
+    }
+    false
+}
+
+/// Asks Slurm to restart this job, which ends this process. If that fails the runner will do it.
 async fn requeue(job: &str) {
     let asked = tokio::process::Command::new("scontrol")
         .args(["requeue", job])
         .stdin(Stdio::null())
         .status();
     match tokio::time::timeout(Duration::from_secs(60), asked).await {
-        // Time for Slurm to end this process: to end by itself would be another end than the one asked for.
+        // Gives Slurm time to end this process: exiting first would count as a different end.
         Ok(Ok(status)) if status.success() => tokio::time::sleep(Duration::from_secs(60)).await,
         _ => {}
     }
@@ -204,21 +226,23 @@ enum NodeStopReason {
     Terminated,
 }
 
-/// A worker under watch.
+/// A supervised worker.
 struct WatchedWorker<'a> {
     place: &'a ElementIdentity,
     order: &'a JobSpec,
     writer: &'a mut Writer,
-    /// Frames that had no room.
+    /// Frames that did not fit.
     lost: u64,
-    /// Points since the last write, and what was said last of progress: they are joined.
+    /// Points since the last write, and the last progress, which are written together.
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
     answer: Option<WorkerAnswer>,
     cause: Option<NodeStopReason>,
+    /// Whether it was killed for missing heartbeats.
+    is_silent: bool,
 }
 
-/// What the worker answered.
+/// The worker's answer.
 #[derive(Clone, Copy, PartialEq)]
 enum WorkerAnswer {
     Result,
@@ -228,7 +252,7 @@ enum WorkerAnswer {
 }
 
 impl WatchedWorker<'_> {
-    /// Has the task done, and says why this life is over.
+    /// Runs the task, and returns why this life is over.
     async fn over(
         &mut self,
         task: Task,
@@ -240,11 +264,11 @@ impl WatchedWorker<'_> {
         if self.order.ranks
             && let Some(part) = self.order.elements[self.place.element]
         {
-            // Where they meet the environment says.
+            // The rendezvous address comes from the environment.
             variables.extend(rank_variables(part, self.place.local_rank));
             variables.push((MEETING, self.order.meeting.clone().into()));
         }
-        // Slurm signals every process of a job. What the worker does about its end is said here, through its socket.
+        // Slurm signals every process of a job. The worker ignores that; it is stopped from here, through its socket.
         let mut worker = Worker::spawn_in_job(self.order.threads, &variables)?;
         if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
             return Err(std::io::Error::other(error));
@@ -253,15 +277,28 @@ impl WatchedWorker<'_> {
         let mut write = tokio::time::interval(self.order.interval);
         write.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut kill_at = None::<Instant>;
+        let (mut heartbeat, mut look) = (Heartbeat::default(), heartbeat::looks());
         let exit = loop {
             tokio::select! {
                 event = worker.next() => match event {
                     WorkerEvent::Exited(exit) => break exit,
-                    event => self.hear(event, &worker),
+                    WorkerEvent::Frame(FromWorker::Heartbeat) => heartbeat.beat(),
+                    event => {
+                        heartbeat.heard();
+                        self.hear(event, &worker);
+                    }
                 },
+                _ = look.tick(), if self.order.ranks && self.cause.is_none() && self.answer.is_none() && !self.is_silent => {
+                    if heartbeat.look() {
+                        self.is_silent = true;
+                        let seconds = heartbeat.silence().as_secs();
+                        self.say(SpoolEvent::Frame(FromWorker::Silent { seconds }));
+                        worker.signal(libc::SIGKILL);
+                    }
+                }
                 cause = signals.next() => {
                     self.ask(cause, &mut worker).await;
-                    // Twice, or in the end: no more time is given.
+                    // The second signal, or the last: no more time is given.
                     if cause == NodeStopReason::Terminated {
                         let at = Instant::now() + LAST_MOMENTS;
                         kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
@@ -287,6 +324,12 @@ impl WatchedWorker<'_> {
             }
         };
         let out_of_memory = kills_for_memory() > kills;
+        if self.order.ranks && self.cause.is_none() && self.answer == Some(WorkerAnswer::Cancelled)
+        {
+            // Another rank got the signal before this one, which learns the reason now.
+            let heard = tokio::time::timeout(2 * STOP_INTERVAL, signals.next()).await;
+            self.cause = heard.ok();
+        }
         self.join();
         self.writer.push(SpoolEvent::Exited {
             status: exit.status,
@@ -299,7 +342,7 @@ impl WatchedWorker<'_> {
     fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> LifeEnd {
         let at_checkpoint = self.answer == Some(WorkerAnswer::Cancelled);
         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
-        // What a worker says for itself counts, whatever was asked of it meanwhile.
+        // The worker's own answer counts, whatever was asked of it meanwhile.
         if matches!(
             self.answer,
             Some(WorkerAnswer::Result | WorkerAnswer::Final)
@@ -310,7 +353,7 @@ impl WatchedWorker<'_> {
             Some(NodeStopReason::User) => return LifeEnd::Stopped,
             Some(NodeStopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
             Some(NodeStopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
-            // Ranks stop together: another one was told to, for a reason that Slurm knows.
+            // Ranks stop together: another one was asked to, for a reason that Slurm knows.
             None if self.order.ranks && self.order.again && at_checkpoint => {
                 return LifeEnd::Terminated { at_checkpoint };
             }
@@ -318,22 +361,25 @@ impl WatchedWorker<'_> {
         }
         let reason = match self.answer {
             Some(WorkerAnswer::Retryable) => "failed in a way that may pass",
+            None if self.is_silent => "its worker hangs",
             None if killed && !out_of_memory => "its worker was killed by SIGKILL",
             _ => return LifeEnd::Done,
         };
-        match wasted < self.order.requeue {
-            true => LifeEnd::Again {
-                reason: reason.to_owned(),
-            },
-            false => LifeEnd::Done,
+        let reason = reason.to_owned();
+        match (wasted < self.order.requeue, self.answer) {
+            (true, _) => LifeEnd::Again { reason },
+            // It has reported why it failed; and without restarts, the way it ended is the reason.
+            (false, Some(_)) => LifeEnd::Done,
+            (false, None) if self.order.requeue == 0 => LifeEnd::Done,
+            (false, None) => LifeEnd::OutOfTries { reason },
         }
     }
 
     async fn ask(&mut self, cause: NodeStopReason, worker: &mut Worker) {
-        // What comes first is the reason; that Slurm then ends what is left belongs to it.
+        // The first event is the reason; that Slurm then ends the rest follows from it.
         self.cause.get_or_insert(cause);
-        // A message without paths can be written.
-        let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
+        // A message without paths can always be encoded.
+        let _ = worker.send(&ToWorker::StopAtCheckpoint).await;
     }
 
     fn hear(&mut self, event: WorkerEvent, worker: &Worker) {
@@ -353,7 +399,7 @@ impl WatchedWorker<'_> {
                         None => drop(self.series.insert(points.series.clone(), points)),
                     }
                 }
-                // A frame has a limit.
+                // Frames have a size limit.
                 if self
                     .series
                     .values()
@@ -373,7 +419,7 @@ impl WatchedWorker<'_> {
                     FromWorker::Failed(failure) if failure.code == FailureCode::Cancelled => {
                         Some(WorkerAnswer::Cancelled)
                     }
-                    FromWorker::Failed(failure) if failure.retryable => {
+                    FromWorker::Failed(failure) if failure.is_retryable() => {
                         Some(WorkerAnswer::Retryable)
                     }
                     FromWorker::Failed(_) | FromWorker::NotLoaded { .. } => {
@@ -403,7 +449,7 @@ impl WatchedWorker<'_> {
             SpoolEvent::Line { .. } | SpoolEvent::Frame(FromWorker::Log(_) | FromWorker::Loaded)
         );
         if matters || self.writer.pending() <= MOST_PENDING {
-            // What came before it is written before it.
+            // Earlier records are written first.
             self.join();
             self.writer.push(word);
         } else {
@@ -411,7 +457,7 @@ impl WatchedWorker<'_> {
         }
     }
 
-    /// Makes records of what has been joined.
+    /// Turns the joined points and progress into records.
     fn join(&mut self) {
         let mut series: Vec<Points> = self.series.drain().map(|(_, points)| points).collect();
         if !series.is_empty() {
@@ -426,7 +472,7 @@ impl WatchedWorker<'_> {
 
     fn write(&mut self) {
         self.join();
-        // What cannot be written now, the next time will do.
+        // What cannot be written now is written the next time.
         if self.writer.flush().is_ok() && self.lost > 0 {
             let text = format!(
                 "{} frames came while the spool could not be written, and are lost",
@@ -469,13 +515,13 @@ impl Signals {
     }
 }
 
-/// How often a process has been killed for want of memory: in this job where its control group tells, else on the whole
+/// How many processes have been killed for lack of memory: in this job, if its control group tells, otherwise on the whole
 /// machine.
 fn kills_for_memory() -> u64 {
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let counted = groups.lines().find_map(|line| {
         let path = line.strip_prefix("0::/")?;
-        // The step's group has the limit, or the job's above it does.
+        // The limit is set on the step's group, or on the job's above it.
         let dirs: Vec<PathBuf> = Path::new("/sys/fs/cgroup")
             .join(path)
             .ancestors()

@@ -1,56 +1,61 @@
-//! Slurm, through its own programs: requests, and the meaning of answers.
+//! The interface to Slurm's programs: requests, and how to read their answers.
 //!
-//! In: jobs to submit, ids to ask about. Out: ids, states, or an error with what Slurm said and what to do. The programs
-//! are those on PATH; their answers are read by formats that are named in the call, within limits, and trusted for
-//! ids, states, reasons and node names only. Deliberately absent: what a state means for a stage.
+//! In: jobs to submit, ids to query. Out: ids, states, or an error with Slurm's message and what to do. The programs are those
+//! on PATH. Each call names the output format, limits its size, and trusts only ids, states, reasons and node names.
+//! Deliberately absent: what a state means for a stage.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::OnceCell;
 
 use crate::settings::Profile;
 
+mod refusal;
+
+use refusal::refusal;
+
 /// How long a program may take. `sbatch` itself retries while the queue is full.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Bytes of an answer: a line for each of 100,000 elements.
+/// The most bytes of an answer: one line for each of 100,000 elements.
 const MOST_BYTES: u64 = 16 << 20;
-/// Bytes of what a program says on its standard error.
+/// The most bytes of a program's standard error.
 const MOST_WORDS: u64 = 64 << 10;
 
 /// A job to submit.
 #[derive(Debug)]
 pub struct NewJob<'a> {
-    /// By which it is found again.
+    /// The name by which to find it again.
     pub name: &'a str,
     /// Its script, in its spool.
     pub script: &'a Path,
-    /// The directory of the spool: where it runs, and where what it prints goes.
+    /// The spool's directory, in which the job runs and where its output goes.
     pub spool: &'a Path,
-    /// What it is made of.
+    /// Its layout.
     pub layout: Layout,
-    /// Processors that it needs.
+    /// Processors per task.
     pub cpus: usize,
-    /// What it asks for beside them.
+    /// Its other requests.
     pub profile: &'a Profile,
 }
 
-/// What a job is made of.
+/// The layout of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// One process.
     Single,
-    /// So many elements of an array, each with an allocation of its own.
+    /// An array of this many elements, each with a separate allocation.
     Array(usize),
-    /// So many tasks of one allocation, on one node or on several.
+    /// This many tasks in one allocation, on one node or several.
     Ranks(usize),
 }
 
 impl Layout {
-    /// The number of elements; a single process is none.
+    /// The number of elements; None for a single process.
     pub fn elements(self) -> Option<usize> {
         match self {
             Self::Single => None,
@@ -58,13 +63,13 @@ impl Layout {
         }
     }
 
-    /// The name by which Slurm knows element `index`, within the job.
+    /// Slurm's number of element `index` within the job.
     pub fn element(self, index: usize) -> Option<usize> {
         matches!(self, Self::Array(_)).then_some(index)
     }
 }
 
-/// An element of a job, or a job that has none.
+/// A job, and the element if it has several.
 pub type Key = (u64, Option<usize>);
 
 /// Slurm's status of an element.
@@ -72,39 +77,39 @@ pub type Key = (u64, Option<usize>);
 pub struct ElementStatus {
     /// Its state.
     pub state: State,
-    /// Why it waits, or what else there is to say.
+    /// Why it waits, or another remark.
     pub reason: String,
-    /// Where it is or was.
+    /// The node that runs or ran it.
     pub node: String,
 }
 
-/// The state of an element, as a runner sees it.
+/// The state of an element, as far as the runner distinguishes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It waits, or will be started again.
+    /// It waits for its first start or another.
     Pending,
     /// It runs, or is about to end.
     Running,
-    /// Its script has left.
+    /// Its script has exited.
     Completed,
-    /// Its script has left with an error.
+    /// Its script has exited with an error.
     Failed,
     /// Somebody has cancelled it.
     Cancelled,
-    /// Its time was over.
+    /// It reached its time limit.
     Timeout,
-    /// Its node has failed, or never came up.
+    /// Its node failed, or never came up.
     NodeFailed,
     /// It was preempted.
     Preempted,
-    /// It took more memory than it may.
+    /// It exceeded its memory limit.
     OutOfMemory,
     /// Its deadline has passed.
     Deadline,
 }
 
 impl State {
-    /// From the name that Slurm has for it; a name that is not known is that of something that goes on.
+    /// From Slurm's name; an unknown name is taken for a state in which the element is still active.
     fn parse(name: &str) -> Self {
         // `CANCELLED by 1000`, `CANCELLED+`.
         let word = name.split([' ', '+']).next().unwrap_or_default();
@@ -123,7 +128,20 @@ impl State {
         }
     }
 
-    /// Whether Slurm does nothing more about it.
+    /// What went wrong, in the history's words, if Slurm knows.
+    pub fn fault(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Cancelled => "cancelled in Slurm",
+            Self::Timeout => "time limit",
+            Self::NodeFailed => "node failed",
+            Self::Preempted => "preempted",
+            Self::OutOfMemory => "out of memory in Slurm",
+            Self::Deadline => "deadline",
+            Self::Pending | Self::Running | Self::Completed | Self::Failed => return None,
+        })
+    }
+
+    /// Whether Slurm has finished with it.
     pub fn is_final(self) -> bool {
         !matches!(self, Self::Pending | Self::Running)
     }
@@ -132,7 +150,7 @@ impl State {
 /// Why a request to Slurm failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SlurmError {
-    /// A program is not there.
+    /// A program is missing.
     #[error(
         "`{program}` was not found on PATH: Slurm's programs are needed on the machine that submits"
     )]
@@ -140,32 +158,32 @@ pub enum SlurmError {
         /// Which.
         program: String,
     },
-    /// A job is refused for good.
+    /// A job is refused permanently.
     #[error("Slurm refuses the job: {said}")]
     Refused {
-        /// What it said.
+        /// Slurm's message.
         said: String,
         /// What to do.
         hint: String,
     },
-    /// There is no room for the job now.
+    /// There is no room for the job at the moment.
     #[error("Slurm's queue takes no more jobs now: {said}")]
     Full {
-        /// What it said.
+        /// Slurm's message.
         said: String,
     },
-    /// It does not answer.
+    /// Slurm does not answer.
     #[error("Slurm does not answer: {said}")]
     Silent {
-        /// What was said instead.
+        /// What it reported instead.
         said: String,
     },
-    /// Its answer is invalid.
+    /// An answer is invalid.
     #[error("`{program}` gave an invalid answer: {answer}")]
     Odd {
         /// Which program.
         program: String,
-        /// The answer, or its beginning.
+        /// The answer, perhaps cut.
         answer: String,
     },
 }
@@ -173,11 +191,42 @@ pub enum SlurmError {
 /// Slurm.
 #[derive(Debug, Default)]
 pub struct Slurm {
-    /// Whether it has said that it keeps no accounts.
+    /// Whether accounting turned out to be off.
     unaccounted: AtomicBool,
+    /// The cluster's configuration, once known.
+    cluster: OnceCell<ClusterConfig>,
 }
 
-/// What a program answered.
+/// A cluster's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterConfig {
+    /// Its name; empty if unknown.
+    pub name: String,
+    /// How many elements an array may have.
+    pub array_size: usize,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            array_size: 1001,
+        }
+    }
+}
+
+/// A finished start of an element, from the accounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PastLife {
+    /// The element.
+    pub place: Key,
+    /// How it ended.
+    pub state: State,
+    /// When: seconds since 1970, by the controller's clock.
+    pub ended: i64,
+}
+
+/// A program's answer.
 struct ProgramOutput {
     status: Option<ExitStatus>,
     stdout: String,
@@ -191,26 +240,22 @@ impl ProgramOutput {
 }
 
 impl Slurm {
-    /// Submits a job, and returns its id and the name of the cluster, if Slurm gives it.
+    /// Submits a job, and returns its id.
     ///
     /// # Errors
     /// [`SlurmError`].
-    pub async fn submit(&self, job: &NewJob<'_>) -> Result<(u64, String), SlurmError> {
+    pub async fn submit(&self, job: &NewJob<'_>) -> Result<u64, SlurmError> {
         let output = call("sbatch", &arguments(job)).await?;
         if !output.succeeded() {
             let busy = output.stderr.contains("policy") && self.own_jobs().await.unwrap_or(0) > 0;
             return Err(refusal(&output, busy));
         }
-        // `id`, or `id;cluster`.
-        let line = output.stdout.trim();
-        let (id, cluster) = line.split_once(';').unwrap_or((line, ""));
-        match id.parse() {
-            Ok(id) => Ok((id, cluster.to_owned())),
-            Err(_) => Err(odd("sbatch", &output.stdout)),
-        }
+        // `id`, or in a federation `id;cluster`.
+        let id = output.stdout.trim().split(';').next().unwrap_or_default();
+        id.parse().map_err(|_| odd("sbatch", &output.stdout))
     }
 
-    /// What Slurm's controller says of jobs; those that it does not know, or no more, are left out.
+    /// The status of jobs from Slurm's controller; jobs that it does not know, or has forgotten, are left out.
     ///
     /// # Errors
     /// [`SlurmError`].
@@ -231,7 +276,7 @@ impl Slurm {
         Ok(output.stdout.lines().filter_map(line).collect())
     }
 
-    /// What Slurm's accounts say of jobs; nothing where it keeps none.
+    /// The status of jobs from Slurm's accounts; empty without accounting.
     ///
     /// # Errors
     /// [`SlurmError`].
@@ -239,42 +284,113 @@ impl Slurm {
         if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
             return Ok(HashMap::new());
         }
+        let said = self.sacct(jobs, &["--format=JobID,State,NodeList"]).await?;
+        Ok(said.lines().filter_map(account).collect())
+    }
+
+    /// How the starts of jobs ended according to Slurm's accounts, including those that were followed by a restart; empty
+    /// without accounting.
+    ///
+    /// # Errors
+    /// [`SlurmError`].
+    pub async fn past_lives(&self, jobs: &[u64]) -> Result<Vec<PastLife>, SlurmError> {
+        if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
+        }
+        let words = ["--duplicates", "--format=JobID,State,NodeList,End"];
+        let said = self.sacct(jobs, &words).await?;
+        Ok(said.lines().filter_map(past_life).collect())
+    }
+
+    /// `sacct`'s lines about jobs; empty without accounting.
+    async fn sacct(&self, jobs: &[u64], words: &[&str]) -> Result<String, SlurmError> {
         let ids = format!("--jobs={}", list(jobs));
-        let fields = "--format=JobID,State,NodeList";
-        let words = ["--noheader", "--parsable2", "--allocations", fields, &ids];
-        let output = match call("sacct", &words.map(str::to_owned)).await {
+        let all = ["--noheader", "--parsable2", "--allocations", &ids];
+        let all: Vec<String> = all.iter().chain(words).map(|&word| word.into()).collect();
+        let output = match call("sacct", &all).await {
             Err(SlurmError::NotInstalled { .. }) => {
                 self.unaccounted.store(true, Ordering::Relaxed);
-                return Ok(HashMap::new());
+                return Ok(String::new());
             }
             output => output?,
         };
         if !output.succeeded() {
             if output.stderr.contains("accounting storage is disabled") {
                 self.unaccounted.store(true, Ordering::Relaxed);
-                return Ok(HashMap::new());
+                return Ok(String::new());
             }
             return Err(silent(&output));
         }
-        let account = |line: &str| {
-            let mut fields = line.split('|');
-            let (id, state) = (fields.next()?, fields.next()?);
-            let (job, element) = match id.split_once('_') {
-                // Elements that have not begun stand in brackets, together.
-                Some((job, element)) => (job, Some(element.parse().ok()?)),
-                None => (id, None),
-            };
-            let said = ElementStatus {
-                state: State::parse(state),
-                reason: bounded(state),
-                node: bounded(fields.next().unwrap_or_default()),
-            };
-            Some(((job.parse().ok()?, element), said))
-        };
-        Ok(output.stdout.lines().filter_map(account).collect())
+        Ok(output.stdout)
     }
 
-    /// The id of the job of this name, if Slurm knows one.
+    /// Which of these nodes have failed, or do not answer the controller.
+    ///
+    /// # Errors
+    /// [`SlurmError`].
+    pub async fn failed_nodes(
+        &self,
+        nodes: &BTreeSet<&str>,
+    ) -> Result<BTreeSet<String>, SlurmError> {
+        let is_name = |name: &&str| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+            name.starts_with(|first: char| first.is_ascii_alphanumeric()) && name.bytes().all(plain)
+        };
+        let names: Vec<&str> = nodes.iter().copied().filter(is_name).collect();
+        if names.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let names = names.join(",");
+        let words = ["--oneliner", "show", "node", &names].map(str::to_owned);
+        let said = call("scontrol", &words).await?.stdout;
+        Ok(said.lines().filter_map(failed_node).collect())
+    }
+
+    /// The status of jobs from Slurm's controller and, for those that it has forgotten, from the accounts. The accounts are
+    /// only asked if `lacks` reports that something is missing.
+    ///
+    /// # Errors
+    /// [`SlurmError`]: the controller does not answer.
+    pub async fn look_back(
+        &self,
+        jobs: &[u64],
+        lacks: impl FnOnce(&HashMap<Key, ElementStatus>) -> bool,
+    ) -> Result<HashMap<Key, ElementStatus>, SlurmError> {
+        let mut known = self.look(jobs).await?;
+        if lacks(&known) {
+            let accounts = self.accounts(jobs).await.unwrap_or_default();
+            // What the controller does not know is not running, even if the accounts have not recorded its end yet.
+            for (key, said) in accounts
+                .into_iter()
+                .filter(|(_, said)| said.state.is_final())
+            {
+                known.entry(key).or_insert(said);
+            }
+        }
+        Ok(known)
+    }
+
+    /// The id of the job with this name in Slurm's accounts, which remember jobs that the controller has forgotten.
+    pub async fn find_ended(&self, name: &str) -> Option<u64> {
+        if self.unaccounted.load(Ordering::Relaxed) {
+            return None;
+        }
+        let name = format!("--name={name}");
+        let words = [
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            // Without a start time `sacct` shows only today's jobs.
+            "--starttime=now-90days",
+            "--format=JobID,State,NodeList",
+            &name,
+        ];
+        let output = call("sacct", &words.map(str::to_owned)).await.ok()?;
+        let found = output.stdout.lines().find_map(account);
+        found.map(|((job, _), _)| job)
+    }
+
+    /// The id of the job with this name, if Slurm knows one.
     ///
     /// # Errors
     /// [`SlurmError`].
@@ -295,21 +411,19 @@ impl Slurm {
         Ok(call("squeue", &words).await?.stdout.lines().count())
     }
 
-    /// How many elements an array may have.
-    pub async fn array_size(&self) -> usize {
-        const USUAL: usize = 1001;
-        let words = ["show", "config"].map(str::to_owned);
-        let Ok(output) = call("scontrol", &words).await else {
-            return USUAL;
-        };
-        let value = output.stdout.lines().find_map(|line| {
-            let (name, value) = line.split_once('=')?;
-            (name.trim() == "MaxArraySize").then(|| value.trim().parse::<usize>().ok())?
+    /// The cluster's configuration. Slurm is asked until it has answered once.
+    pub async fn cluster(&self) -> ClusterConfig {
+        let asked = self.cluster.get_or_try_init(|| async {
+            let words = ["show", "config"].map(str::to_owned);
+            match call("scontrol", &words).await {
+                Ok(output) if output.succeeded() => Ok(cluster_config(&output.stdout)),
+                _ => Err(()),
+            }
         });
-        value.unwrap_or(USUAL).max(1)
+        asked.await.cloned().unwrap_or_default()
     }
 
-    /// Ends elements of a job, or all of it. `waiting`: only what has not begun.
+    /// Cancels elements of a job, or the whole job. `waiting`: only elements that have not started.
     ///
     /// # Errors
     /// [`SlurmError`].
@@ -323,7 +437,7 @@ impl Slurm {
         if waiting {
             words.push("--state=PENDING".into());
         }
-        // Arguments have limits: a thousand elements at a time.
+        // The command line has a limit: a thousand elements at a time.
         for some in elements.chunks(1000) {
             let mut words = words.clone();
             words.extend(some.iter().map(|element| id(job, *element)));
@@ -335,7 +449,7 @@ impl Slurm {
         Ok(())
     }
 
-    /// Takes off the time that Slurm lets a job wait before it starts it again. Best effort.
+    /// Removes the delay before Slurm restarts a job. Best effort.
     pub async fn start_now(&self, job: u64, element: Option<usize>) {
         let words = [
             "update".to_owned(),
@@ -345,7 +459,7 @@ impl Slurm {
         let _ = call("scontrol", &words).await;
     }
 
-    /// Which version of Slurm is there, and whether its controller answers: for people.
+    /// Slurm's version, and whether its controller answers, for people.
     ///
     /// # Errors
     /// [`SlurmError`].
@@ -378,6 +492,63 @@ fn list(jobs: &[u64]) -> String {
     jobs.join(",")
 }
 
+/// A line of `sacct`.
+fn account(line: &str) -> Option<(Key, ElementStatus)> {
+    let mut fields = line.split('|');
+    let (id, state) = (fields.next()?, fields.next()?);
+    let (job, element) = match id.split_once('_') {
+        // Elements that have not started are grouped in brackets.
+        Some((job, element)) => (job, Some(element.parse().ok()?)),
+        None => (id, None),
+    };
+    let said = ElementStatus {
+        state: State::parse(state),
+        reason: bounded(state),
+        node: bounded(fields.next().unwrap_or_default()),
+    };
+    Some(((job.parse().ok()?, element), said))
+}
+
+/// A line of `sacct` about a finished start.
+fn past_life(line: &str) -> Option<PastLife> {
+    let (place, said) = account(line)?;
+    let ended = line.split('|').nth(3)?.trim().parse().ok()?;
+    let state = said.state;
+    Some(PastLife {
+        place,
+        state,
+        ended,
+    })
+}
+
+/// The name of a node, if this line of `scontrol show node` reports it as failed.
+fn failed_node(line: &str) -> Option<String> {
+    let value = |name: &str| line.split(' ').find_map(|word| word.strip_prefix(name));
+    let state = value("State=")?;
+    // `DOWN*+DRAIN`: a star or a word marks a node that does not answer.
+    let failed =
+        |word: &str| word.ends_with('*') || matches!(word, "DOWN" | "FAIL" | "NOT_RESPONDING");
+    let name = value("NodeName=")?;
+    state.split('+').any(failed).then(|| bounded(name))
+}
+
+/// The answer of `scontrol show config`.
+fn cluster_config(said: &str) -> ClusterConfig {
+    let value = |wanted: &str| {
+        said.lines().find_map(|line| {
+            let (name, value) = line.split_once('=')?;
+            (name.trim() == wanted).then(|| value.trim())
+        })
+    };
+    let usual = ClusterConfig::default();
+    let size = value("MaxArraySize").and_then(|size| size.parse::<usize>().ok());
+    ClusterConfig {
+        name: bounded(value("ClusterName").unwrap_or_default()),
+        array_size: size.unwrap_or(usual.array_size).max(1),
+    }
+}
+
+/// A line of `squeue`.
 fn line(line: &str) -> Option<(Key, ElementStatus)> {
     let mut fields = line.split('|');
     let (job, element) = (fields.next()?, fields.next()?);
@@ -405,7 +576,7 @@ fn arguments(job: &NewJob<'_>) -> Vec<String> {
         format!("--cpus-per-task={}", job.cpus),
     ];
     let ahead = profile.signal.as_secs();
-    // The signal goes to the script, which becomes the watch over the worker; of ranks to the watches that it starts.
+    // The signal goes to the script, which becomes the worker's supervisor; with ranks, to the supervisors that it starts.
     match job.layout {
         Layout::Single | Layout::Array(_) => words.extend([
             "--nodes=1".into(),
@@ -444,91 +615,7 @@ fn arguments(job: &NewJob<'_>) -> Vec<String> {
     words
 }
 
-/// Words of `sbatch` that say what is wrong, and what to do about it.
-const REFUSALS: [(&str, &str); 14] = [
-    (
-        "invalid partition",
-        "`sinfo --summarize` lists the partitions; set `partition`",
-    ),
-    (
-        "Invalid account",
-        "`sacctmgr show associations user=$USER` lists your accounts; set `account`, and `partition` to one that it may use",
-    ),
-    (
-        "Invalid qos",
-        "`sacctmgr show associations user=$USER format=account,qos` lists what you may use; set `qos`",
-    ),
-    (
-        "generic resource",
-        "`sinfo --Format=nodelist,gres` lists what nodes have; set `gres`",
-    ),
-    (
-        "Memory specification",
-        "no node has so much memory; `sinfo --Format=nodelist,memory` lists what they have; set `memory`",
-    ),
-    (
-        "CPU count",
-        "no node has so many processors; `sinfo --Format=nodelist,cpus` lists what they have; set `cpus`",
-    ),
-    (
-        "policy",
-        "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list the limits; ask for less with `time`, `cpus`, `gres` or `memory`",
-    ),
-    (
-        "time limit",
-        "`sinfo --Format=partition,time` lists the longest times; set `time`",
-    ),
-    (
-        "--time specification",
-        "set `time` as Slurm writes it: `90` (minutes), `4:00:00`, `2-12:00:00`",
-    ),
-    (
-        "feature specification",
-        "`sinfo --Format=nodelist,features` lists what nodes have; correct `sbatch`",
-    ),
-    (
-        "node configuration is not available",
-        "no node of the partition has what the job asks for; compare `cpus`, `memory` and `gres` with `sinfo --long --Node`",
-    ),
-    (
-        "array specification",
-        "the cluster takes no array of this size: `scontrol show config` names MaxArraySize",
-    ),
-    (
-        "Access/permission denied",
-        "this user may not use the partition, or submit from this machine; ask who runs the cluster",
-    ),
-    (
-        "unrecognized option",
-        "a line of `sbatch` is no option of this cluster's sbatch",
-    ),
-];
-
-/// What an `sbatch` that failed meant. `busy`: whether jobs of this user are in the queue, which may be too many.
-fn refusal(output: &ProgramOutput, busy: bool) -> SlurmError {
-    let said = words(output);
-    let has = |word: &str| said.to_lowercase().contains(&word.to_lowercase());
-    if has("temporarily unable") || has("MaxJobCount") || has("SubmitJob") {
-        return SlurmError::Full { said };
-    }
-    if has("nable to contact") || has("timed out") || has("Zero Bytes") || output.status.is_none() {
-        return SlurmError::Silent { said };
-    }
-    // One text for limits of a job and limits of the queue: with nothing in the queue it is the job.
-    if has("policy") && busy {
-        return SlurmError::Full { said };
-    }
-    let hint = REFUSALS.iter().find(|(word, _)| has(word)).map_or(
-        "correct the profile that `retort doctor` shows",
-        |(_, hint)| hint,
-    );
-    SlurmError::Refused {
-        said,
-        hint: hint.to_owned(),
-    }
-}
-
-/// A program's output, in a line.
+/// A program's output, on one line.
 fn words(output: &ProgramOutput) -> String {
     let lines: Vec<&str> = output
         .stderr
@@ -560,20 +647,25 @@ fn odd(program: &str, answer: &str) -> SlurmError {
     }
 }
 
-/// At most so much of what somebody else says.
+/// Text from elsewhere, cut to a limit.
 fn bounded(text: &str) -> String {
     text.trim().chars().take(400).collect()
 }
 
 /// Runs a program to its end, within limits.
 async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, SlurmError> {
-    let child = tokio::process::Command::new(program)
+    let mut command = tokio::process::Command::new(program);
+    if program == "sacct" {
+        // Times as seconds since 1970. Not for `sbatch`, whose environment its jobs inherit.
+        command.env("SLURM_TIME_FORMAT", "%s");
+    }
+    let child = command
         .args(arguments)
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // Ctrl-C in the terminal is the runner's.
+        // Ctrl-C in the terminal is for the runner.
         .process_group(0)
         .kill_on_drop(true)
         .spawn();
@@ -595,7 +687,7 @@ async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, Slur
             );
             match heard {
                 Ok(_) => child.wait().await.ok(),
-                // It is ended with what holds it.
+                // It is killed when its handle is dropped.
                 Err(WillRetry) => None,
             }
         };
@@ -611,10 +703,10 @@ async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, Slur
     })
 }
 
-/// `sbatch` found no room, and would try again by itself for two minutes.
+/// `sbatch` found no room, and would retry by itself for two minutes.
 struct WillRetry;
 
-/// Reads a pipe to its end, keeping so much.
+/// Reads a pipe to its end, and keeps a limited part.
 async fn read(
     pipe: Option<impl AsyncRead + Unpin>,
     most: u64,
@@ -634,99 +726,4 @@ async fn read(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_of_the_queue() {
-        let said = |state, reason: &str, node: &str| ElementStatus {
-            state,
-            reason: reason.into(),
-            node: node.into(),
-        };
-        for (text, expected) in [
-            (
-                "3|0|RUNNING|None|n1",
-                Some(((3, Some(0)), said(State::Running, "None", "n1"))),
-            ),
-            (
-                "7|N/A|PENDING|Resources|",
-                Some(((7, None), said(State::Pending, "Resources", ""))),
-            ),
-            (
-                "7|12|COMPLETING|None|n1",
-                Some(((7, Some(12)), said(State::Running, "None", "n1"))),
-            ),
-            (
-                "7|12|NODE_FAIL|x|",
-                Some(((7, Some(12)), said(State::NodeFailed, "x", ""))),
-            ),
-            ("", None),
-            ("slurm_load_jobs error", None),
-            ("x|1|RUNNING|None|", None),
-            ("3|1-5|PENDING|None|", None),
-        ] {
-            assert_eq!(line(text), expected, "{text}");
-        }
-        assert_eq!(State::parse("CANCELLED by 1000"), State::Cancelled);
-        assert_eq!(State::parse("SUSPENDED"), State::Running);
-    }
-
-    #[test]
-    fn refusals_say_what_to_do() {
-        use std::os::unix::process::ExitStatusExt;
-        let failed = |stderr: &str| ProgramOutput {
-            status: Some(ExitStatus::from_raw(256)),
-            stdout: String::new(),
-            stderr: stderr.into(),
-        };
-        // As sbatch 22.05 says it.
-        for (stderr, hint) in [
-            (
-                "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid partition name specified",
-                "set `partition`",
-            ),
-            (
-                "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
-                "set `account`",
-            ),
-            (
-                "sbatch: error: Invalid generic resource (gres) specification",
-                "set `gres`",
-            ),
-            (
-                "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: Requested node configuration is not available",
-                "set `memory`",
-            ),
-            (
-                "sbatch: error: Invalid --time specification",
-                "as Slurm writes it",
-            ),
-            (
-                "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
-                "the longest times",
-            ),
-            (
-                "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
-                "list the limits",
-            ),
-            ("sbatch: error: something new", "retort doctor"),
-        ] {
-            let error = refusal(&failed(stderr), false);
-            let SlurmError::Refused { said, hint: found } = &error else {
-                panic!("{error:?}");
-            };
-            assert!(found.contains(hint), "{stderr}: {found}");
-            assert!(!said.contains("sbatch: error"), "{said}");
-        }
-        let full = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying";
-        let policy = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)";
-        for stderr in [full, policy] {
-            let error = refusal(&failed(stderr), true);
-            assert!(matches!(error, SlurmError::Full { .. }), "{error:?}");
-        }
-        let gone = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)";
-        let error = refusal(&failed(gone), true);
-        assert!(matches!(error, SlurmError::Silent { .. }), "{error:?}");
-    }
-}
+mod tests;

@@ -13,36 +13,26 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use retort_abi::Part;
-use retort_checkpoint::regular;
+use retort_checkpoint::regular::{self, patiently};
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::slurm::Layout;
-use crate::frame::{self, FromWorker, Task};
+use crate::frame::{self, FromWorker};
 use crate::store::{LogSource, Time, Usage};
 use crate::worker::death::ExitStatus;
 
+mod order;
+
+pub use order::{JobSpec, read_order, write_order};
+
 /// The layout of these files; a worker and a runner of other layouts do not understand each other.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Bytes after which a piece is sealed.
 const PIECE: u64 = 8 << 20;
 /// Bytes read at a time, unless a record is longer.
 const CHUNK: usize = 1 << 20;
-/// How often a stale handle is asked again.
-const STALE_TRIES: u32 = 10;
-/// Bytes of the longest order that is read.
-const LONGEST_ORDER: u64 = 16 << 20;
-/// Elements that a job may have.
-const MOST_ELEMENTS: usize = 1 << 17;
-/// Time between two writes of an element.
-const INTERVALS: std::ops::RangeInclusive<Duration> =
-    Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
-/// Threads that an element may use.
-const MOST_THREADS: usize = 1 << 16;
 /// How often a sealed piece is looked at whose last record is cut off: on a shared file system the rest may be on its way.
 const TORN_LOOKS: u32 = 20;
 /// What a look at a piece costs, at least.
@@ -54,81 +44,6 @@ const PIECES_AT_ONCE: u32 = 256;
 pub const FOLDER: &str = ".spool";
 /// The file in a job's spool that stops its elements.
 const STOP: &str = "stop";
-/// The file that says what a job does.
-const ORDER: &str = "order.json";
-
-/// What a job is to do: written once, before it is submitted.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct JobSpec {
-    /// [`FORMAT`].
-    pub format: u32,
-    /// What each element does; a job that is no array has one, of no part.
-    pub elements: Vec<Option<Part>>,
-    /// The task of all, without a part.
-    pub task: Task,
-    /// Threads that each may use.
-    pub threads: usize,
-    /// How often an element may be started again after it has ended without a result.
-    pub requeue: u32,
-    /// Time between two writes of an element.
-    pub interval: Duration,
-    /// Whether a worker that Slurm stops ahead of its time asks for the next life itself.
-    pub again: bool,
-    /// Whether the elements are ranks: tasks of one job, which run at the same time.
-    #[serde(default)]
-    pub ranks: bool,
-    /// What ranks call the place where they meet, where that is not theirs alone.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub meeting: String,
-}
-
-impl JobSpec {
-    /// Whether it can be followed.
-    ///
-    /// # Errors
-    /// What is wrong, in words.
-    fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            let found = self.format;
-            return Err(format!(
-                "it was written by another retort (format {found}, this one knows {FORMAT}): both must be of one version"
-            ));
-        }
-        let count = self.elements.len();
-        let parts: Vec<&Part> = self.elements.iter().flatten().collect();
-        let mut indexes: Vec<usize> = parts.iter().map(|part| part.index).collect();
-        indexes.sort_unstable();
-        indexes.dedup();
-        let one_of_each = indexes.len() == count
-            && parts
-                .iter()
-                .all(|part| part.index < part.of && part.of == parts[0].of);
-        if count > MOST_ELEMENTS
-            || !(self.elements.as_slice() == [None] || (count > 0 && one_of_each))
-        {
-            return Err(format!("its {count} elements are not parts of one stage"));
-        }
-        if !INTERVALS.contains(&self.interval) {
-            return Err(format!(
-                "an interval of {:?} between two writes",
-                self.interval
-            ));
-        }
-        match (1..=MOST_THREADS).contains(&self.threads) {
-            true => Ok(()),
-            false => Err(format!("{} threads", self.threads)),
-        }
-    }
-
-    /// What its job is made of.
-    pub fn layout(&self) -> Layout {
-        match (self.elements.first(), self.ranks) {
-            (Some(Some(_)), true) => Layout::Ranks(self.elements.len()),
-            (Some(Some(_)), false) => Layout::Array(self.elements.len()),
-            _ => Layout::Single,
-        }
-    }
-}
 
 /// An element's event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -136,7 +51,7 @@ impl JobSpec {
 pub enum SpoolEvent {
     /// A life begins.
     Began {
-        /// Slurm's id of it.
+        /// Slurm's id of it, as `squeue` shows it: `17`, of an array `17_3`.
         job: String,
         /// Where.
         node: String,
@@ -188,8 +103,37 @@ pub enum LifeEnd {
         /// How.
         reason: String,
     },
-    /// It has been started too often.
+    /// The same, after all the tries that there are.
+    OutOfTries {
+        /// How.
+        reason: String,
+    },
+    /// It has been started too often, and does nothing more.
     GaveUp,
+}
+
+impl LifeEnd {
+    /// Why it is followed by another life, in words; none where it is not, or where Slurm knows why.
+    pub fn why_again(&self) -> Option<&str> {
+        match self {
+            Self::TimeLimit {
+                at_checkpoint: true,
+            } => Some("time limit, at a checkpoint"),
+            Self::TimeLimit { .. } => Some("time limit"),
+            Self::Again { reason } => Some(reason),
+            _ => None,
+        }
+    }
+}
+
+/// What the log says of a life that begins.
+pub fn begins(job: &str, node: &str, pid: u32) -> String {
+    format!("job {job} began on {node} (process {pid})")
+}
+
+/// What the log says of a life that is followed by another.
+pub fn goes_on(reason: &str) -> String {
+    format!("{reason}; it is started again")
 }
 
 /// A record.
@@ -240,34 +184,6 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolE
             source,
         },
     }
-}
-
-/// Does it again while the file system says that a handle is stale: the file is there under another one.
-pub fn patiently<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    for _ in 1..STALE_TRIES {
-        match act() {
-            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            done => return done,
-        }
-    }
-    act()
-}
-
-/// Writes the order of a job, synced.
-///
-/// # Errors
-/// [`SpoolError::Io`].
-pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
-    let path = dir.join(ORDER);
-    let wrong = |message| SpoolError::Damaged {
-        path: path.clone(),
-        message,
-    };
-    order.check().map_err(wrong)?;
-    let text = serde_json::to_vec(order).map_err(|error| wrong(error.to_string()))?;
-    put(&path, &text).map_err(failed("write", &path))
 }
 
 /// Makes a directory of a spool, which nobody else may write to.
@@ -344,28 +260,6 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })?;
     let dir = path.parent().unwrap_or(Path::new("."));
     File::open(dir)?.sync_all()
-}
-
-/// Reads the order of a job.
-///
-/// # Errors
-/// [`SpoolError`].
-pub fn read_order(dir: &Path) -> Result<JobSpec, SpoolError> {
-    let path = dir.join(ORDER);
-    let damaged = |message: String| SpoolError::Damaged {
-        path: path.clone(),
-        message,
-    };
-    let text =
-        patiently(|| regular::whole(open_own(&path)?, LONGEST_ORDER)).map_err(
-            |error| match error.kind() {
-                io::ErrorKind::FileTooLarge => damaged(error.to_string()),
-                _ => failed("read", &path)(error),
-            },
-        )?;
-    let order: JobSpec = frame::decode(&text).map_err(|error| damaged(error.to_string()))?;
-    order.check().map_err(damaged)?;
-    Ok(order)
 }
 
 /// Asks the elements of a job to stop at their next checkpoint, or makes the file in which that will be asked: what is
@@ -489,19 +383,36 @@ impl Writer {
     /// # Errors
     /// What the file system says.
     pub fn flush(&mut self) -> io::Result<()> {
+        self.begin_piece_if_full()?;
         if self.pending.is_empty() {
             return Ok(());
         }
-        self.file.write_all_at(&self.pending, self.written)?;
-        self.file.sync_data()?;
+        let put = |file: &File| {
+            file.write_all_at(&self.pending, self.written)?;
+            file.sync_data()
+        };
+        if put(&self.file).is_err() {
+            // A handle that the file's server has forgotten stays stale: the name leads to the file again.
+            let path = piece_path(&self.dir, self.life, self.piece, false);
+            let anew = patiently(|| File::options().write(true).open(&path))?;
+            put(&anew)?;
+            self.file = anew;
+        }
         self.written += self.pending.len() as u64;
         self.pending.clear();
-        if self.written >= PIECE {
-            self.seal_piece()?;
-            self.piece += 1;
-            self.file = File::create_new(piece_path(&self.dir, self.life, self.piece, false))?;
-            self.written = 0;
+        self.begin_piece_if_full()
+    }
+
+    /// Seals a full piece. Until the next is there nothing more is written: readers leave a sealed piece for good.
+    fn begin_piece_if_full(&mut self) -> io::Result<()> {
+        if self.written < PIECE {
+            return Ok(());
         }
+        let next = new_piece(&piece_path(&self.dir, self.life, self.piece + 1, false))?;
+        self.seal_piece()?;
+        self.piece += 1;
+        self.file = next;
+        self.written = 0;
         Ok(())
     }
 
@@ -548,6 +459,25 @@ impl Writer {
     }
 }
 
+/// A new file, or the empty one that an earlier try has made: a file server may answer a repeated request with `exists`.
+fn new_piece(path: &Path) -> io::Result<File> {
+    match File::create_new(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let mut options = File::options();
+            options
+                .write(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            let file = options.open(path)?;
+            let found = file.metadata()?;
+            match found.is_file() && found.len() == 0 {
+                true => Ok(file),
+                false => Err(error),
+            }
+        }
+        made => made,
+    }
+}
+
 /// What stands in the file of a life that has come to a good end, or to a checkpoint.
 const GOOD: &str = "good";
 /// It ended in another way.
@@ -560,10 +490,23 @@ fn mark(dir: &Path, life: u32) -> PathBuf {
     dir.join(format!("life-{life}"))
 }
 
+/// Whether this life of an element has begun, and it and all later ones are over.
+pub fn is_over(dir: &Path, life: u32) -> bool {
+    let lives = (life..u32::MAX).map(|life| mark(dir, life));
+    let last = lives.take_while(|mark| mark.exists()).last();
+    last.is_some_and(|mark| !word(&mark).is_empty())
+}
+
 /// How many lives before this one came to no good end.
 pub fn wasted_lives(dir: &Path, before: u32) -> u32 {
     let wasted = |life: &u32| word(&mark(dir, *life)) != GOOD;
     u32::try_from((0..before).filter(wasted).count()).unwrap_or(u32::MAX)
+}
+
+/// How many of all lives that have begun came to no good end.
+pub fn all_wasted_lives(dir: &Path) -> u32 {
+    let begun = (0..u32::MAX).find(|life| !mark(dir, *life).exists());
+    wasted_lives(dir, begun.unwrap_or(u32::MAX))
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
@@ -629,6 +572,14 @@ impl Reader {
             .into_iter()
             .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists());
         self.is_final
+    }
+
+    /// As [`Reader::look`], through all lives. Returns whether there may be more now.
+    ///
+    /// # Errors
+    /// [`SpoolError`].
+    pub fn look_on(&mut self, records: &mut Vec<Record>) -> Result<bool, SpoolError> {
+        Ok(self.look(records)? == SpoolReading::More || self.turn())
     }
 
     /// Adds the records that have come since the last look.

@@ -1,9 +1,9 @@
-//! Ranks that somebody else has started: `torchrun`, or a script that gives processes the same variables.
+//! Ranks that `torchrun` has started, or a script that sets the same environment variables.
 //!
-//! In: a process's [`Place`], by the variables of torchrun's contract, and the directory of a store that all of them see. The
-//! process of rank 0 runs the recipe and posts trainings on a [`Board`]; the others [`follow`] it: they watch over a worker
-//! each, and never open the history. Their events come back through [spools](super::spool), as from a cluster. Postings are
-//! new files with growing numbers, so that nothing relies on clocks, on locks or on moving a file over an open one.
+//! In: a process's [`LaunchedRank`], from torchrun's environment variables, and the directory of a store that all processes
+//! see. Rank 0 runs the recipe and posts trainings as [`PostedJobs`]; the other ranks [`follow`] it: each supervises a worker,
+//! and never opens the history. Their events come back through [spools](super::spool), as on a cluster. Each posting is a new
+//! file with a greater number, so nothing relies on clocks, on locks or on replacing an open file.
 
 use std::fs;
 use std::io;
@@ -23,55 +23,55 @@ mod rank;
 
 pub use rank::{PostedJob, RemoteRank};
 
-/// How often the first rank shows that it lives, and how often the others look.
+/// The first rank's heartbeat interval, and how often the others look.
 const BEAT: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(200);
-/// How long the first rank may be silent, before it has shown itself and afterwards.
+/// How long the first rank may be silent, before its first heartbeat and afterwards.
 const UNSEEN: Duration = Duration::from_secs(1800);
 const SILENT: Duration = Duration::from_secs(60);
-/// How long the first rank waits at its end for others that have not seen it yet.
+/// How long the first rank waits, before it exits, for others that have not seen it yet.
 const FAREWELL: Duration = Duration::from_secs(20);
-/// Postings that are kept: the last, for those who are about to read them.
+/// How many of the last postings are kept, for ranks that are about to read them.
 const KEPT: u64 = 8;
-/// Bytes of the longest posting.
+/// The most bytes of a posting.
 const LONGEST: u64 = 1 << 20;
 
-/// A process's place among those that were started with it.
+/// A rank's place among the processes that were started together.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// Which of all it is, from 0.
+pub struct LaunchedRank {
+    /// Its rank, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// The number of ranks.
     pub size: usize,
-    /// Which of those on its machine it is.
+    /// Its number among the ranks on its machine.
     pub local_rank: usize,
-    /// How many are on its machine.
+    /// The number of ranks on its machine.
     pub local_size: usize,
-    /// Where ranks meet: host and port.
+    /// The rendezvous address: host and port.
     pub address: String,
     /// See `address`.
     pub port: u16,
 }
 
-/// Why a process has no place.
+/// Why a process has no valid rank.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{variable} {problem}: `torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process"
 )]
-pub struct PlaceError {
+pub struct LaunchedRankError {
     variable: &'static str,
     problem: String,
 }
 
-impl Place {
-    /// By the variables of torchrun's contract.
+impl LaunchedRank {
+    /// Reads torchrun's environment variables.
     ///
     /// # Errors
-    /// One is missing, or makes no sense.
-    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self, PlaceError> {
+    /// One is missing or invalid.
+    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self, LaunchedRankError> {
         let given = |name: &'static str| {
             let value = variable(name).filter(|value| !value.is_empty());
-            value.ok_or_else(|| PlaceError {
+            value.ok_or_else(|| LaunchedRankError {
                 variable: name,
                 problem: "is not set".into(),
             })
@@ -81,7 +81,7 @@ impl Place {
             let found = value.parse().ok();
             found
                 .filter(|number| (least..=most).contains(number))
-                .ok_or_else(|| PlaceError {
+                .ok_or_else(|| LaunchedRankError {
                     variable: name,
                     problem: format!("is `{value}`, which is no number from {least} to {most}"),
                 })
@@ -90,7 +90,7 @@ impl Place {
         let size = number("WORLD_SIZE", 1, MOST)?;
         let local_size = match variable("LOCAL_WORLD_SIZE") {
             Some(_) => number("LOCAL_WORLD_SIZE", 1, size)?,
-            None => size,
+            None => tasks_of_node(&variable, size).unwrap_or(size),
         };
         Ok(Self {
             rank: number("RANK", 0, size - 1)?,
@@ -102,8 +102,8 @@ impl Place {
         })
     }
 
-    /// Where those that were started together post, in a store.
-    fn board(&self, store: &Path) -> PathBuf {
+    /// The directory in a store for the postings of processes that were started together.
+    fn postings_dir(&self, store: &Path) -> PathBuf {
         let plain = |letter: char| match letter.is_ascii_alphanumeric() || letter == '.' {
             true => letter,
             false => '_',
@@ -116,35 +116,55 @@ impl Place {
     }
 }
 
-/// What the first rank tells the others.
+/// How many of a Slurm step's `size` tasks run on this node (`srun` by hand). `SLURM_STEP_TASKS_PER_NODE` is `2(x3),1` if three
+/// nodes have two tasks each and the last has one.
+fn tasks_of_node(variable: impl Fn(&str) -> Option<String>, size: usize) -> Option<usize> {
+    let node: usize = variable("SLURM_NODEID")?.parse().ok()?;
+    let (mut nodes, mut tasks, mut found) = (0_usize, 0, None);
+    for run in variable("SLURM_STEP_TASKS_PER_NODE")?.split(',') {
+        let (each, count) = match run.split_once("(x") {
+            Some((each, count)) => (each, count.strip_suffix(')')?.parse().ok()?),
+            None => (run, 1_usize),
+        };
+        let each: usize = each.parse().ok()?;
+        if (nodes..nodes.checked_add(count)?).contains(&node) {
+            found = Some(each);
+        }
+        (nodes, tasks) = (nodes + count, each.checked_mul(count)?.checked_add(tasks)?);
+    }
+    // The ranks may be different processes than the tasks.
+    found.filter(|own| tasks == size && *own > 0)
+}
+
+/// A message from the first rank to the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Posting {
-    /// Tells this start of the processes from earlier ones at the same address.
+    /// Distinguishes this start of the processes from earlier ones at the same address.
     launch: String,
-    /// Grows while the first rank lives.
+    /// Grows while the first rank is alive.
     beat: u64,
     /// Spools of the trainings so far.
     jobs: Vec<PathBuf>,
-    /// Whether it ended well, once it has ended.
+    /// Whether the run succeeded, once it has ended.
     over: Option<bool>,
 }
 
-/// Where the first rank posts what the others do.
+/// The first rank's postings of work for the others.
 #[derive(Debug)]
-pub struct Board {
+pub struct PostedJobs {
     dir: PathBuf,
-    place: Place,
+    place: LaunchedRank,
     posting: Arc<Mutex<Posting>>,
     beats: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
-impl Board {
-    /// Opens the board in a store, in place of an older one at the same address.
+impl PostedJobs {
+    /// Opens the postings in a store, and replaces older ones at the same address.
     ///
     /// # Errors
-    /// What the file system says.
-    pub fn open(store: &Path, place: Place) -> io::Result<Self> {
-        let dir = std::path::absolute(place.board(store))?;
+    /// Errors of the file system.
+    pub fn open(store: &Path, place: LaunchedRank) -> io::Result<Self> {
+        let dir = std::path::absolute(place.postings_dir(store))?;
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -164,7 +184,7 @@ impl Board {
         let (shared, at) = (Arc::clone(&posting), dir.clone());
         let beat = move || {
             while stopped.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
-                // One beat that cannot be written is made up for by the next.
+                // A heartbeat that cannot be written is made up for by the next.
                 let _ = amend(&at, &shared, |_| {});
             }
         };
@@ -177,25 +197,25 @@ impl Board {
         })
     }
 
-    /// Where this process stands.
-    pub fn place(&self) -> &Place {
+    /// This process's rank.
+    pub fn place(&self) -> &LaunchedRank {
         &self.place
     }
 
-    /// A name that no other training of this board or of another has.
+    /// A name that no other training has, here or in another launch.
     fn name_of_next(&self) -> String {
         let posting = lock(&self.posting);
         format!("torchrun-{}-{}", posting.launch, posting.jobs.len())
     }
 
-    /// Has the others do their parts of the job in a spool.
+    /// Posts the job in a spool for the others.
     fn assign(&self, spool: &Path) -> io::Result<()> {
         amend(&self.dir, &self.posting, |posting| {
             posting.jobs.push(spool.to_owned())
         })
     }
 
-    /// Lets the others end, once each has seen that this board is alive.
+    /// Lets the others exit, once each has seen a heartbeat.
     pub fn close(mut self, good: bool) {
         let launch = lock(&self.posting).launch.clone();
         let seen = |rank: usize| self.dir.join(greeting(&launch, rank)).exists();
@@ -217,7 +237,7 @@ impl Board {
     }
 }
 
-impl Drop for Board {
+impl Drop for PostedJobs {
     fn drop(&mut self) {
         self.end(false);
     }
@@ -227,7 +247,7 @@ fn lock(posting: &Mutex<Posting>) -> MutexGuard<'_, Posting> {
     posting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Posts what has changed.
+/// Posts a change.
 fn amend(
     dir: &Path,
     posting: &Mutex<Posting>,
@@ -243,7 +263,7 @@ fn post(dir: &Path, posting: &Posting) -> io::Result<()> {
     let text = serde_json::to_vec(posting).map_err(io::Error::other)?;
     let unfinished = dir.join(format!("{}.new", posting.beat));
     spool::put(&unfinished, &text)?;
-    // A new name: whoever finds it finds all of it.
+    // Under a new name, so that nobody reads an incomplete posting.
     fs::rename(&unfinished, dir.join(posting.beat.to_string()))?;
     if let Some(old) = posting.beat.checked_sub(KEPT) {
         let _ = fs::remove_file(dir.join(old.to_string()));
@@ -251,7 +271,7 @@ fn post(dir: &Path, posting: &Posting) -> io::Result<()> {
     Ok(())
 }
 
-/// The newest posting, if there is one that can be read.
+/// The newest readable posting, if any.
 fn newest(dir: &Path) -> Option<Posting> {
     let entries = fs::read_dir(dir).ok()?.flatten();
     let mut numbers: Vec<u64> = entries
@@ -259,12 +279,12 @@ fn newest(dir: &Path) -> Option<Posting> {
         .collect();
     numbers.sort_unstable();
     numbers.iter().rev().find_map(|number| {
-        let text = spool::patiently(|| regular::read(&dir.join(number.to_string()), LONGEST));
+        let text = regular::patiently(|| regular::read(&dir.join(number.to_string()), LONGEST));
         serde_json::from_slice(&text.ok()?).ok()
     })
 }
 
-/// The file by which a rank says that it has seen a board.
+/// The file with which a rank confirms that it has seen a launch.
 fn greeting(launch: &str, rank: usize) -> String {
     format!("{launch}.rank-{rank}")
 }
@@ -272,17 +292,17 @@ fn greeting(launch: &str, rank: usize) -> String {
 /// Why a rank gives up.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
-    /// The first rank is not there, or not any more.
-    #[error("rank {rank} of {size} hears nothing from rank 0: it posts in {}", board.display())]
+    /// The first rank is missing or gone.
+    #[error("rank {rank} of {size} hears nothing from rank 0: it posts in {}", dir.display())]
     Alone {
         /// The rank.
         rank: usize,
-        /// How many there are.
+        /// The number of ranks.
         size: usize,
-        /// Where it looked.
-        board: PathBuf,
+        /// The directory it looked in.
+        dir: PathBuf,
     },
-    /// It could not do its part.
+    /// It could not run its part.
     #[error(transparent)]
     Node(#[from] NodeError),
     /// The working directory is gone.
@@ -290,24 +310,24 @@ pub enum FollowError {
     NoPath(#[from] io::Error),
 }
 
-/// Does what the first rank posts, until it ends; returns whether it ended well.
+/// Runs what the first rank posts until that ends. Returns whether the run succeeded.
 ///
 /// # Errors
 /// [`FollowError`].
-pub async fn follow(store: &Path, place: &Place, node: &str) -> Result<bool, FollowError> {
-    let board = std::path::absolute(place.board(store))?;
+pub async fn follow(store: &Path, place: &LaunchedRank, node: &str) -> Result<bool, FollowError> {
+    let dir = std::path::absolute(place.postings_dir(store))?;
     let mut first: Option<Posting> = None;
     let (mut alive, mut beat, mut done, mut heard) = (false, 0, 0, Instant::now());
     loop {
-        if let Some(posting) = newest(&board) {
-            // What lies there may be of another time, until it has changed before our eyes.
+        if let Some(posting) = newest(&dir) {
+            // Postings may be left over from an earlier launch, until their heartbeat changes.
             match &first {
                 Some(known) if known.launch == posting.launch => {
                     if posting.beat > beat {
                         (beat, heard) = (posting.beat, Instant::now());
                         if !std::mem::replace(&mut alive, true) {
                             let _ =
-                                spool::put(&board.join(greeting(&posting.launch, place.rank)), b"");
+                                spool::put(&dir.join(greeting(&posting.launch, place.rank)), b"");
                         }
                     }
                 }
@@ -321,7 +341,8 @@ pub async fn follow(store: &Path, place: &Place, node: &str) -> Result<bool, Fol
                 let identity = ElementIdentity {
                     spool: job.clone(),
                     element: place.rank,
-                    job: format!("of rank {}", place.rank),
+                    job: String::new(),
+                    shown_job: format!("of rank {}", place.rank),
                     node: node.to_owned(),
                     local_rank: place.local_rank,
                     sees_all_devices: true,
@@ -338,7 +359,7 @@ pub async fn follow(store: &Path, place: &Place, node: &str) -> Result<bool, Fol
             return Err(FollowError::Alone {
                 rank: place.rank,
                 size: place.size,
-                board,
+                dir,
             });
         }
         tokio::time::sleep(LOOK).await;
@@ -349,7 +370,7 @@ pub async fn follow(store: &Path, place: &Place, node: &str) -> Result<bool, Fol
 mod tests {
     use super::*;
 
-    fn place(changes: &[(&str, &str)]) -> Result<Place, String> {
+    fn place(changes: &[(&str, &str)]) -> Result<LaunchedRank, String> {
         let given = [
             ("RANK", "3"),
             ("WORLD_SIZE", "8"),
@@ -358,7 +379,7 @@ mod tests {
             ("MASTER_PORT", "29500"),
         ];
         let all = || changes.iter().chain(&given);
-        let read = Place::read(|name| {
+        let read = LaunchedRank::read(|name| {
             let (_, value) = all().find(|(known, _)| *known == name)?;
             Some((*value).to_owned())
         });
@@ -371,6 +392,23 @@ mod tests {
         assert_eq!((found.rank, found.size, found.local_rank), (3, 8, 1));
         assert_eq!((found.local_size, found.port), (2, 29500));
         assert_eq!(place(&[]).unwrap().local_size, 8);
+        let slurm = |node, tasks| {
+            let step = [("SLURM_NODEID", node), ("SLURM_STEP_TASKS_PER_NODE", tasks)];
+            place(&step).unwrap().local_size
+        };
+        assert_eq!([slurm("0", "4(x2)"), slurm("1", "4(x2)")], [4, 4]);
+        assert_eq!([slurm("0", "3(x2),2"), slurm("2", "3(x2),2")], [3, 2]);
+        assert_eq!(slurm("0", "8"), 8);
+        // One task per node, each of which has started others; and invalid values.
+        for other in ["1(x2)", "4(x2", "", "x", "18446744073709551615(x2)"] {
+            assert_eq!(slurm("1", other), 8, "{other}");
+        }
+        let both = [
+            ("LOCAL_WORLD_SIZE", "2"),
+            ("SLURM_NODEID", "0"),
+            ("SLURM_STEP_TASKS_PER_NODE", "4(x2)"),
+        ];
+        assert_eq!(place(&both).unwrap().local_size, 2);
         for (name, value, said) in [
             ("RANK", "8", "RANK is `8`, which is no number from 0 to 7"),
             ("RANK", "", "RANK is not set"),
@@ -387,24 +425,24 @@ mod tests {
     #[tokio::test]
     async fn what_an_earlier_start_has_left_is_not_believed() {
         let store = tempfile::tempdir().unwrap();
-        let first = Place {
+        let first = LaunchedRank {
             rank: 0,
             size: 2,
             ..place(&[]).unwrap()
         };
-        let second = Place {
+        let second = LaunchedRank {
             rank: 1,
             ..first.clone()
         };
-        // One that ended badly lies there.
-        drop(Board::open(store.path(), first.clone()).unwrap());
-        let dir = second.board(store.path());
+        // Left over from a failed launch.
+        drop(PostedJobs::open(store.path(), first.clone()).unwrap());
+        let dir = second.postings_dir(store.path());
         assert_eq!(newest(&dir).unwrap().over, Some(false));
         let following = follow(store.path(), &second, "here");
         let running = async {
             tokio::time::sleep(3 * LOOK).await;
-            let board = Board::open(store.path(), first).unwrap();
-            tokio::task::spawn_blocking(move || board.close(true))
+            let posted_jobs = PostedJobs::open(store.path(), first).unwrap();
+            tokio::task::spawn_blocking(move || posted_jobs.close(true))
                 .await
                 .unwrap();
         };

@@ -5,15 +5,15 @@
 //! Every file is a regular one and short, and every chain of names ends. Deliberately absent: whether files differ from
 //! the commit, which only git's filters could tell; repositories whose references are no files (reftable).
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use memchr::memmem;
 use retort_checkpoint::regular;
 
 /// Bytes of the longest file with one name or hash in it.
 const LONGEST: u64 = 4096;
-/// Bytes of `packed-refs` that are looked through: a million references.
+/// Bytes of the longest `packed-refs` that is looked through: a million references.
 const LONGEST_LIST: u64 = 64 << 20;
 /// References that name another one, at most so many in a row; git follows five.
 const LONGEST_CHAIN: usize = 5;
@@ -75,31 +75,15 @@ fn hash(text: &str) -> Option<String> {
     (hex && [40, 64].contains(&text.len())).then(|| text.to_ascii_lowercase())
 }
 
-/// The hash of a reference in the list of those that have no file of their own: lines `HASH NAME`.
+/// The hash of a reference in the list of those that have no file of their own: lines `HASH NAME`. The list is searched as
+/// one text, because lines may be short and many.
 fn packed(list: &Path, name: &str) -> Option<String> {
-    let file: File = regular::open(list).ok()?;
-    let mut lines = BufReader::new(file.take(LONGEST_LIST));
-    let mut bytes = Vec::new();
-    loop {
-        bytes.clear();
-        // A line may be as long as the file; what is kept of it is not.
-        let read = lines
-            .by_ref()
-            .take(LONGEST)
-            .read_until(b'\n', &mut bytes)
-            .ok()?;
-        if read == 0 {
-            return None;
-        }
-        let found = std::str::from_utf8(&bytes)
-            .ok()
-            .and_then(|line| line.trim_end().split_once(' '));
-        if let Some((hex, found)) = found
-            && found == name
-        {
-            return hash(hex);
-        }
-    }
+    let bytes = regular::read(list, LONGEST_LIST).ok()?;
+    let name = format!(" {name}");
+    let at = memmem::find_iter(&bytes, &name)
+        .find(|at| matches!(bytes.get(at + name.len()), None | Some(b'\n' | b'\r')))?;
+    let line = memchr::memrchr(b'\n', &bytes[..at]).map_or(0, |end| end + 1);
+    hash(std::str::from_utf8(&bytes[line..at]).ok()?)
 }
 
 #[cfg(test)]
@@ -200,8 +184,29 @@ mod tests {
         head("ref: refs/heads/c");
         let long = format!("{}\n{first} refs/heads/c\n", "x".repeat(10 << 20));
         fs::write(at("packed-refs"), long).unwrap();
-        assert_eq!(commit(root.path()), Some(first), "behind a long line");
-        let list = File::create(at("packed-refs")).unwrap();
+        assert_eq!(
+            commit(root.path()),
+            Some(first.clone()),
+            "behind a long line"
+        );
+        let other = "0".repeat(40);
+        let many = format!(
+            "{}{other} refs/heads/c2\n{other} refs/heads/c/d\n{first} refs/heads/c",
+            "\n".repeat(60 << 20)
+        );
+        fs::write(at("packed-refs"), many).unwrap();
+        assert_eq!(
+            commit(root.path()),
+            Some(first.clone()),
+            "behind many lines"
+        );
+        fs::write(
+            at("packed-refs"),
+            format!("{other}\n{first} refs/heads/c\n"),
+        )
+        .unwrap();
+        assert_eq!(commit(root.path()), Some(first), "the hash of its own line");
+        let list = fs::File::create(at("packed-refs")).unwrap();
         list.set_len(1 << 40).unwrap();
         assert_eq!(commit(root.path()), None, "a list without end");
         fs::remove_file(at("HEAD")).unwrap();

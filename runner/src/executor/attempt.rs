@@ -1,10 +1,9 @@
-//! One attempt at a stage: a worker is started, monitored and, if need be, stopped.
+//! One attempt at a stage: starts a worker, monitors it and, if necessary, stops it.
 //!
-//! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]), with everything it did in the store. A stage
-//! that is divided has one more worker for each part: these run first, concurrently; when all have succeeded, the
-//! worker of the whole collects their results. Whatever a plugin does to its process becomes an [`End`] with a
-//! its own reason; only an unwritable store is an error. Deliberately absent: which stage runs when, and
-//! reuse.
+//! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]); everything it did is in the store. A divided
+//! stage has an additional worker for each part. These run first, concurrently; when all have succeeded, the worker of the
+//! whole collects their results. Whatever a plugin does to its process becomes an [`End`] with its own reason; only an
+//! unwritable store is an error. Deliberately absent: which stage runs when, and reuse.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -26,9 +25,9 @@ use crate::worker::death::out_of_memory_kills;
 use supervisor::{PartProgress, Supervisor};
 
 mod admission;
+mod event_handler;
 mod event_loop;
-mod fewer;
-mod received;
+mod shrink;
 mod shutdown;
 mod supervisor;
 #[cfg(test)]
@@ -36,14 +35,14 @@ mod tests;
 
 /// An attempt that has ended.
 #[derive(Debug)]
-pub struct Ended {
+pub struct AttemptOutcome {
     /// How.
     pub end: End,
     /// Artifacts it made, in order.
     pub artifacts: Vec<ArtifactRecord>,
     /// The last lines it wrote to its standard error.
     pub last_words: Vec<String>,
-    /// Whether its inputs may differ from its digest: then what it left behind is useless.
+    /// Whether its inputs may differ from its digest: then its work directory is useless.
     pub tainted: bool,
     /// Workers that were lost, by number.
     pub lost: Vec<usize>,
@@ -57,7 +56,7 @@ pub async fn run(
     context: &RunContext,
     spec: &AttemptSpec,
     stop: watch::Receiver<Stop>,
-) -> Result<Ended, StoreError> {
+) -> Result<AttemptOutcome, StoreError> {
     let paused = context.pauses.total();
     let kills_before = out_of_memory_kills();
     let placement = match handle::place(context, spec) {
@@ -89,20 +88,25 @@ pub async fn run(
     if dispatcher.is_none() {
         supervisor.began();
     }
-    let (finished, usage, losses) = supervisor.run_workers(whole, parts).await?;
+    let (finished, usage, lost) = supervisor.run_workers(whole, parts).await?;
     if let Some(dispatcher) = dispatcher {
         Dispatcher::close(dispatcher).await;
     }
     let killed_here = || out_of_memory_kills() > kills_before;
     let out_of_memory = finished.exit.out_of_memory.unwrap_or_else(killed_here);
     let end = finished
-        .received
+        .report
         .judge(finished.exit.status, finished.shutdown, spec, out_of_memory);
     let (end, tainted) = check_sources(context, spec, &recorder, end).await;
-    let end = match context.board {
-        None => fewer::workers(spec, end, &losses),
-        // Whoever started the processes decides how many there are.
+    // On a cluster `requeue` has already restarted jobs before the attempt ended.
+    let end = match context.cluster {
+        None => shrink::tried_again(spec, end),
         Some(_) => end,
+    };
+    let end = match (&context.posted_jobs, &end) {
+        // Whoever started the processes decides their number.
+        (Some(_), _) | (_, End::LostWorkers { .. }) => end,
+        _ => shrink::lost_workers(spec, end, &lost),
     };
     if let Some(message) = end.message() {
         recorder.line(LogLine::of_runner(
@@ -111,7 +115,7 @@ pub async fn run(
         ));
     }
     recorder.end().await;
-    let artifacts: Vec<ArtifactRecord> = finished.received.artifacts.into_values().collect();
+    let artifacts: Vec<ArtifactRecord> = finished.report.artifacts.into_values().collect();
     context
         .store
         .finish_attempt(
@@ -120,12 +124,12 @@ pub async fn run(
         )
         .await?;
     let _ = std::fs::remove_dir_all(context.staging.attempt(attempt));
-    Ok(Ended {
+    Ok(AttemptOutcome {
         end,
         artifacts,
-        last_words: finished.received.last_words.into(),
+        last_words: finished.report.last_words.into(),
         tainted,
-        lost: losses.parts,
+        lost: lost.parts,
     })
 }
 
@@ -156,8 +160,7 @@ async fn begin(
     Ok((attempt, recorder))
 }
 
-/// Checks whether a source file changed since the attempt began: then it has failed. Returns the end, and
-/// whether one has changed.
+/// Fails an attempt during which a source file changed. Returns the end, and whether a file has changed.
 async fn check_sources(
     context: &RunContext,
     spec: &AttemptSpec,
@@ -201,7 +204,7 @@ fn recorded(end: &End, usage: Usage, paused: Duration) -> AttemptEnd {
     }
 }
 
-/// Records an attempt that ended before a process worked on it.
+/// Records an attempt that ended before any process worked on it.
 ///
 /// # Errors
 /// The store cannot be written to.
@@ -209,7 +212,7 @@ pub async fn refuse(
     context: &RunContext,
     spec: &AttemptSpec,
     end: End,
-) -> Result<Ended, StoreError> {
+) -> Result<AttemptOutcome, StoreError> {
     let attempt = context
         .store
         .begin_attempt(spec.id, &spec.digest.hex, &spec.digest.components, 0)
@@ -218,7 +221,7 @@ pub async fn refuse(
         .store
         .finish_attempt(attempt, &recorded(&end, Usage::default(), Duration::ZERO))
         .await?;
-    Ok(Ended {
+    Ok(AttemptOutcome {
         end,
         artifacts: Vec::new(),
         last_words: Vec::new(),

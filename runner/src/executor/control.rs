@@ -1,7 +1,7 @@
 //! The user's signals to the runs of this process: received once and passed on to each.
 //!
-//! The first of Ctrl-C and its like asks runs to stop at a checkpoint, the second ends them; Ctrl-Z stops the whole process
-//! for a while.
+//! The first Ctrl-C or similar signal asks runs to stop at a checkpoint, the second ends them at once; Ctrl-Z pauses the
+//! whole process.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ impl Default for Control {
 }
 
 impl Control {
-    /// Hands a signal on. To be called on the event loop's thread.
+    /// Passes a signal on. To be called on the event loop's thread.
     pub fn send(&self, signal: i32) {
         match signal {
             libc::SIGTSTP => self.pauses.stop(),
@@ -35,12 +35,12 @@ impl Control {
         }
     }
 
-    /// The first signal that was to end the runs.
+    /// The first signal that requested the end.
     pub fn first(&self) -> Option<i32> {
         self.heard.borrow().first().copied()
     }
 
-    /// A run's receiver of signals: those it has not seen yet.
+    /// A run's receiver of signals that it has not handled yet.
     pub(super) fn follow(&self) -> Follower {
         Follower {
             heard: self.heard.subscribe(),
@@ -49,7 +49,7 @@ impl Control {
     }
 }
 
-/// The signals that one run has still to see.
+/// The pending signals of one run.
 #[derive(Debug)]
 pub(super) struct Follower {
     heard: watch::Receiver<Vec<i32>>,
@@ -71,8 +71,8 @@ impl Follower {
     }
 }
 
-/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background
-/// job of a script) stays ignored.
+/// The signals that end or pause a run. Signals that were ignored when the program started (`nohup`, a background job of a
+/// script) stay ignored.
 pub struct Signals {
     interrupt: Option<Signal>,
     terminate: Option<Signal>,
@@ -106,7 +106,7 @@ impl Signals {
 }
 
 fn listen(kind: SignalKind) -> std::io::Result<Option<Signal>> {
-    // SAFETY: asks for the present action only; the structure is filled by the call when it succeeds.
+    // SAFETY: only queries the current action; the call fills the structure when it succeeds.
     let ignored = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
@@ -119,7 +119,7 @@ fn listen(kind: SignalKind) -> std::io::Result<Option<Signal>> {
     }
 }
 
-/// Waits for a signal; for ever when it is ignored.
+/// Waits for a signal; forever if it is ignored.
 async fn receive(signal: &mut Option<Signal>) {
     match signal {
         Some(signal) => drop(signal.recv().await),

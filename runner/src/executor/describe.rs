@@ -1,4 +1,4 @@
-//! A run's record before it starts: the recipe, the plan and each value with its origin.
+//! The record of a run before it starts: the recipe, the plan and each value with its origin.
 
 use std::collections::BTreeMap;
 
@@ -10,19 +10,19 @@ use crate::plan::{Plan, PlannedStage};
 use crate::settings::Executor;
 use crate::store::{NewRun, NewStage, Param, RecordedPlugin, StageState};
 
-/// What the history keeps of a run so that it can be taken up again, with the plan's own fields beside these.
+/// The history's data for resuming a run, flattened with the plan's own fields.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RecordedPlan {
     /// The plan.
     #[serde(flatten)]
     pub plan: Plan,
-    /// The part of each stage in the run, by name; none in a run that an earlier version recorded.
+    /// The role of each stage in the run, by name; empty in runs of earlier versions.
     #[serde(default)]
     pub roles: BTreeMap<String, Role>,
-    /// Stages that were forced, as earlier versions recorded them.
+    /// Forced stages, in the format of earlier versions.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     forced: Vec<String>,
-    /// Where its stages ran, if not on this machine.
+    /// The executor of its stages, if not this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub executor: Option<Executor>,
     /// Words of `--slurm`.
@@ -31,8 +31,8 @@ pub struct RecordedPlan {
 }
 
 impl RecordedPlan {
-    /// The part of a stage when the run is taken up again, in which it ended in this state, if it had a part: one that was
-    /// left out stays out, one that was forced and did not get done is still to be done.
+    /// The role of a stage in the resumed run, given its state and role in the original one: a skipped stage stays skipped, a
+    /// forced one that did not finish is still forced.
     pub fn role(&self, stage: &str, ended: Option<StageState>) -> Role {
         let Some(ended) = ended else {
             return Role::Skipped;
@@ -56,7 +56,7 @@ pub(super) fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun 
         plan: plan.clone(),
         roles: names.zip(roles.iter().copied()).collect(),
         forced: Vec::new(),
-        executor: match (on_slurm, &options.board) {
+        executor: match (on_slurm, &options.posted_jobs) {
             (true, _) => Some(Executor::Slurm),
             (false, Some(_)) => Some(Executor::Torchrun),
             (false, None) => None,
@@ -91,8 +91,8 @@ fn params(plan: &Plan) -> Vec<Param> {
     for stage in &plan.stages {
         let value = serde_json::to_value(stage).unwrap_or_default();
         for (pointer, origin) in &stage.origins {
-            // Options stand beside the reserved keys in a recipe. An origin may belong to what is no field of a
-            // planned stage (`plugin` is more than its name there).
+            // In a recipe, options are siblings of the reserved keys. An origin may have no corresponding field in a planned
+            // stage (`plugin` is more than a name there).
             let Some(value) = value.pointer(pointer) else {
                 continue;
             };
@@ -100,6 +100,7 @@ fn params(plan: &Plan) -> Vec<Param> {
                 "/plugin" => stage.plugin.name.clone().into(),
                 "/workers" => stage.workers.len().max(1).into(),
                 "/min_workers" => stage.min_workers.into(),
+                "/retries" => stage.retries.into(),
                 _ => value.clone(),
             };
             if value.is_object() {
@@ -178,7 +179,7 @@ mod tests {
         );
         assert_eq!(read.role("wanted", None), Role::Skipped);
 
-        // As earlier versions wrote it.
+        // The format of earlier versions.
         text.as_object_mut().unwrap().remove("roles");
         text["forced"] = serde_json::json!(["forced"]);
         let read: RecordedPlan = serde_json::from_value(text).unwrap();

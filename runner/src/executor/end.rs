@@ -1,8 +1,8 @@
-//! How an attempt ended: in one word for the history, as a sentence for users.
+//! How an attempt ended: a short reason for the history, and a sentence for users.
 
 use std::time::Duration;
 
-use retort_abi::{Failure, FailureCode};
+use retort_abi::{Failure, FailureCode, Part};
 use serde_json::Value;
 
 use crate::artifact;
@@ -10,19 +10,19 @@ use crate::store::{ArtifactRecord, AttemptState};
 use crate::worker::death::{Death, signal_name};
 use crate::worker::remote::ClusterEnd;
 
-/// How an attempt ended: each way is a reason of its own in the history.
+/// How an attempt ended: each variant is a separate reason in the history.
 #[derive(Debug, Clone, PartialEq)]
 pub enum End {
     /// It succeeded.
     Succeeded {
-        /// The artifact that references to the stage stand for.
+        /// The stage's output artifact, the target of references.
         output: Box<ArtifactRecord>,
         /// Facts it returned.
         summary: Value,
     },
     /// The plugin reports why.
     Failed(Failure),
-    /// The plugin panicked, and said so.
+    /// The plugin reported a panic.
     Panicked(Failure),
     /// The plugin could not be loaded.
     NotLoaded {
@@ -31,9 +31,11 @@ pub enum End {
         /// What to do.
         hint: Option<String>,
     },
-    /// The process ended without a result, or by a signal that we did not send.
+    /// The process ended without a result, or through a signal that we did not send.
     Died(Death),
-    /// A file that it reads changed.
+    /// A worker of a training hung while the others waited for it.
+    Hung(Hang),
+    /// A file that the stage reads changed.
     InputChanged {
         /// Which, and when.
         message: String,
@@ -43,16 +45,16 @@ pub enum End {
         /// So long.
         limit: Duration,
         /// How it stopped.
-        manner: StopOutcome,
+        outcome: StopOutcome,
     },
     /// The user stopped it.
     Interrupted {
         /// How it stopped.
-        manner: StopOutcome,
+        outcome: StopOutcome,
     },
     /// It ended for a reason specific to clusters.
     Cluster(ClusterEnd),
-    /// Workers of a training were lost, and the next attempt does without them.
+    /// Workers of a training were lost; the next attempt starts with all again, or continues without them.
     LostWorkers {
         /// How the first of them ended.
         cause: Box<End>,
@@ -61,11 +63,38 @@ pub enum End {
         /// How many go on.
         left: usize,
     },
-    /// What it sent makes no sense.
+    /// It sent an invalid message.
     Protocol {
         /// What.
         message: String,
     },
+}
+
+/// How a hanging worker was detected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hang {
+    /// Which.
+    pub part: Part,
+    /// What it did not do.
+    pub what: String,
+}
+
+impl Hang {
+    /// It gave no sign of life.
+    pub fn silent(part: Part, seconds: u64) -> Self {
+        Self {
+            part,
+            what: format!("gave no sign of life for {seconds} seconds"),
+        }
+    }
+
+    /// It is alive, but as the only one neither joined an exchange nor stopped.
+    pub fn unresponsive(part: Part) -> Self {
+        Self {
+            part,
+            what: "neither took part in an exchange that the others waited for, nor stopped when asked".into(),
+        }
+    }
 }
 
 /// How an attempt stopped after a request.
@@ -75,7 +104,7 @@ pub enum StopOutcome {
     AtCheckpoint,
     /// By this signal.
     Signalled(i32),
-    /// It ended in some other way just then.
+    /// It ended in some other way at that time.
     Otherwise,
 }
 
@@ -89,14 +118,19 @@ impl End {
         }
     }
 
-    /// The precise reason, short; stable, for searches.
+    /// The precise reason: short, and stable for searches.
     pub fn reason(&self) -> String {
         match self {
             Self::Succeeded { .. } => "succeeded".into(),
-            Self::Failed(failure) => format!("failed: {}", code_name(failure.code)),
+            Self::Failed(failure) => match failure.code {
+                FailureCode::WorkersDiffer => "workers differ".into(),
+                FailureCode::WorkerLost => "lost contact with a worker".into(),
+                code => format!("failed: {}", code_name(code)),
+            },
             Self::Panicked(_) => "panic".into(),
             Self::NotLoaded { .. } => "plugin not loaded".into(),
             Self::Died(death) => death.reason(),
+            Self::Hung(hang) => format!("rank {} hangs", hang.part.index),
             Self::InputChanged { .. } => "input changed".into(),
             Self::TimedOut { .. } => "timeout".into(),
             Self::Interrupted { .. } => "interrupted".into(),
@@ -106,7 +140,7 @@ impl End {
         }
     }
 
-    /// What happened, for people; `None` when it went well.
+    /// What happened, for people; `None` on success.
     pub fn message(&self) -> Option<String> {
         Some(match self {
             Self::Succeeded { .. } => return None,
@@ -131,18 +165,29 @@ impl End {
                 cause,
                 workers,
                 left,
-            } => format!(
-                "{}; it goes on from its last checkpoint with {left} of {workers} workers",
-                cause.message().unwrap_or_default()
-            ),
+            } => {
+                let cause = cause.message().unwrap_or_default();
+                let count = match left == workers {
+                    true => format!("all {workers}"),
+                    false => format!("{left} of {workers}"),
+                };
+                format!("{cause}; it goes on from its last checkpoint with {count} workers")
+            }
             Self::Died(death) => death.message().into(),
-            Self::TimedOut { limit, manner } => {
+            Self::Hung(Hang { part, what }) => {
                 format!(
-                    "it exceeded its timeout of {}, and {manner}",
+                    "worker {} of {} {what}, and was ended",
+                    part.index + 1,
+                    part.of
+                )
+            }
+            Self::TimedOut { limit, outcome } => {
+                format!(
+                    "it exceeded its timeout of {}, and {outcome}",
                     humantime::format_duration(*limit)
                 )
             }
-            Self::Interrupted { manner } => format!("it {manner}"),
+            Self::Interrupted { outcome } => format!("it {outcome}"),
         })
     }
 
@@ -156,6 +201,7 @@ impl End {
             Self::NotLoaded { hint, .. } => hint.clone(),
             Self::Cluster(end) => end.hint.clone(),
             Self::Died(death) => death.hint().map(str::to_owned),
+            Self::Hung(_) => Some("`retort resume` continues from the last checkpoint".into()),
             Self::InputChanged { .. } => {
                 Some("run again once nothing writes to it; this stage's output is discarded".into())
             }
@@ -184,7 +230,7 @@ impl std::fmt::Display for StopOutcome {
     }
 }
 
-/// The code of a failure as it is written in JSON.
+/// A failure's code in its JSON form.
 fn code_name(code: FailureCode) -> String {
     serde_json::to_value(code)
         .ok()

@@ -10,13 +10,13 @@ pub enum ExecutorError {
     /// The store cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Something in the store's directory cannot be used.
+    /// A file or directory of the store cannot be used.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
     /// A file that a stage names cannot be used.
     #[error(transparent)]
     Input(#[from] InputError),
-    /// An artifact that the recipe takes by name is not there.
+    /// An artifact that the recipe takes by name is missing.
     #[error("the artifact {} that the recipe takes as `{name}` is not in the store", hash.get(..12).unwrap_or(hash))]
     NoArtifact {
         /// Its name in the recipe.
@@ -24,9 +24,9 @@ pub enum ExecutorError {
         /// Its hash.
         hash: String,
     },
-    /// An artifact that the recipe takes by name is known, and its files are not what it was made of.
+    /// An artifact that the recipe takes by name is damaged.
     #[error(
-        "the artifact {} that the recipe takes as `{name}` is damaged: files are missing, or not of their size",
+        "the artifact {} that the recipe takes as `{name}` is damaged: files are missing, or have other sizes than were recorded",
         hash.get(..12).unwrap_or(hash)
     )]
     Damaged {
@@ -41,7 +41,7 @@ pub enum ExecutorError {
         /// The stage.
         stage: String,
     },
-    /// The operating system refuses something basic.
+    /// A basic operation of the operating system failed.
     #[error("{what}: {source}")]
     System {
         /// What was tried.

@@ -39,7 +39,7 @@ pub enum Event {
         /// Elements, where it is an array.
         elements: Option<usize>,
     },
-    /// A worker has begun on a stage.
+    /// A worker has started on a stage.
     Began {
         /// The stage.
         stage: String,
@@ -49,7 +49,7 @@ pub enum Event {
         pid: u32,
         /// `cpu`, `cuda:0`.
         device: String,
-        /// How many processes divide the work; 1 is none.
+        /// How many processes divide the work; 1 if it is not divided.
         workers: usize,
         /// Threads each may use.
         threads: usize,
@@ -61,7 +61,7 @@ pub enum Event {
         /// How far.
         progress: Progress,
     },
-    /// A stage, or something it uses, wrote a line.
+    /// A stage, or a library it uses, wrote a line.
     Line {
         /// The stage.
         stage: String,
@@ -79,7 +79,7 @@ pub enum Event {
         /// The last lines of its standard error.
         last_words: Vec<String>,
     },
-    /// The user wants the run to stop: workers are asked to, at their next checkpoint.
+    /// The user wants the run to stop: workers are asked to stop at their next checkpoint.
     Stopping {
         /// How long they have.
         grace: Duration,
@@ -88,9 +88,11 @@ pub enum Event {
     },
     /// The user wants the run to stop at once.
     Killing,
+    /// The user was asked whether the run is to stop, and wants it to go on.
+    GoingOn,
     /// Something is odd.
     Warning {
-        /// The stage, where there is one.
+        /// The stage, if there is one.
         stage: Option<String>,
         /// What.
         text: String,
@@ -98,7 +100,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// The same with another name for its stage.
+    /// The same event with another stage name.
     pub fn renamed(mut self, name: impl Fn(&str) -> String) -> Self {
         match &mut self {
             Self::Reused { stage, .. }
@@ -114,6 +116,7 @@ impl Event {
             Self::RunBegan { .. }
             | Self::Stopping { .. }
             | Self::Killing
+            | Self::GoingOn
             | Self::Warning { stage: None, .. } => {}
         }
         self

@@ -1,7 +1,7 @@
 //! The progress of a run's stages, for other processes: a small file in the run's staging directory, rewritten at
 //! most once a second and gone with the run.
 //!
-//! It is not part of the history: a run that has ended has no progress. Write errors are ignored.
+//! It is not part of the history: finished runs have no progress. Write errors are ignored.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -26,7 +26,7 @@ pub struct Reading {
     /// How far.
     #[serde(flatten)]
     pub progress: Progress,
-    /// How far it was when it was first heard of: where the attempt took the work up.
+    /// The first reported progress, from which the attempt resumed.
     pub from: u64,
     /// When that was, in milliseconds since 1970.
     pub since: i64,
@@ -35,7 +35,7 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Remaining seconds at the current rate; none while unknown.
+    /// Remaining seconds at the current rate; None while unknown.
     pub fn left(&self, now: Time) -> Option<f64> {
         let done = self
             .progress
@@ -86,7 +86,7 @@ impl Gauge {
                         since: at,
                         at,
                     });
-                // A stage may count one thing after the other: images read, then steps.
+                // A stage may change units: first images read, then steps.
                 let other = (&reading.progress.unit, reading.progress.total)
                     != (&progress.unit, progress.total);
                 if other || progress.done < reading.progress.done {
@@ -110,7 +110,7 @@ impl Gauge {
     }
 }
 
-/// How far the stages of a run are, by its staging directory; nothing where nothing is known.
+/// The progress of a run's stages, by its staging directory; empty if unknown.
 pub fn read(staging: &Path) -> BTreeMap<String, Reading> {
     let bytes = retort_checkpoint::regular::read(&path(staging), LONGEST);
     let read = bytes
@@ -124,7 +124,7 @@ pub fn path(staging: &Path) -> PathBuf {
     staging.join("progress.json")
 }
 
-/// Readers find the old one or the new one.
+/// Readers see either the old or the new file.
 fn write(path: &Path, stages: &BTreeMap<String, Reading>) -> std::io::Result<()> {
     let draft = path.with_extension("new");
     let mut file = retort_checkpoint::regular::create_itself(&draft)?;
@@ -153,7 +153,7 @@ mod tests {
         assert!(read(staging.path()).is_empty());
         let gauge = Gauge::new(staging.path());
         gauge.hear(&progress(10));
-        // Too soon to be written again.
+        // Too soon for another write.
         gauge.hear(&progress(20));
         let reading = read(staging.path()).remove("a").unwrap();
         assert_eq!((reading.progress.done, reading.from), (10, 10));

@@ -1,6 +1,6 @@
 //! A worker of a stage or of a part: a local process, or an element of a cluster job.
 //!
-//! In: a stage about to begin. Out: a [`WorkerHandle`] for it and for each part, all with the same interface.
+//! In: a stage about to start. Out: a [`WorkerHandle`] for the whole and for each part, all with the same interface.
 
 use std::ffi::OsString;
 use std::net::TcpListener;
@@ -29,7 +29,7 @@ pub enum WorkerHandle {
     Process(Box<Worker>),
     /// An element of a job.
     Element(Element),
-    /// A rank of another process, which was started beside this one.
+    /// A rank in an externally started process.
     Rank(Box<RemoteRank>),
 }
 
@@ -52,7 +52,7 @@ impl WorkerHandle {
         }
     }
 
-    /// What it does next. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
+    /// Its next event. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
     pub async fn next(&mut self) -> WorkerEvent {
         match self {
             Self::Process(worker) => worker.next().await,
@@ -61,7 +61,7 @@ impl WorkerHandle {
         }
     }
 
-    /// Ends it: by this signal, where there are signals.
+    /// Ends it: by this signal, if it can receive signals.
     pub fn signal(&self, signal: i32) {
         match self {
             Self::Process(worker) => worker.signal(signal),
@@ -71,7 +71,7 @@ impl WorkerHandle {
     }
 }
 
-/// Where a stage is worked on.
+/// Where a stage's workers run.
 pub enum Placement {
     /// On this machine: the process of the whole, and one for each part.
     Here(WorkerHandle, Vec<(Part, WorkerHandle)>),
@@ -79,7 +79,7 @@ pub enum Placement {
     Cluster(Box<ClusterPlacement>),
 }
 
-/// What a stage asks of a cluster.
+/// A stage's requirements of a cluster.
 pub struct ClusterPlacement {
     cluster: Cluster,
     profile: Profile,
@@ -104,10 +104,10 @@ impl Placement {
     }
 }
 
-/// Finds workers for a stage: processes are started at once, that of the whole too, which waits while the parts work.
+/// Creates workers for a stage. Processes are started at once, including that of the whole, which waits while the parts work.
 ///
 /// # Errors
-/// How the attempt has ended before it began.
+/// The end of the attempt, if it failed to start.
 pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End> {
     if let Some(cluster) = &context.cluster {
         let profile = cluster.settings.profile(&spec.stage.kind);
@@ -128,13 +128,13 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
             profile,
         })));
     }
-    let board = context.board.as_ref().filter(|_| spec.stage.together);
-    let posted = board.map(|board| {
+    let posted_jobs = context.posted_jobs.as_ref().filter(|_| spec.stage.together);
+    let posted = posted_jobs.map(|posted_jobs| {
         let threads = spec.threads_of(Some(Part {
             index: 0,
             of: spec.stage.workers.len(),
         }));
-        PostedJob::new(board, &spec.work_dir, threads)
+        PostedJob::new(posted_jobs, &spec.work_dir, threads)
     });
     let start = || {
         let port = match spec.stage.together && posted.is_none() {
@@ -150,7 +150,7 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
                     let rank = RemoteRank::new(posted, part.index);
                     return Ok(WorkerHandle::Rank(Box::new(rank)));
                 }
-                // Where all meet the environment says.
+                // The environment says where they meet.
                 (Some(part), Some(posted)) => {
                     let local_rank = posted.place().local_rank;
                     let mut variables = rank_variables(part, local_rank).to_vec();
@@ -177,7 +177,7 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
     })
 }
 
-/// Where local processes meet, in the variables that `torchrun` sets.
+/// The rendezvous of local processes, in the variables of `torchrun`.
 fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
     let mut variables = vec![
         ("MASTER_ADDR", "127.0.0.1".into()),
@@ -192,7 +192,7 @@ fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-/// A notice about a stage's jobs as an event of the run.
+/// Converts a notice about a stage's jobs to an event of the run.
 fn event(stage: &str, notice: Notice) -> Event {
     let stage = stage.to_owned();
     match notice {
@@ -209,7 +209,7 @@ fn event(stage: &str, notice: Notice) -> Event {
 }
 
 impl ClusterPlacement {
-    /// Opens the dispatcher of an attempt, and gives a handle for the whole and for each part.
+    /// Opens the dispatcher of an attempt, and returns a handle for the whole and for each part.
     ///
     /// # Errors
     /// The store cannot be read or written.

@@ -1,15 +1,15 @@
-//! How to execute a run: how many stages at a time, where it stops, and how it leaves a cluster's jobs.
+//! How to execute a run: concurrency, where it stops, and how it detaches from a cluster's jobs.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cluster::slurm::Slurm;
-use crate::cluster::torchrun::Board;
+use crate::cluster::torchrun::PostedJobs;
 use crate::settings::Settings;
 use crate::store::{RunId, SweepPlace};
 
-/// A cluster, and what stages ask of it.
+/// A cluster, and the stages' profiles.
 #[derive(Debug, Clone)]
 pub struct Cluster {
     /// Slurm.
@@ -25,36 +25,36 @@ pub struct Options {
     pub jobs: NonZeroUsize,
     /// Whether stages that do not depend on a failed one still run.
     pub keep_going: bool,
-    /// How long a stage may take to reach its next checkpoint when it is to stop.
+    /// How long a stage may take to reach its next checkpoint when asked to stop.
     pub grace: Duration,
     /// The arguments of the command, for the record.
     pub command: Vec<String>,
-    /// Where it runs, for the record.
+    /// The environment, for the record.
     pub environment: serde_json::Value,
-    /// The run that this one takes up again.
+    /// The run that this one resumes.
     pub resumed_from: Option<RunId>,
-    /// How many runs this process carries out at the same time: they share the cores.
+    /// How many runs this process executes concurrently: they share the cores.
     pub runs: NonZeroUsize,
-    /// The point of a sweep that it is.
+    /// Its point of a sweep, if any.
     pub sweep: Option<SweepPlace>,
-    /// Where it is to stop, to be judged.
+    /// The rung at which it stops.
     pub rung: Option<Rung>,
-    /// The cluster whose jobs do the work; none: processes of this machine do.
+    /// The cluster whose jobs do the work; None for local processes.
     pub cluster: Option<Cluster>,
-    /// Where the ranks are told what to do that `torchrun` has started beside this process, if it has.
-    pub board: Option<Arc<Board>>,
+    /// Jobs posted for the other ranks, if `torchrun` started them.
+    pub posted_jobs: Option<Arc<PostedJobs>>,
     /// How its jobs are left.
     pub leave: DetachPolicy,
-    /// What was set for them by flags, for the record.
+    /// Their settings from flags, for the record.
     pub slurm: Vec<String>,
 }
 
-/// How a runner leaves jobs of a cluster.
+/// When a runner detaches from a cluster's jobs.
 #[derive(Clone)]
 pub enum DetachPolicy {
-    /// It does not: Ctrl-C cancels them.
+    /// Never: Ctrl-C cancels them.
     Never,
-    /// By itself, when everything is submitted that can be.
+    /// Automatically, when everything possible has been submitted.
     WhenSubmitted,
     /// Ctrl-C asks. A function that waits for an answer; called on a thread of its own.
     Ask(Arc<dyn Fn() -> DetachAnswer + Send + Sync>),
@@ -81,7 +81,7 @@ pub enum DetachAnswer {
     GoOn,
 }
 
-/// Where a run stops: its first checkpoint after a step of a series.
+/// A rung: the run stops at its first checkpoint after a step of a series.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rung {
     /// The series: `distill/loss`, or `student/distill/loss` with its stage.
@@ -91,7 +91,7 @@ pub struct Rung {
 }
 
 impl Rung {
-    /// Whether a stage's series is meant.
+    /// Whether this is the rung's series.
     pub fn is_of(&self, stage: &str, series: &str) -> bool {
         let behind = |stage: &str| self.series.strip_prefix(stage)?.strip_prefix('/');
         self.series == series || behind(stage) == Some(series)

@@ -1,4 +1,4 @@
-//! Stopping a run for a while (Ctrl-Z): runner and workers stop together, and time stands still for deadlines.
+//! Pausing a run (Ctrl-Z): runner and workers stop together, and deadlines are extended.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,15 +17,15 @@ impl PauseClock {
         Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
     }
 
-    /// How long it has worked since `began`, of which it was stopped for `before` less than in all.
+    /// The running time since `began`, excluding pauses; `before` is the total pause at that time.
     pub fn worked(&self, began: Instant, before: Duration) -> Duration {
         began
             .elapsed()
             .saturating_sub(self.total().saturating_sub(before))
     }
 
-    /// Stops all workers and this process, until somebody continues it. To be called on the event loop's thread: nothing
-    /// may look at a clock before the pause is counted.
+    /// Stops all workers and this process until it is continued. To be called on the event loop's thread: nothing may read a
+    /// clock before the pause is counted.
     pub fn stop(&self) {
         let began = Instant::now();
         process::signal_all(libc::SIGSTOP);

@@ -1,8 +1,8 @@
 //! Writing the metrics and the log of an attempt into the store, in batches, beside the attempt.
 //!
-//! In: points and lines, as fast as they come. Out: rows, four times a second. What waits is bounded: while there is no
-//! [`room`](Recorder::room), workers are not read, and keep what they have themselves. A store that cannot take rows at all
-//! never disturbs the stage: lost rows are counted and reported.
+//! In: points and lines, as fast as they come. Out: rows, four times a second. The queue is bounded: while there is no
+//! [`room`](Recorder::room), workers are not read, and buffer their messages themselves. An unwritable store never disturbs
+//! the stage: lost rows are counted and reported.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,19 +13,20 @@ use tokio::task::JoinHandle;
 
 use crate::frame::Points;
 use crate::store::{
-    AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time,
+    AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, ReadMark, Recording, Store,
+    StoreError, Time,
 };
 
-/// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
+/// How often rows are written; a killed runner loses at most this and the worker's buffer (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
-/// Points that may wait or be being written, 25 MB. At half of them workers are no longer read, so that there is room for what
-/// they are sending; beyond, which takes a store that cannot be written to, new ones are lost.
+/// Maximum points in the queue or being written, 25 MB. At half of it workers are no longer read, which leaves room for
+/// messages in transit; beyond it, which needs an unwritable store, new points are lost.
 const MOST_POINTS: usize = 1 << 20;
-/// The same in bytes of lines.
+/// The same for lines, in bytes.
 const MOST_BYTES: usize = 32 << 20;
-/// Lines that one attempt may have in the store; a plugin that logs endlessly must not fill the disk.
+/// Maximum lines of one attempt in the store; a plugin that logs endlessly must not fill the disk.
 const MOST_LINES: usize = 50_000;
-/// Series that one attempt may have, and those of all its parts: the history and this process hold something of each.
+/// Maximum series of one attempt, and of all its parts: each takes memory here and space in the history.
 #[cfg(not(test))]
 const MOST_SERIES: usize = 16_384;
 #[cfg(test)]
@@ -46,7 +47,7 @@ struct Shared {
     waiting: Mutex<Waiting>,
     wake: Notify,
     hurry: Notify,
-    /// Told when there may be room again.
+    /// Notified when there may be room again.
     freed: Notify,
     most: Backlog,
 }
@@ -72,13 +73,13 @@ struct Waiting {
     has_more_series: bool,
     /// What is waiting.
     amount: Backlog,
-    /// What has been taken out to be written, and is still held in memory.
+    /// Rows taken out for writing, and still in memory.
     writing: Backlog,
-    /// Whether the store could not be written to when it was last tried: waiting for it would be for nothing.
+    /// Whether the last write failed: waiting for the store would be useless.
     stalled: bool,
     lost_points: usize,
     lost_lines: usize,
-    /// How far elements of jobs have been heard when what came before has been written.
+    /// The read positions of jobs' elements after the queue has been written.
     marks: HashMap<(JobKey, usize), u64>,
     closing: bool,
 }
@@ -111,11 +112,11 @@ impl Recorder {
         Self { shared, task }
     }
 
-    /// Waits until more can be recorded without growing what waits beyond its bound. Cancel-safe.
+    /// Waits until the queue has room. Cancel-safe.
     pub async fn room(&self) {
         loop {
             let mut freed = std::pin::pin!(self.shared.freed.notified());
-            // From here on nothing that is told is missed.
+            // From here on no notification is missed.
             freed.as_mut().enable();
             if self.shared.has_room() {
                 return;
@@ -125,70 +126,42 @@ impl Recorder {
         }
     }
 
-    /// Records points.
-    pub fn points(&self, batches: impl IntoIterator<Item = Points>) {
-        let most = self.shared.most.points;
+    /// Whether it can.
+    pub fn has_room(&self) -> bool {
+        self.shared.has_room()
+    }
+
+    /// Records points, lines, and the read position of a job's element: they are written together.
+    pub fn record(
+        &self,
+        points: impl IntoIterator<Item = Points>,
+        lines: impl IntoIterator<Item = LogLine>,
+        mark: Option<ReadMark>,
+    ) {
+        let most = self.shared.most;
         let mut waiting = self.shared.waiting();
-        for batch in batches {
-            if !waiting.admits(&batch.series) {
-                continue;
-            }
-            let held = waiting.amount.points + waiting.writing.points;
-            let taken = most.saturating_sub(held).min(batch.steps.len());
-            waiting.lost_points += batch.steps.len() - taken;
-            waiting.amount.points += taken;
-            let columns = batch.steps.iter().zip(&batch.values).zip(&batch.at);
-            let points = columns
-                .take(taken)
-                .map(|((&step, &value), &at)| MetricPoint {
-                    step,
-                    value,
-                    at: Time(at),
-                });
-            waiting
-                .points
-                .entry(batch.series)
-                .or_default()
-                .extend(points);
+        for batch in points {
+            waiting.take_points(batch, most.points);
+        }
+        for line in lines {
+            waiting.take_line(line, most.bytes);
+        }
+        if let Some(mark) = mark {
+            waiting.marks.insert((mark.job, mark.element), mark.number);
         }
         drop(waiting);
         self.shared.wake.notify_one();
+    }
+
+    /// Records points.
+    #[cfg(test)]
+    pub fn points(&self, batches: impl IntoIterator<Item = Points>) {
+        self.record(batches, [], None);
     }
 
     /// Records a line.
     pub fn line(&self, line: LogLine) {
-        let most = self.shared.most.bytes;
-        let mut waiting = self.shared.waiting();
-        waiting.lines_taken += 1;
-        match waiting.lines_taken {
-            taken if taken <= MOST_LINES => {
-                let held = waiting.amount.bytes + waiting.writing.bytes;
-                if held + size(&line) > most {
-                    waiting.lost_lines += 1;
-                } else {
-                    waiting.amount.bytes += size(&line);
-                    waiting.lines.push(line);
-                }
-            }
-            taken if taken == MOST_LINES + 1 => {
-                let text = format!("more than {MOST_LINES} lines: the rest is dropped");
-                waiting.lines.push(LogLine {
-                    at: line.at,
-                    level: 2,
-                    source: LogSource::Runner,
-                    text,
-                });
-            }
-            _ => {}
-        }
-        drop(waiting);
-        self.shared.wake.notify_one();
-    }
-
-    /// Notes how far an element of a job has been heard, once everything before has been written.
-    pub fn mark(&self, job: JobKey, element: usize, number: u64) {
-        self.shared.waiting().marks.insert((job, element), number);
-        self.shared.wake.notify_one();
+        self.record([], [line], None);
     }
 
     /// Writes what still waits.
@@ -207,6 +180,50 @@ impl Drop for Recorder {
 }
 
 impl Waiting {
+    fn take_points(&mut self, batch: Points, most: usize) {
+        if !self.admits(&batch.series) {
+            return;
+        }
+        let held = self.amount.points + self.writing.points;
+        let taken = most.saturating_sub(held).min(batch.steps.len());
+        self.lost_points += batch.steps.len() - taken;
+        self.amount.points += taken;
+        let columns = batch.steps.iter().zip(&batch.values).zip(&batch.at);
+        let points = columns
+            .take(taken)
+            .map(|((&step, &value), &at)| MetricPoint {
+                step,
+                value,
+                at: Time(at),
+            });
+        self.points.entry(batch.series).or_default().extend(points);
+    }
+
+    fn take_line(&mut self, line: LogLine, most: usize) {
+        self.lines_taken += 1;
+        match self.lines_taken {
+            taken if taken <= MOST_LINES => {
+                let held = self.amount.bytes + self.writing.bytes;
+                if held + size(&line) > most {
+                    self.lost_lines += 1;
+                } else {
+                    self.amount.bytes += size(&line);
+                    self.lines.push(line);
+                }
+            }
+            taken if taken == MOST_LINES + 1 => {
+                let text = format!("more than {MOST_LINES} lines: the rest is dropped");
+                self.lines.push(LogLine {
+                    at: line.at,
+                    level: 2,
+                    source: LogSource::Runner,
+                    text,
+                });
+            }
+            _ => {}
+        }
+    }
+
     /// Whether there is room for points of a series.
     fn admits(&mut self, series: &str) -> bool {
         if self.series.contains(series) {
@@ -232,17 +249,17 @@ impl Waiting {
     }
 
     fn is_empty(&self) -> bool {
-        self.points.is_empty() && self.lines.is_empty()
+        self.points.is_empty() && self.lines.is_empty() && self.marks.is_empty()
     }
 }
 
 impl Shared {
-    /// Nothing that holds this lock panics half-way.
+    /// No holder of this lock panics midway.
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether to read workers: half of the room is kept for what is in transit.
+    /// Whether to read workers: half of the capacity is reserved for messages in transit.
     fn has_room(&self) -> bool {
         let waiting = self.waiting();
         let (amount, writing) = (waiting.amount, waiting.writing);
@@ -252,7 +269,7 @@ impl Shared {
                 && amount.bytes + writing.bytes < self.most.bytes.div_ceil(2))
     }
 
-    /// Takes out what waits, to be written.
+    /// Takes out the queue for writing.
     fn take(&self) -> Waiting {
         let mut waiting = self.waiting();
         waiting.writing = std::mem::take(&mut waiting.amount);
@@ -269,7 +286,7 @@ impl Shared {
         }
     }
 
-    /// What was taken out is held no more; `stalled`: because the store could not be written to.
+    /// Releases the rows taken out; `stalled`: because the store could not be written to.
     fn let_go(&self, stalled: bool) {
         let mut waiting = self.waiting();
         waiting.writing = Backlog::default();
@@ -302,8 +319,6 @@ async fn write_rows(
     loop {
         shared.wake.notified().await;
         let batch = shared.take();
-        // Whether what came before the marks has been written, or is lost.
-        let mut kept = true;
         lost_points += batch.lost_points;
         lost_lines += batch.lost_lines;
         for (count, all, what) in [
@@ -315,40 +330,25 @@ async fn write_rows(
                 complain(all, why);
             }
         }
-        let points: Vec<Batch> = batch.points.into_iter().map(Batch::from).collect();
-        if !points.is_empty()
-            && let Err(error) = store.append_metrics(attempt, &points).await
-        {
-            complain("metrics", error.to_string());
-            if is_for_a_moment(&error) {
-                kept = false;
-                give_back(&shared, points, batch.amount.points);
-            }
-        }
-        if !batch.lines.is_empty()
-            && let Err(error) = store.append_log(attempt, &batch.lines).await
-        {
-            complain("the log", error.to_string());
-            if is_for_a_moment(&error) {
-                kept = false;
-                give_back_lines(&shared, batch.lines);
-            }
+        let recording = Recording {
+            points: batch.points.into_iter().map(Batch::from).collect(),
+            lines: batch.lines,
+            marks: marks(batch.marks),
+        };
+        let left = match recording.is_empty() {
+            true => None,
+            false => write_together(&store, attempt, recording, &mut complain).await,
+        };
+        // Before notifying about room.
+        let kept = left.is_none();
+        if let Some(recording) = left {
+            give_back_marks(&shared, &recording.marks);
+            give_back(&shared, recording.points, batch.amount.points);
+            give_back_lines(&shared, recording.lines);
         }
         shared.let_go(!kept);
-        if !kept {
-            let mut waiting = shared.waiting();
-            for (element, number) in batch.marks {
-                waiting.marks.entry(element).or_insert(number);
-            }
-        } else if !batch.marks.is_empty() {
-            let marks = batch.marks.into_iter();
-            let marks = marks.map(|((job, element), number)| (job, element, number));
-            if let Err(error) = store.note_imported(marks).await {
-                tracing::debug!("marks: {error}");
-            }
-        }
         if batch.closing {
-            // What was given back is tried again, for as long as the end of the attempt waits.
+            // Returned rows are retried as long as the end of the attempt waits.
             if shared.waiting().is_empty() {
                 break;
             }
@@ -371,12 +371,60 @@ async fn write_rows(
     }
 }
 
+/// Writes rows together. Returns those to retry.
+async fn write_together(
+    store: &Store,
+    attempt: AttemptId,
+    mut recording: Recording,
+    complain: &mut impl FnMut(&str, String),
+) -> Option<Recording> {
+    loop {
+        let error = match store.record(attempt, &recording).await {
+            Ok(()) => return None,
+            Err(error) => error,
+        };
+        let what = match (recording.points.is_empty(), recording.lines.is_empty()) {
+            (false, _) => "metrics",
+            (true, false) => "the log",
+            (true, true) => "how far jobs were heard",
+        };
+        complain(what, error.to_string());
+        if is_for_a_moment(&error) {
+            return Some(recording);
+        }
+        // Points that the store refuses are lost; the log may still be writable.
+        if recording.points.is_empty() || recording.lines.is_empty() {
+            return None;
+        }
+        recording.points.clear();
+    }
+}
+
+fn marks(marks: HashMap<(JobKey, usize), u64>) -> Vec<ReadMark> {
+    let marks = marks.into_iter();
+    let marks = marks.map(|((job, element), number)| ReadMark {
+        job,
+        element,
+        number,
+    });
+    marks.collect()
+}
+
+/// Unwritten marks are written with the next batch, unless there are newer ones.
+fn give_back_marks(shared: &Shared, marks: &[ReadMark]) {
+    let mut waiting = shared.waiting();
+    for mark in marks {
+        let place = waiting.marks.entry((mark.job, mark.element));
+        place.or_insert(mark.number);
+    }
+}
+
 /// Whether to retry: another writer was active, or the disk was full.
 fn is_for_a_moment(error: &StoreError) -> bool {
     matches!(error, StoreError::Busy | StoreError::Full)
 }
 
-/// Points that could not be written are written with the next batch, where there is room for them.
+/// Unwritten points are written with the next batch, if there is room.
 fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize) {
     let mut waiting = shared.waiting();
     if waiting.amount.points + count > shared.most.points {
@@ -521,7 +569,7 @@ mod tests {
         let store = Arc::new(open(dir.path()).await);
         let (_, _, attempt) = begin(&store, "digits", "d").await;
         let recorder = Recorder::begin_within(MOST, Arc::clone(&store), attempt, |_| {});
-        // As after a write that has failed; nothing is awaited, so nothing is written meanwhile.
+        // As after a failed write; nothing is awaited, so nothing is written meanwhile.
         recorder.shared.let_go(true);
         for number in 0..20 {
             assert!(recorder.shared.has_room(), "nobody waits for nothing");
@@ -544,6 +592,50 @@ mod tests {
                 "10 log lines are lost: they came while the store could not be written to"
             ]
         );
+    }
+
+    #[tokio::test]
+    async fn what_is_written_and_how_far_a_job_was_heard_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(dir.path()).await);
+        for round in 0..30_u64 {
+            let (run, _, attempt) = begin(&store, "digits", &format!("d{round}")).await;
+            let name = format!("job-{round}");
+            let job = store.begin_job(attempt, &name, &name, None).await.unwrap();
+            let recorder = Recorder::begin(Arc::clone(&store), attempt, |what| panic!("{what}"));
+            for number in 0..200 {
+                let points = Points {
+                    series: "loss".into(),
+                    steps: vec![number],
+                    values: vec![0.5],
+                    at: vec![7],
+                };
+                let mark = ReadMark {
+                    job,
+                    element: 0,
+                    number: number + 1,
+                };
+                recorder.record([points], [line(10)], Some(mark));
+                recorder.shared.hurry.notify_one();
+                tokio::time::sleep(Duration::from_micros(37 * round)).await;
+            }
+            // Killed, at any moment.
+            drop(recorder);
+            // What was on its way to the disk is there, or is not; when it comes between two looks, they are taken again.
+            let heard = async || store.open_jobs(&name).await.unwrap()[0].imported[0].1;
+            let mut before = heard().await;
+            loop {
+                let series = store.last_metrics(&run).await.unwrap();
+                let points = series.first().map_or(0, |series| series.points);
+                let lines = store.log(attempt).await.unwrap().len() as u64;
+                let after = heard().await;
+                if before == after {
+                    assert_eq!((points, lines), (after, after), "round {round}");
+                    break;
+                }
+                before = after;
+            }
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub struct StageReport {
     pub kind: String,
     /// Its outcome.
     pub outcome: Outcome,
-    /// How long its attempt took; zero without one.
+    /// How long its attempt took; zero if there was none.
     pub elapsed: Duration,
 }
 
@@ -50,12 +50,12 @@ pub enum Outcome {
         /// The other stage.
         by: String,
     },
-    /// The run ended before its turn.
+    /// The run ended before the stage's turn.
     NotReached,
 }
 
 impl StageReport {
-    /// Whether its result is there.
+    /// Whether its result exists.
     pub fn is_good(&self) -> bool {
         matches!(
             self.outcome,
@@ -64,7 +64,7 @@ impl StageReport {
     }
 }
 
-/// In a line: which stages failed, and how.
+/// One line: which stages failed, and how.
 pub(super) fn why(stages: &[StageReport]) -> Option<String> {
     let failed: Vec<String> = stages
         .iter()

@@ -9,7 +9,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, WorkDir};
-use crate::executor::attempt::{self, Ended};
+use crate::executor::attempt::{self, AttemptOutcome};
 use crate::executor::control::Follower;
 use crate::executor::describe::new_stage;
 use crate::executor::end::End;
@@ -26,13 +26,13 @@ use crate::store::{ArtifactRecord, RunId, StageId, StoreError, Success};
 /// How often the run writes a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether everything is submitted, so that the runner can leave.
+/// How often to check whether everything has been submitted, so that the runner can exit.
 const LEAVE: Duration = Duration::from_millis(500);
 
-/// How often a stage that another process works on is looked at again.
+/// How often to check a stage that another process is running.
 const WAIT_FOR_OTHERS: Duration = Duration::from_millis(300);
 
-/// The stages of a run on their way.
+/// The state of a run's stages.
 pub(super) struct Scheduler<'p> {
     plan: &'p Plan,
     options: &'p Options,
@@ -43,7 +43,7 @@ pub(super) struct Scheduler<'p> {
     stop: watch::Sender<Stop>,
     pub(super) signal: Option<i32>,
     failed: bool,
-    /// Whether it has come to its rung, and is being stopped.
+    /// Whether it has reached its rung, and is being stopped.
     pub(super) is_judged: bool,
     /// Whether jobs are left to the cluster.
     pub(super) detached: bool,
@@ -76,26 +76,27 @@ enum State {
     },
 }
 
-/// What is known of a stage once its inputs are there.
+/// A stage's resolved inputs and digest.
 struct ResolvedStage {
     digest: Digest,
     inputs: BTreeMap<String, Input>,
 }
 
-/// Where a stage starts from.
+/// The starting point of a stage.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Start {
-    /// From nothing, whatever earlier attempts left.
-    Anew,
-    /// From what an earlier attempt left, if there is any.
-    AsLeft,
+enum StartFrom {
+    /// From scratch, ignoring earlier attempts.
+    Scratch,
+    /// From an earlier attempt's work directory, if there is one.
+    Checkpoint,
     /// The same, unless another process has made it in the meantime.
-    AsLeftOrReused,
+    CheckpointOrReuse,
 }
 
-/// What came of giving a stage to a worker.
+/// The outcome of starting a stage.
 pub(super) enum StageEnd {
-    CreatedPaths(Ended),
+    /// A worker had it.
+    Attempted(AttemptOutcome),
     /// Another process has made it meanwhile.
     Reused(Success),
     /// The run was stopped while it waited.
@@ -152,7 +153,7 @@ impl<'p> Scheduler<'p> {
         })
     }
 
-    /// Runs everything that can be run.
+    /// Runs all stages that can run.
     pub(super) async fn work(&mut self, mut signals: Follower) -> Result<(), ExecutorError> {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -170,7 +171,7 @@ impl<'p> Scheduler<'p> {
                     match choice {
                         DetachAnswer::Detach => self.leave(libc::SIGINT),
                         DetachAnswer::Cancel => self.interrupt(libc::SIGINT),
-                        DetachAnswer::GoOn => {}
+                        DetachAnswer::GoOn => (self.context.listener)(Event::GoingOn),
                     }
                 }
                 () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
@@ -182,7 +183,7 @@ impl<'p> Scheduler<'p> {
                 signal = signals.next() => self.interrupt_or_leave(signal),
                 () = self.context.reached.notified(), if !self.is_judged => {
                     self.is_judged = true;
-                    // An immediate stop stays immediate.
+                    // An immediate stop is not weakened.
                     self.stop.send_if_modified(|stop| {
                         let asks = *stop == Stop::No;
                         *stop = (*stop).max(Stop::AtCheckpoint);
@@ -190,15 +191,18 @@ impl<'p> Scheduler<'p> {
                     });
                 }
                 _ = heartbeat.tick() => {
-                    if let Err(error) = self.context.store.heartbeat(&self.run).await {
-                        tracing::debug!("heartbeat: {error}");
+                    match self.context.store.heartbeat(&self.run).await {
+                        Ok(()) => {}
+                        // Another machine has taken the history: nothing that happens here could be recorded.
+                        Err(error @ StoreError::Elsewhere { .. }) => return Err(error.into()),
+                        Err(error) => tracing::debug!("heartbeat: {error}"),
                     }
                 }
             }
         }
     }
 
-    /// Finds out, in the plan's order, which waiting stages are reused, ready or blocked.
+    /// Determines, in the plan's order, which waiting stages are reused, ready or blocked.
     async fn settle(&mut self) -> Result<(), ExecutorError> {
         for index in 0..self.entries.len() {
             if !matches!(self.entries[index].state, State::Waiting) {
@@ -214,7 +218,7 @@ impl<'p> Scheduler<'p> {
         Ok(())
     }
 
-    /// The inputs of a stage, if they are there.
+    /// The inputs of a stage, if they all exist.
     fn resolve_inputs(&self, index: usize) -> Resolution {
         let stage = self.entries[index].stage;
         let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
@@ -306,7 +310,7 @@ impl<'p> Scheduler<'p> {
         })
     }
 
-    /// Gives ready stages to workers, in the plan's order, as far as there is room.
+    /// Starts ready stages, in the plan's order, up to the limit of concurrency.
     fn launch(&mut self) {
         let stopping =
             self.signal.is_some() || self.is_judged || (self.failed && !self.options.keep_going);
@@ -335,13 +339,14 @@ impl<'p> Scheduler<'p> {
                 digest,
                 base_dir: self.plan.base_dir.clone(),
                 threads,
+                retries: entry.stage.retries,
                 inputs,
             };
             let (context, stop) = (Arc::clone(&self.context), self.stop.subscribe());
             let start = match (entry.role, &self.options.resumed_from) {
-                (Role::Forced, None) => Start::Anew,
-                (Role::Forced, Some(_)) => Start::AsLeft,
-                _ => Start::AsLeftOrReused,
+                (Role::Forced, None) => StartFrom::Scratch,
+                (Role::Forced, Some(_)) => StartFrom::Checkpoint,
+                _ => StartFrom::CheckpointOrReuse,
             };
             self.workers.spawn(async move {
                 let (began, paused) = (Instant::now(), context.pauses.total());
@@ -351,8 +356,8 @@ impl<'p> Scheduler<'p> {
         }
     }
 
-    /// The threads of a stage: its share among those that may run beside it, which are the unfinished ones that neither
-    /// need it nor are needed by it.
+    /// The threads of a stage: its share among the stages that may run concurrently, which are the unfinished ones that
+    /// neither depend on it nor are needed by it.
     fn threads(&self, index: usize) -> usize {
         let beside = (0..self.entries.len())
             .filter(|&other| {
@@ -369,16 +374,16 @@ impl<'p> Scheduler<'p> {
         let runs = self.options.runs.get();
         let stage = self.entries[index].stage;
         let threads = stage.threads.count(stages * runs);
-        // Workers share what is said here, and not all of those that others have started are on this machine.
-        match &self.options.board {
-            Some(board) if stage.together => {
-                threads * stage.workers.len() / board.place().local_size
+        // Workers share these threads; externally started ones may be on other machines.
+        match &self.options.posted_jobs {
+            Some(posted_jobs) if stage.together => {
+                threads * stage.workers.len() / posted_jobs.place().local_size
             }
             _ => threads,
         }
     }
 
-    /// Whether a stage needs, perhaps through others, what an earlier one makes.
+    /// Whether a stage depends on an earlier one, directly or indirectly.
     fn leads_to(&self, earlier: usize, later: usize) -> bool {
         let (mut seen, mut open) = (HashSet::new(), vec![later]);
         while let Some(index) = open.pop() {
@@ -394,7 +399,7 @@ impl<'p> Scheduler<'p> {
         false
     }
 
-    /// Takes note of what came of a stage.
+    /// Records the outcome of a stage.
     async fn record_end(
         &mut self,
         ended: Result<(usize, Duration, Result<StageEnd, ExecutorError>), tokio::task::JoinError>,
@@ -409,13 +414,13 @@ impl<'p> Scheduler<'p> {
             // It will not have another turn in this run.
             StageEnd::Stopped => State::Waiting,
             StageEnd::Reused(success) => {
-                // Its digest is computed again: it went into the worker's spec.
+                // Its digest is recomputed, because it was moved into the worker's spec.
                 match self.resolve_inputs(index) {
                     Resolution::Ready(ready) => self.reuse(index, &ready.digest, success).await?,
                     _ => State::Waiting,
                 }
             }
-            StageEnd::CreatedPaths(Ended {
+            StageEnd::Attempted(AttemptOutcome {
                 end, last_words, ..
             }) => {
                 (self.context.listener)(Event::Ended {
@@ -439,7 +444,7 @@ impl<'p> Scheduler<'p> {
         Ok(())
     }
 
-    /// Jobs of a cluster need neither this process nor a terminal: where these go, jobs stay. Ctrl-C may mean both.
+    /// A cluster's jobs need neither this process nor a terminal, so they survive both. Ctrl-C may mean either.
     fn interrupt_or_leave(&mut self, signal: i32) {
         if self.context.cluster.is_none() || self.signal.is_some() {
             return self.interrupt(signal);
@@ -452,7 +457,7 @@ impl<'p> Scheduler<'p> {
             (DetachPolicy::Ask(ask), _) if self.answer.is_none() => {
                 let (tell, answer) = oneshot::channel();
                 let ask = Arc::clone(ask);
-                // A thread that nobody waits for: it may never get an answer.
+                // A detached thread: it may never get an answer.
                 std::thread::spawn(move || tell.send(ask()));
                 self.answer = Some(answer);
             }
@@ -465,8 +470,8 @@ impl<'p> Scheduler<'p> {
         self.detached = true;
     }
 
-    /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to. A closed terminal
-    /// is told twice, by the kernel and by the shell, and nobody is impatient there.
+    /// Ctrl-C or a similar signal: the first asks workers to stop, the second stops them at once. A closed terminal signals
+    /// twice, once from the kernel and once from the shell, which counts as one.
     fn interrupt(&mut self, signal: i32) {
         if self.signal.is_none() {
             self.signal = Some(signal);
@@ -516,18 +521,18 @@ enum Resolution {
     Ready(Box<ResolvedStage>),
 }
 
-/// A successful attempt with this digest whose output is still there.
+/// A successful attempt with this digest whose output still exists.
 async fn find_success(context: &RunContext, digest: &str) -> Result<Option<Success>, StoreError> {
     let found = context.store.find_success(digest).await?;
     Ok(found.filter(|success| context.layout.holds(&success.output)))
 }
 
-/// Gives a stage to a worker, as soon as no other process works on the same.
+/// Starts a stage as soon as no other process is running the same.
 async fn run_stage(
     context: &RunContext,
     spec: &mut AttemptSpec,
     mut stop: watch::Receiver<Stop>,
-    start: Start,
+    start: StartFrom,
 ) -> Result<StageEnd, ExecutorError> {
     let mut told = false;
     let work: WorkDir = loop {
@@ -544,19 +549,19 @@ async fn run_stage(
             () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
         }
     };
-    // Between the moment when the stage was found to be not there and this one another run may have made it.
-    if start == Start::AsLeftOrReused
+    // Another run may have made the result since the stage was found missing.
+    if start == StartFrom::CheckpointOrReuse
         && let Some(success) = find_success(context, &spec.digest.hex).await?
     {
         return Ok(StageEnd::Reused(success));
     }
-    if start == Start::Anew {
+    if start == StartFrom::Scratch {
         empty(work.path())?;
     }
     for source in &mut spec.sources {
         if let Err(message) = source.begin(&context.store).await {
             let end = End::InputChanged { message };
-            return Ok(StageEnd::CreatedPaths(
+            return Ok(StageEnd::Attempted(
                 attempt::refuse(context, spec, end).await?,
             ));
         }
@@ -573,13 +578,16 @@ async fn run_stage(
             stage: Some(spec.stage.name.clone()),
             text: ended.end.message().unwrap_or_default(),
         });
-        spec.do_without(&ended.lost, left);
+        match left == spec.stage.workers.len() {
+            true => spec.retries = spec.retries.saturating_sub(1),
+            false => spec.do_without(&ended.lost, left),
+        }
     };
-    // A checkpoint of other data would be taken up as one of these.
+    // Otherwise a checkpoint made from other data would be resumed.
     if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
         work.remove();
     }
-    Ok(StageEnd::CreatedPaths(ended))
+    Ok(StageEnd::Attempted(ended))
 }
 
 fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
@@ -594,7 +602,7 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
     Ok(())
 }
 
-/// Waits for an answer; for ever where nobody was asked.
+/// Waits for an answer; forever if nobody was asked.
 async fn answer(
     asked: &mut Option<oneshot::Receiver<DetachAnswer>>,
 ) -> Result<DetachAnswer, oneshot::error::RecvError> {

@@ -1,14 +1,14 @@
 //! The files and folders that a stage reads beside its inputs, watched while it reads them.
 //!
-//! A digest says what they held when the run began. A stage that reads something else would be recorded under a digest
-//! that is not its own, and be reused for it for ever. So they are checked before the stage and after it; if the file
-//! system reports no change, nothing is read.
+//! A digest covers their content when the run began. A stage that reads other content would be recorded under the wrong
+//! digest and wrongly reused from then on. So they are checked before and after the stage; if the file system reports no
+//! change, nothing is read.
 
 use std::path::PathBuf;
 
 use crate::input::FileKind;
 use crate::input::{FileSnapshot, InputError, Listing};
-use crate::store::{Memory, Store};
+use crate::store::{HashTrust, Store};
 
 /// A file or folder that a stage reads.
 #[derive(Debug, Clone)]
@@ -19,21 +19,23 @@ pub struct SourceFile {
     pub path: PathBuf,
     /// What it is.
     pub kind: FileKind,
-    /// What it held: in the stage's digest.
+    /// The hash of its content in the stage's digest.
     pub snapshot: FileSnapshot,
 }
 
 impl SourceFile {
-    /// Makes sure that it still holds what the digest says, before the stage begins; from then on it must not be written.
+    /// Checks before the stage begins that the content still matches the digest; from then on the file must not be written.
     ///
     /// # Errors
-    /// What is wrong, in words.
+    /// The problem, in words.
     pub async fn begin(&mut self, store: &Store) -> Result<(), String> {
         let said = |error: InputError| error.to_string();
         if self.listing().await.map_err(said)?.is_as(&self.snapshot) && !self.snapshot.is_young() {
             return Ok(());
         }
-        let now = store.snapshot(&self.path, self.kind, Memory::Trusted).await;
+        let now = store
+            .snapshot(&self.path, self.kind, HashTrust::Trusted)
+            .await;
         let now = now.map_err(said)?;
         if now.hash != self.snapshot.hash {
             return Err(self.changed("has changed since the run began").await);
@@ -45,12 +47,14 @@ impl SourceFile {
     /// Whether nothing was written since [`SourceFile::begin`].
     ///
     /// # Errors
-    /// What was, in words.
+    /// What was written, in words.
     pub async fn end(&self, store: &Store) -> Result<(), String> {
         let said = |error: InputError| error.to_string();
         let mut same = self.listing().await.map_err(said)?.is_as(&self.snapshot);
         if same && self.snapshot.is_young() {
-            let now = store.snapshot(&self.path, self.kind, Memory::Trusted).await;
+            let now = store
+                .snapshot(&self.path, self.kind, HashTrust::Trusted)
+                .await;
             same = now.map_err(said)?.hash == self.snapshot.hash;
         }
         match same {
@@ -59,7 +63,7 @@ impl SourceFile {
         }
     }
 
-    /// Many files take long to look at: not on the event loop.
+    /// Checking many files takes long, so not on the event loop.
     async fn listing(&self) -> Result<Listing, InputError> {
         let (path, kind) = (self.path.clone(), self.kind);
         let listing = tokio::task::spawn_blocking(move || Listing::of(&path, kind)).await;

@@ -1,4 +1,4 @@
-//! What an attempt needs to know, and what attempts of a run share.
+//! The specification of an attempt, and the context shared by a run's attempts.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use retort_abi::{Input, Part};
 use tokio::sync::Notify;
 
 use crate::artifact::{Layout, Staging};
-use crate::cluster::torchrun::Board;
+use crate::cluster::torchrun::PostedJobs;
 use crate::executor::event::Listener;
 use crate::executor::options::{Cluster, Rung};
 use crate::executor::pause::PauseClock;
@@ -18,7 +18,7 @@ use crate::frame::Points;
 use crate::plan::{Digest, PlannedStage};
 use crate::store::{StageId, Store};
 
-/// What attempts of a run share.
+/// The context shared by a run's attempts.
 pub struct RunContext {
     /// The store.
     pub store: Arc<Store>,
@@ -28,29 +28,29 @@ pub struct RunContext {
     pub staging: Staging,
     /// Receives events.
     pub listener: Listener,
-    /// How long a stage may take to reach its next checkpoint when it is to stop.
+    /// How long a stage may take to reach its next checkpoint when asked to stop.
     pub grace: Duration,
     /// How long the run has been stopped.
     pub pauses: Arc<PauseClock>,
-    /// Where the run stops for evaluation.
+    /// The rung at which the run stops.
     pub rung: Option<Rung>,
-    /// The value it reached there.
+    /// Its value at the rung.
     pub judged: Mutex<Option<f64>>,
     /// Notified on arrival.
     pub reached: Notify,
-    /// The cluster whose jobs do the work; without one, this machine's processes do.
+    /// The cluster whose jobs do the work; None for local processes.
     pub cluster: Option<Cluster>,
-    /// Where ranks of other processes are told what to do.
-    pub board: Option<Arc<Board>>,
+    /// Jobs posted for ranks that `torchrun` started.
+    pub posted_jobs: Option<Arc<PostedJobs>>,
 }
 
 impl RunContext {
-    /// What the run is judged by; none before it is at its rung.
+    /// The value by which the run is judged; None before its rung.
     pub fn judged(&self) -> Option<f64> {
         *self.judged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for the rung among points of a stage that are to be recorded.
+    /// Checks a stage's new points for the rung.
     pub(in crate::executor) fn judge(&self, stage: &str, batches: &[Points]) {
         let Some(rung) = &self.rung else { return };
         let there = batches
@@ -68,7 +68,7 @@ impl RunContext {
     }
 }
 
-/// What an attempt needs to know.
+/// The specification of an attempt.
 pub struct AttemptSpec {
     /// The stage, planned.
     pub stage: PlannedStage,
@@ -80,22 +80,24 @@ pub struct AttemptSpec {
     pub base_dir: PathBuf,
     /// Threads it may use; its parts share them.
     pub threads: usize,
+    /// Remaining restarts with all workers after some are lost.
+    pub retries: usize,
     /// Its inputs, by the name of the stage that made them.
     pub inputs: BTreeMap<String, Input>,
-    /// Files and folders that its options name.
+    /// Files and folders named by its options.
     pub sources: Vec<SourceFile>,
     /// Shared by all attempts.
     pub work_dir: PathBuf,
 }
 
 impl AttemptSpec {
-    /// The parts that its work is divided into; none where one process does all of it.
+    /// The parts of its work; empty if one process does all of it.
     pub(in crate::executor) fn parts(&self) -> impl Iterator<Item = Part> + use<> {
         let of = self.stage.workers.len();
         (0..of).map(move |index| Part { index, of })
     }
 
-    /// Goes on with so many workers, not those that were lost: their devices may be at fault.
+    /// Continues with this many workers, dropping the lost ones, because their devices may be at fault.
     pub(in crate::executor) fn do_without(&mut self, lost: &[usize], left: usize) {
         let all = std::mem::take(&mut self.stage.workers)
             .into_iter()
@@ -117,7 +119,7 @@ impl AttemptSpec {
         part.map_or(&self.stage.device, |part| &self.stage.workers[part.index])
     }
 
-    /// The devices that are computed on, each once.
+    /// The distinct devices in use.
     pub(in crate::executor) fn devices(&self) -> String {
         let mut names = vec![self.stage.device.as_str()];
         for name in &self.stage.workers {
@@ -129,7 +131,7 @@ impl AttemptSpec {
     }
 }
 
-/// Whether to go on.
+/// A stop request. `ToWorker` carries it to a worker, whose plugin queries it through the ABI's `cancelled`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stop {
     /// Go on.
@@ -140,8 +142,8 @@ pub enum Stop {
     Now,
 }
 
-/// How lines about a part begin; those about the whole of a stage have no such beginning.
-pub(super) fn title(part: Option<Part>) -> String {
+/// The prefix of lines about a part; lines about the whole stage have none.
+pub fn title(part: Option<Part>) -> String {
     part.map_or_else(String::new, |part| {
         format!("part {} of {}: ", part.index + 1, part.of)
     })

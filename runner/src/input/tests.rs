@@ -1,4 +1,4 @@
-//! Files that options name: what counts, what is remembered, what is refused.
+//! Files named by options: which count, which are cached, which are refused.
 
 use super::*;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -18,11 +18,18 @@ fn snapshot(path: &Path) -> FileSnapshot {
     listing.hashed(&BTreeMap::new()).unwrap().0
 }
 
-/// Makes a file's times old enough to be believed.
+/// Makes a file's times old enough to be trusted.
 fn age(path: &Path) {
     let hour_ago = SystemTime::now() - std::time::Duration::from_secs(3600);
     let file = fs::File::options().append(true).open(path).unwrap();
     file.set_modified(hour_ago).unwrap();
+}
+
+/// The same listing, looked at as soon as its files had been changed.
+fn at_once(mut listing: Listing) -> Listing {
+    let changes = listing.files.iter().map(|file| file.stamp.changed);
+    listing.now = changes.max().unwrap().into();
+    listing
 }
 
 /// The same listing, looked at long after.
@@ -51,7 +58,7 @@ fn links_count_as_what_they_lead_to() {
     assert_eq!(snapshot(&top).hash, snapshot(real.path()).hash);
 }
 
-/// As the caches of Hugging Face: names lead to files that are called after their content.
+/// As in the caches of Hugging Face: names are links to files named after their content.
 #[test]
 fn a_cache_of_published_files_is_what_it_leads_to() {
     let files = [
@@ -153,7 +160,27 @@ fn cycles_broken_links_and_pipes_are_named() {
             symlink(&next, root.join(&here).join("b")).unwrap();
         }
     };
-    refused(ladder, &["or more folders"]);
+    refused(ladder, &["links lead to again"]);
+}
+
+/// Links to a folder of many: each of them leads to all.
+#[test]
+fn folders_that_links_multiply_are_counted() {
+    let root = filled(&[("many/0/a.png", "1")]);
+    let at = |name: String| root.path().join(name);
+    for number in 0..150 {
+        fs::create_dir_all(at(format!("many/{number}"))).unwrap();
+    }
+    let links = |numbers: std::ops::Range<u32>| {
+        numbers.for_each(|number| symlink("many", at(format!("link{number}"))).unwrap());
+        Listing::of(root.path(), FileKind::Images).map(|listing| listing.files.len())
+    };
+    assert_eq!(links(0..100).unwrap(), 101);
+    let said = links(100..150).unwrap_err().to_string();
+    assert!(
+        said.contains("the last of 16384 folders that links lead to again"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -196,7 +223,7 @@ fn what_is_remembered_is_not_read_again() {
         .map(|(folder, files)| (folder.clone(), Folder::unpack(&files.pack())))
         .collect();
     assert_eq!(again, remembered);
-    // A wrong hash in memory shows that the file is not read.
+    // A wrong cached hash shows that the file is not read.
     let mut wrong = remembered.clone();
     for files in wrong.values_mut() {
         files.0.values_mut().for_each(|(_, hash)| hash[0] ^= 1);
@@ -220,18 +247,29 @@ fn what_is_remembered_is_not_read_again() {
 #[test]
 fn what_was_just_written_is_not_remembered() {
     let root = filled(&[("a", "1")]);
-    let (fresh, anew) = Listing::of(root.path(), FileKind::Dir)
-        .unwrap()
-        .hashed(&BTreeMap::new())
-        .unwrap();
+    let listing = || at_once(Listing::of(root.path(), FileKind::Dir).unwrap());
+    let (fresh, anew) = listing().hashed(&BTreeMap::new()).unwrap();
     assert!(fresh.is_young() && anew.is_empty());
-    // A time that was set back does not make it older: it was changed just now.
+    // Setting its time back does not make it older: it was changed just now.
     age(&root.path().join("a"));
-    let (fresh, anew) = Listing::of(root.path(), FileKind::Dir)
-        .unwrap()
-        .hashed(&BTreeMap::new())
-        .unwrap();
+    let (fresh, anew) = listing().hashed(&BTreeMap::new()).unwrap();
     assert!(fresh.is_young() && anew.is_empty());
+}
+
+#[test]
+fn a_file_dated_in_the_future_is_remembered() {
+    let root = filled(&[("a", "1")]);
+    let file = fs::File::options()
+        .append(true)
+        .open(root.path().join("a"))
+        .unwrap();
+    let ahead = SystemTime::now() + std::time::Duration::from_secs(1 << 30);
+    file.set_modified(ahead).unwrap();
+    let listing = || Listing::of(root.path(), FileKind::Dir).unwrap();
+    let (fresh, anew) = at_once(listing()).hashed(&BTreeMap::new()).unwrap();
+    assert!(fresh.is_young() && anew.is_empty(), "it was just changed");
+    let (old, anew) = later(listing()).hashed(&BTreeMap::new()).unwrap();
+    assert!(!old.is_young() && anew.len() == 1);
 }
 
 #[test]
@@ -286,7 +324,7 @@ fn what_is_mostly_holes_is_named_and_not_read() {
     stretch("b.tar", 60 << 30);
     assert!(said(FileKind::Images).contains("b.tar is 64424509440 bytes"));
     let of_itself = Listing::of(&root.path().join("b.tar"), FileKind::File);
-    assert!(matches!(of_itself, Err(InputError::Hollow { .. })));
+    assert!(matches!(of_itself, Err(InputError::Sparse { .. })));
     // Many that are each not so long.
     stretch("b.tar", 600 << 20);
     assert_eq!(said(FileKind::Dir), "");
@@ -299,7 +337,7 @@ fn more_files_than_can_be_held_are_refused() {
     let root = filled(&[("0/a.png", "1"), ("0/b.txt", "2"), ("1/c.png", "3")]);
     let list = |kind, most| Listing::of_few(root.path(), kind, most).map(|found| found.files.len());
     assert_eq!(list(FileKind::Dir, 3).unwrap(), 3);
-    // A text among images is looked into, too.
+    // A text file among images is examined, too.
     assert_eq!(list(FileKind::Images, 3).unwrap(), 2);
     for kind in [FileKind::Dir, FileKind::Images] {
         let said = list(kind, 2).unwrap_err().to_string();

@@ -9,8 +9,8 @@ use retort_abi::{Description, StageKind};
 use super::PluginIdentity;
 use crate::schema::Checker;
 
-/// A build of a plugin: which it is, and what it says of itself. That is large, and shared by stages and plans: a sweep has
-/// thousands of them. So are the schemas, once they are ready to check options.
+/// A build of a plugin: its identity and its description. The description is large and shared by stages and plans, because a
+/// sweep has thousands of them. So are the compiled schemas.
 pub struct Build {
     /// Which it is.
     pub identity: PluginIdentity,
@@ -30,7 +30,7 @@ impl Build {
         })
     }
 
-    /// The schema of one of its kinds, ready.
+    /// The compiled schema of one of its kinds.
     pub(super) fn checker(&self, kind: &StageKind) -> Rc<Checker> {
         let mut checkers = self.checkers.borrow_mut();
         let ready = checkers

@@ -1,7 +1,7 @@
 //! What would run, what would be reused, and why.
 //!
-//! In: a plan, which of its stages are wanted, and what the history knows ([`KnownResults`]). Out: a [`Decision`] per stage.
-//! The executor decides again, stage by stage, once the inputs exist, with the same functions.
+//! In: a plan, the roles of its stages, and earlier results ([`KnownResults`]). Out: a [`Decision`] per stage. The executor
+//! decides again with the same functions, stage by stage, once the inputs exist.
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
@@ -12,11 +12,11 @@ use serde_json::Value;
 use super::{Digest, Plan, PlannedStage, digest};
 use crate::schema;
 
-/// The part of each stage in a run.
+/// The role of each stage in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Run or reused, as its digest says.
+    /// Run or reused, according to its digest.
     Wanted,
     /// Run even if its result is in the store.
     Forced,
@@ -29,14 +29,14 @@ pub enum Role {
 /// Why stages could not be selected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SelectError {
-    /// A flag names a stage that the recipe does not have.
+    /// A flag names an unknown stage.
     #[error("`{flag} {stage}`: there is no such stage in the recipe")]
     NoSuchStage {
         /// The flag.
         flag: &'static str,
         /// The name given.
         stage: String,
-        /// Names that there are, or the one meant.
+        /// The existing names, or the likely one.
         hint: Option<String>,
     },
     /// `--from` and `--until` have nothing between them.
@@ -63,7 +63,7 @@ pub enum Action {
     Reuse,
     /// It is left out.
     Skip,
-    /// Its result has to be in the store and is not.
+    /// Its result must be in the store but is missing.
     Missing,
 }
 
@@ -87,21 +87,21 @@ pub trait KnownResults {
     /// Content hash of the output of a successful attempt with this digest, if it is still there.
     fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>>;
 
-    /// Components of the digest of the latest execution of this stage in runs of this recipe.
+    /// Components of the digest of this stage's latest execution in runs of this recipe.
     fn last_components(
         &mut self,
         recipe: &str,
         stage: &str,
     ) -> Result<Option<Value>, Box<dyn StdError>>;
 
-    /// Content hashes of the files that the stage's options name, by pointer; those that are missing are left out.
+    /// Content hashes of the files named by the stage's options, by pointer; missing files are left out.
     fn file_hashes(
         &mut self,
         stage: &PlannedStage,
     ) -> Result<BTreeMap<String, String>, Box<dyn StdError>>;
 }
 
-/// The part of each stage (in the plan's order) under `--from`, `--until` and `--force`. `force` holds names, or `*`.
+/// The role of each stage (in the plan's order) under `--from`, `--until` and `--force`. `force` holds names, or `*`.
 pub fn select(
     plan: &Plan,
     from: Option<&str>,
@@ -176,13 +176,13 @@ pub fn select(
     Ok(roles)
 }
 
-/// The stages and everything that they depend on.
+/// The stages and all their dependencies.
 fn with_inputs(plan: &Plan, stages: &[usize]) -> Vec<bool> {
     let mut found = vec![false; plan.stages.len()];
     for &stage in stages {
         found[stage] = true;
     }
-    // The plan's order puts inputs first, so one way back suffices.
+    // The plan's order puts inputs first, so one backward pass suffices.
     for stage in (0..plan.stages.len()).rev() {
         if found[stage] {
             for reference in &plan.stages[stage].references {
@@ -203,7 +203,7 @@ fn with_inputs(plan: &Plan, stages: &[usize]) -> Vec<bool> {
 pub fn decide(
     plan: &Plan,
     roles: &[Role],
-    past: &mut dyn KnownResults,
+    known: &mut dyn KnownResults,
 ) -> Result<Vec<Decision>, Box<dyn StdError>> {
     let mut outputs = plan.given_hashes();
     let mut decisions = Vec::new();
@@ -222,7 +222,7 @@ pub fn decide(
             decisions.push(decision);
             continue;
         }
-        let files = past.file_hashes(stage)?;
+        let files = known.file_hashes(stage)?;
         let absent: Vec<String> = stage
             .files
             .iter()
@@ -235,10 +235,10 @@ pub fn decide(
         let waiting = inputs_to_come(stage, &outputs);
         let digest = digest(stage, &outputs, &files);
         let found = match &digest {
-            Some(digest) => past.find_success(&digest.hex)?,
+            Some(digest) => known.find_success(&digest.hex)?,
             None => None,
         };
-        let last = past.last_components(&plan.name, &stage.name)?;
+        let last = known.last_components(&plan.name, &stage.name)?;
         decision.action = match (role, &found) {
             (Role::Forced, _) => {
                 decision.why.push("--force".to_owned());
@@ -344,7 +344,7 @@ fn provisional(
     digest(stage, &outputs, &files).map_or(Value::Null, |digest| digest.components)
 }
 
-/// What differs between the components of two digests, one line each.
+/// The differences between the components of two digests, one line each.
 pub fn differences(old: &Value, new: &Value) -> Vec<String> {
     let mut lines = Vec::new();
     let (old_kind, new_kind) = (&old["kind"], &new["kind"]);
@@ -441,7 +441,7 @@ fn option_differences(old: &Value, new: &Value, path: &str, lines: &mut Vec<Stri
     lines.push(format!("`{path}`: {} -> {}", short(old), short(new)));
 }
 
-/// The first characters of a hash; the history's may be any text.
+/// The first characters of a hash; an imported one may be any text.
 fn start_of(hash: &str) -> &str {
     hash.char_indices()
         .nth(8)
@@ -474,13 +474,13 @@ mod tests {
 
     /// A history of successes by digest, with the components of the latest execution.
     #[derive(Default)]
-    struct FakePast {
+    struct FakeKnownResults {
         successes: BTreeMap<String, String>,
         last: BTreeMap<String, Value>,
         missing_files: bool,
     }
 
-    impl KnownResults for FakePast {
+    impl KnownResults for FakeKnownResults {
         fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>> {
             Ok(self.successes.get(digest).cloned())
         }
@@ -504,19 +504,19 @@ mod tests {
         }
     }
 
-    impl FakePast {
+    impl FakeKnownResults {
         /// Everything in the plan has succeeded; a stage's output has its digest as hash.
         fn after(plan: &Plan) -> Self {
-            let mut past = Self::default();
+            let mut known = Self::default();
             let mut outputs = BTreeMap::new();
             for stage in &plan.stages {
-                let files = past.file_hashes(stage).unwrap();
+                let files = known.file_hashes(stage).unwrap();
                 let digest = digest(stage, &outputs, &files).unwrap();
                 outputs.insert(stage.name.clone(), digest.hex.clone());
-                past.successes.insert(digest.hex.clone(), digest.hex);
-                past.last.insert(stage.name.clone(), digest.components);
+                known.successes.insert(digest.hex.clone(), digest.hex);
+                known.last.insert(stage.name.clone(), digest.components);
             }
-            past
+            known
         }
     }
 
@@ -531,11 +531,11 @@ stages:
 
     /// Decides for the recipe, changed by `set`, after the unchanged recipe has run.
     fn check(set: &[&str], from: Option<&str>, force: &[&str], expected: &[(&str, Action, &str)]) {
-        let mut past = FakePast::after(&fake::plan(RECIPE, &[]).unwrap());
+        let mut known = FakeKnownResults::after(&fake::plan(RECIPE, &[]).unwrap());
         let plan = fake::plan(RECIPE, set).unwrap();
         let force: Vec<String> = force.iter().map(|name| (*name).to_owned()).collect();
         let roles = select(&plan, from, None, &force).unwrap();
-        let decisions = decide(&plan, &roles, &mut past).unwrap();
+        let decisions = decide(&plan, &roles, &mut known).unwrap();
         let found: Vec<(&str, Action, String)> = decisions
             .iter()
             .map(|decision| {
@@ -617,9 +617,9 @@ stages:
         let decisions = decide(
             &plan,
             &roles,
-            &mut FakePast {
+            &mut FakeKnownResults {
                 missing_files: true,
-                ..FakePast::default()
+                ..FakeKnownResults::default()
             },
         )
         .unwrap();
@@ -638,7 +638,7 @@ stages:
         let plan = fake::plan(RECIPE, &[]).unwrap();
         let roles = select(&plan, Some("student"), None, &[]).unwrap();
         assert_eq!(roles, [Role::Needed, Role::Needed, Role::Wanted]);
-        let decisions = decide(&plan, &roles, &mut FakePast::default()).unwrap();
+        let decisions = decide(&plan, &roles, &mut FakeKnownResults::default()).unwrap();
         assert_eq!(decisions[0].action, Action::Missing);
         let wrong = |from, until, force: &[String]| {
             select(&plan, from, until, force).unwrap_err().to_string()
@@ -672,7 +672,7 @@ stages:
         );
     }
 
-    /// Those of an imported run may be anything.
+    /// The components of an imported run may be anything.
     #[test]
     fn hashes_of_other_letters_are_cut_between_them() {
         assert_eq!(start_of("0123456789"), "01234567");

@@ -11,12 +11,12 @@ use super::PlannedStage;
 pub struct Digest {
     /// BLAKE3 of the components' canonical JSON, hex.
     pub hex: String,
-    /// What went in, each component under its own name, keys sorted.
+    /// The components by name, with sorted keys.
     pub components: Value,
 }
 
-/// Digest of a stage from the content hashes of its inputs (by name of the stage that made them) and of its files (by
-/// pointer into the options). `None` while one of them is not known.
+/// Digest of a stage from the content hashes of its inputs (by name of the stage that made them) and of its files (by pointer
+/// into the options). `None` while one of them is unknown.
 ///
 /// In it: kind and revision, options with references and paths replaced by content hashes, seed, kind of device,
 /// dtype, plugin name, version and file hash. Not in it: names of stages, threads, workers, timeout, description,
@@ -56,7 +56,7 @@ pub fn digest(
     Some(Digest { hex, components })
 }
 
-/// The value with the keys of all its objects sorted: equal values get equal texts.
+/// The value with the keys of all objects sorted, so that equal values have equal texts.
 fn sorted(value: Value) -> Value {
     match value {
         Value::Object(map) => {

@@ -1,4 +1,4 @@
-//! A plugin for tests, with schemas shaped like those that schemars makes.
+//! A plugin for tests, with schemas in the form that schemars generates.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -10,7 +10,7 @@ use super::{Build, DescribeError, Descriptions, Plan, PluginIdentity, plan as se
 use crate::diagnostic::Report;
 use crate::recipe;
 
-/// Plans a text that lies in `/base`.
+/// Plans a recipe's text as if it were in `/base`.
 pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
     let set: Vec<String> = set.iter().map(|change| (*change).to_owned()).collect();
     let recipe = recipe::parse(
@@ -22,8 +22,8 @@ pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
     settle(&recipe, &mut Fake)
 }
 
-/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second and third work) and `varied` (`fake` with a
-/// variant for such devices).
+/// Provides the plugins `fake` (CPU only), `gpu` (whose second and third devices work) and `varied` (`fake` with a variant
+/// for such devices).
 pub struct Fake;
 
 impl Descriptions for Fake {
@@ -94,7 +94,7 @@ impl Descriptions for Fake {
     }
 }
 
-/// What the plugin `fake` says of itself.
+/// The description of the plugin `fake`.
 pub fn description() -> Description {
     let stage = |kind: &str, output: &str| StageKind {
         kind: kind.into(),

@@ -1,11 +1,11 @@
-//! From a recipe to settled stages: plugin, options, references, order, device.
+//! Resolves a recipe's stages: plugin, options, references, order, device.
 //!
-//! A mistake in one stage does not hide others: each step continues with what is valid, and follow-up errors of one
-//! mistake are not reported.
+//! A mistake in one stage does not hide others: each step continues with the valid rest, and follow-up errors are not
+//! reported.
 
 mod device;
-mod draft;
 mod order;
+mod unresolved;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,10 +21,10 @@ use crate::duration;
 use crate::recipe::{Recipe, RecipeSource, ValueSource};
 use crate::schema;
 use crate::yaml::{EntryPart, escape};
-use draft::UnresolvedStage;
+use unresolved::UnresolvedStage;
 
-/// The stages of a recipe in an order in which they can run, and all findings. Stages with mistakes are
-/// left out. The last are notes on what the plan chose by itself.
+/// The stages of a recipe in an order in which they can run, and all findings. Stages with mistakes are left out. The last
+/// element contains notes on the plan's own choices.
 pub(super) fn settle(
     recipe: &Recipe,
     plugins: &mut dyn Descriptions,
@@ -39,16 +39,16 @@ pub(super) fn settle(
         findings: recipe.findings.clone(),
         notes: Vec::new(),
     };
-    let drafts: Vec<UnresolvedStage<'_>> = recipe
+    let unresolved_stages: Vec<UnresolvedStage<'_>> = recipe
         .stages
         .iter()
-        .map(|stage| planner.draft(stage))
+        .map(|stage| planner.unresolved(stage))
         .collect();
-    planner.check_references(&drafts);
-    let order = planner.order(&drafts);
+    planner.check_references(&unresolved_stages);
+    let order = planner.order(&unresolved_stages);
     let stages = order
         .into_iter()
-        .filter_map(|index| planner.settle(&drafts[index]))
+        .filter_map(|index| planner.settle(&unresolved_stages[index]))
         .collect();
     (stages, planner.findings, planner.notes)
 }
@@ -81,34 +81,38 @@ impl Planner<'_> {
         }
     }
 
-    /// Settles device, dtype, seed, threads and timeout; `None` where something about the stage has been reported.
-    fn settle(&mut self, draft: &UnresolvedStage<'_>) -> Option<PlannedStage> {
-        let stage = draft.stage;
-        let timeout = match timeout(draft) {
+    /// Resolves device, dtype, seed, threads and timeout; `None` if an error of the stage has been reported.
+    fn settle(&mut self, unresolved: &UnresolvedStage<'_>) -> Option<PlannedStage> {
+        let stage = unresolved.stage;
+        let timeout = match timeout(unresolved) {
             Ok(timeout) => timeout,
             Err(finding) => {
                 self.report(finding, EntryPart::Value);
                 return None;
             }
         };
-        let kind = draft.kind()?;
-        let place = self.place(draft, draft.plugin.as_ref()?)?;
-        // What workers can do may depend on the device.
+        let kind = unresolved.kind()?;
+        let place = self.place(unresolved, unresolved.plugin.as_ref()?)?;
+        // Whether workers are supported may depend on the device.
         let kinds = &place.build.description.stages;
         if let Some(known) = kinds.iter().find(|known| known.kind == kind.kind)
             && stage.workers.is_some_and(|workers| workers > 1)
             && !known.divisible
         {
-            self.report_workers(draft, &place.build, known);
+            self.report_workers(unresolved, &place.build, known);
             return None;
         }
-        let dtype = self.dtype(draft, &place.build.description)?;
-        let mut origins = self.origins(draft);
+        let dtype = self.dtype(unresolved, &place.build.description)?;
+        let mut origins = self.origins(unresolved);
         if place.chosen {
             origins.insert("/device".to_owned(), Origin::Derived);
         }
         let workers = match stage.workers {
-            Some(count) if count > 1 => place.devices.iter().cycle().take(count).cloned().collect(),
+            Some(count) if count > 1 => {
+                // The schema refuses larger values.
+                let count = count.min(schema::MAX_WORKERS);
+                place.devices.iter().cycle().take(count).cloned().collect()
+            }
             _ => Vec::new(),
         };
         let spread = place.devices.len().min(workers.len());
@@ -132,29 +136,30 @@ impl Planner<'_> {
                 .map_or(Threads::Share, Threads::Fixed),
             together: kind.together && !workers.is_empty(),
             min_workers: stage.min_workers.filter(|_| !workers.is_empty()),
+            retries: stage.retries.unwrap_or(0),
             workers,
             seed: stage
                 .seed
                 .unwrap_or_else(|| derived_seed(self.recipe.seed.unwrap_or(0), &stage.name)),
             timeout,
-            options: draft.options.clone(),
-            references: draft.references.clone(),
-            files: draft.files.clone(),
-            free: draft.free.clone(),
+            options: unresolved.options.clone(),
+            references: unresolved.references.clone(),
+            files: unresolved.files.clone(),
+            free: unresolved.free.clone(),
             output_kind: kind.output.clone(),
             revision: kind.revision,
             origins,
-            position: self.source.locate(&draft.pointer, EntryPart::Key),
+            position: self.source.locate(&unresolved.pointer, EntryPart::Key),
         })
     }
 
-    /// Where the values of a stage came from: those of its keys and of its options.
-    fn origins(&self, draft: &UnresolvedStage<'_>) -> BTreeMap<String, Origin> {
-        let (stage, recipe) = (draft.stage, self.recipe);
+    /// The origins of a stage's values: of its keys and of its options.
+    fn origins(&self, unresolved: &UnresolvedStage<'_>) -> BTreeMap<String, Origin> {
+        let (stage, recipe) = (unresolved.stage, self.recipe);
         let mut origins = BTreeMap::new();
         let mut add = |key: &str, own: bool, shared: bool, fallback: Origin| {
             let pointer = match (own, shared) {
-                (true, _) => Some(format!("{}/{key}", draft.pointer)),
+                (true, _) => Some(format!("{}/{key}", unresolved.pointer)),
                 (false, true) => Some(format!("/{key}")),
                 (false, false) => None,
             };
@@ -179,28 +184,46 @@ impl Planner<'_> {
         if stage.min_workers.is_some() {
             add("min_workers", true, false, Origin::Default);
         }
-        option_origins(self.source, draft, &draft.options, "", &mut origins);
+        if stage.retries.is_some() {
+            add("retries", true, false, Origin::Default);
+        }
+        option_origins(
+            self.source,
+            unresolved,
+            &unresolved.options,
+            "",
+            &mut origins,
+        );
         origins
     }
 
     /// The pointer of a setting that a stage may have or take from the recipe.
-    fn setting(&self, draft: &UnresolvedStage<'_>, key: &str, own: bool) -> String {
+    fn setting(&self, unresolved: &UnresolvedStage<'_>, key: &str, own: bool) -> String {
         if own {
-            format!("{}/{key}", draft.pointer)
+            format!("{}/{key}", unresolved.pointer)
         } else {
             format!("/{key}")
         }
     }
 
-    fn dtype(&mut self, draft: &UnresolvedStage<'_>, description: &Description) -> Option<String> {
+    fn dtype(
+        &mut self,
+        unresolved: &UnresolvedStage<'_>,
+        description: &Description,
+    ) -> Option<String> {
         let known: Vec<&str> = description.dtypes.iter().map(String::as_str).collect();
-        let Some(written) = draft.stage.dtype.as_ref().or(self.recipe.dtype.as_ref()) else {
+        let Some(written) = unresolved
+            .stage
+            .dtype
+            .as_ref()
+            .or(self.recipe.dtype.as_ref())
+        else {
             return Some((*known.first().unwrap_or(&"f32")).to_owned());
         };
         if known.contains(&written.as_str()) {
             return Some(written.clone());
         }
-        let pointer = self.setting(draft, "dtype", draft.stage.dtype.is_some());
+        let pointer = self.setting(unresolved, "dtype", unresolved.stage.dtype.is_some());
         let message = format!(
             "plugin `{}` does not compute in `{written}`",
             description.name
@@ -224,13 +247,13 @@ impl Planner<'_> {
     }
 }
 
-/// The time that a stage may take, or what is wrong with it.
+/// A stage's timeout, or the error in it.
 #[expect(
     clippy::result_large_err,
     reason = "once for a stage: its size costs nothing"
 )]
-fn timeout(draft: &UnresolvedStage<'_>) -> Result<Option<Duration>, Finding> {
-    let Some(written) = draft.stage.timeout.as_deref() else {
+fn timeout(unresolved: &UnresolvedStage<'_>) -> Result<Option<Duration>, Finding> {
+    let Some(written) = unresolved.stage.timeout.as_deref() else {
         return Ok(None);
     };
     let why = match duration::parse(written) {
@@ -238,13 +261,13 @@ fn timeout(draft: &UnresolvedStage<'_>) -> Result<Option<Duration>, Finding> {
         Ok(_) => "it is zero".to_owned(),
         Err(why) => why,
     };
-    let name = &draft.stage.name;
+    let name = &unresolved.stage.name;
     let message = format!("stage `{name}`: `timeout` cannot be `{written}`: {why}");
-    let finding = Finding::error(format!("{}/timeout", draft.pointer), message);
+    let finding = Finding::error(format!("{}/timeout", unresolved.pointer), message);
     Err(finding.hint(time_hint(written)))
 }
 
-/// What to write instead of a wrong time: a number without a unit means seconds.
+/// A correction for an invalid duration: a number without a unit means seconds.
 fn time_hint(written: &str) -> String {
     let seconds = written.trim().parse::<f64>();
     match seconds.map(Duration::try_from_secs_f64) {
@@ -264,7 +287,7 @@ fn time_hint(written: &str) -> String {
     }
 }
 
-/// Whether a finding is shown at its own place in the text, not at that of a param.
+/// Whether a finding is shown at its own position in the text rather than at a param's.
 fn in_place(source: &RecipeSource, finding: &Finding) -> bool {
     source.written(&finding.pointer) != ValueSource::Interpolated
 }
@@ -279,10 +302,10 @@ pub(super) fn origin(source: &RecipeSource, pointer: &str, fallback: Origin) -> 
     }
 }
 
-/// Notes where every value without values inside came from.
+/// Records the origin of every leaf value.
 fn option_origins(
     source: &RecipeSource,
-    draft: &UnresolvedStage<'_>,
+    unresolved: &UnresolvedStage<'_>,
     value: &Value,
     pointer: &str,
     origins: &mut BTreeMap<String, Origin>,
@@ -302,19 +325,25 @@ fn option_origins(
     if children.is_empty() && !pointer.is_empty() {
         let filled =
             std::iter::successors(Some(pointer), |pointer| Some(pointer.rsplit_once('/')?.0))
-                .any(|pointer| draft.filled.iter().any(|filled| filled == pointer));
+                .any(|pointer| unresolved.filled.iter().any(|filled| filled == pointer));
         let written = match filled {
             true => Origin::Default,
             false => origin(
                 source,
-                &format!("{}{pointer}", draft.pointer),
+                &format!("{}{pointer}", unresolved.pointer),
                 Origin::Default,
             ),
         };
         origins.insert(format!("/options{pointer}"), written);
     }
     for (step, child) in children {
-        option_origins(source, draft, child, &format!("{pointer}/{step}"), origins);
+        option_origins(
+            source,
+            unresolved,
+            child,
+            &format!("{pointer}/{step}"),
+            origins,
+        );
     }
 }
 

@@ -1,4 +1,4 @@
-//! What is settled, and what is said of mistakes.
+//! Resolved values, and messages about mistakes.
 
 use serde_json::json;
 
@@ -7,7 +7,7 @@ use super::*;
 
 const HEAD: &str = "version: 1\nbackend: fake\nstages:\n  codes: {kind: tokenizer, data: d.csv}\n";
 
-/// Plans a recipe and compares the findings: line, column, part of what is said; in order of places.
+/// Plans a recipe and compares the findings: line, column, part of the message; in order of position.
 fn check(text: &str, expected: &[(usize, usize, &str)]) {
     let report = fake::plan(text, &[]).unwrap_err();
     crate::diagnostic::expect(&report.findings, expected);

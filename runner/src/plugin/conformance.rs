@@ -1,10 +1,10 @@
-//! Does a plugin conform to `retort_plugin.h`? All that a program can check, in worker processes.
+//! Tests whether a plugin conforms to `retort_plugin.h`, as far as a program can, in worker processes.
 //!
-//! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`CheckOutcome`] per thing looked at. A stage
-//! is run up to four times: to its end, again with the same seed, up to a request to stop, and on from there; and in
-//! parts, if its kind is divisible. Whatever the plugin does in its process is an outcome, never the end of the
-//! examination. Deliberately absent: how outcomes are shown; what a backend's operations should give (the engine's,
-//! reached through the stage kind `conformance`).
+//! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`CheckOutcome`] per check. A stage is run up to
+//! four times: to its end, again with the same seed, until a request to stop, and resumed from there; and in parts, if its
+//! kind is divisible. Whatever the plugin does in its process is an outcome and never ends the examination. Deliberately
+//! absent: the presentation of outcomes, and reference values of backends (the engine's, reached through the stage kind
+//! `conformance`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -32,16 +32,16 @@ pub use description::{exports, inconsistencies};
 
 /// Kind of stage by which a backend of the engine examines its own operations.
 const OPERATIONS: &str = "conformance";
-/// How long one call that is no run may take, where a run may take longer.
+/// Time limit of a call other than a run.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long to listen to a plugin after a run, for calls that come too late.
+/// How long to listen for late calls after a run.
 const LINGER: Duration = Duration::from_millis(300);
-/// Something that was looked at.
+/// A check and its outcome.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CheckOutcome {
-    /// What: `exports`, `same seed`.
+    /// The check: `exports`, `same seed`.
     pub check: &'static str,
-    /// Of what: a stage, a kind of stage, a device; empty: the plugin.
+    /// Its subject: a stage, a kind of stage, a device; empty for the plugin.
     pub subject: String,
     /// How it went.
     pub verdict: Verdict,
@@ -58,7 +58,7 @@ pub enum Verdict {
     Passed,
     /// Not as it has to be.
     Failed,
-    /// It could not be found out.
+    /// The check was impossible.
     Skipped,
 }
 
@@ -110,7 +110,7 @@ pub struct Examination<'a> {
 }
 
 impl<'a> Examination<'a> {
-    /// Of the plugin in this file. `tell` hears each outcome when it is known.
+    /// Examines the plugin in this file. `tell` gets each outcome as soon as it is known.
     pub fn new(
         runtime: &'a Runtime,
         path: &Path,
@@ -155,7 +155,7 @@ impl<'a> Examination<'a> {
         verdict == Verdict::Passed
     }
 
-    /// The file itself, and what the plugin says when it is asked; its description, if there is one.
+    /// Checks the file and the plugin's answers; returns its description, if there is one.
     pub fn examine_plugin(&mut self) -> Option<Description> {
         self.check("trusted", "", |exam| {
             trust::check_owner(&exam.path).map_err(|error| NotPassed::Failed(error.to_string()))?;
@@ -295,7 +295,8 @@ impl<'a> Examination<'a> {
         }
     }
 
-    /// Gives a kind of stage wrong options of every sort: each is refused with a message, or taken; no crash.
+    /// Gives wrong options of every sort to a kind of stage: each must be refused with a message, or accepted, without a
+    /// crash.
     fn provoke(&self, about: &Description, kind: &str, schema: &Value) -> CheckResult {
         let provocations = provocations(schema);
         let jobs: Vec<StageJob> = provocations
@@ -350,9 +351,9 @@ impl<'a> Examination<'a> {
         ))
     }
 
-    /// The first of the jobs with which a worker does not come to its end.
+    /// The first job that ends a worker.
     fn first_fatal(&self, jobs: &[StageJob]) -> usize {
-        // Of so many jobs a worker survives all, of so many it does not.
+        // Bounds of a binary search: a worker survives this many jobs, but not that many.
         let (mut good, mut bad) = (0, jobs.len());
         while bad - good > 1 {
             let middle = usize::midpoint(good, bad);
@@ -364,7 +365,7 @@ impl<'a> Examination<'a> {
         bad - 1
     }
 
-    /// The engine's own examination of a backend: how many comparisons passed, if all did.
+    /// Runs the engine's own examination of a backend; returns how many comparisons passed, if all did.
     fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, NotPassed> {
         let place = tempfile::tempdir().map_err(|error| NotPassed::Failed(error.to_string()))?;
         let job = StageJob {
@@ -414,7 +415,7 @@ impl<'a> Examination<'a> {
         }
     }
 
-    /// Runs a job in a worker and records all it does.
+    /// Runs a job in a worker and records everything it does.
     fn attempt(
         &self,
         plugin: &Path,
@@ -444,7 +445,7 @@ impl<'a> Examination<'a> {
     }
 }
 
-/// Where an attempt has its temporary files, in its directory.
+/// The name of an attempt's directory for temporary files.
 const TEMPORARY: &str = "temporary";
 
 fn usable(devices: &[Device]) -> Vec<&str> {

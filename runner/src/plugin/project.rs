@@ -1,14 +1,14 @@
 //! New plugin projects: a few files that build, install and run at once.
 //!
-//! In: a name, what to begin with and, for Rust, where the sources of retort are. Out: a directory. The files are those
-//! of `plugins/templates`, which the workspace builds and tests under the names `hello` and `abacus`; a new project has
-//! its own name in their place. Deliberately absent: building (the project's `cargo` or `make`).
+//! In: a name, a template and, for Rust, the sources of retort. Out: a directory. The files come from `plugins/templates`,
+//! which the workspace builds and tests under the names `hello` and `abacus`; a new project's name replaces those.
+//! Deliberately absent: building (the project's `cargo` or `make`).
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What a project begins with.
+/// The template of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Template {
     /// A kind of stage in Rust.
@@ -21,16 +21,16 @@ pub enum Template {
     Backend,
 }
 
-/// Why a project could not be made.
+/// Why a project could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ProjectError {
     /// A name that recipes could not use.
-    #[error("`{0}` is no name for a plugin")]
+    #[error("`{0}` is not a valid plugin name")]
     Name(String),
-    /// There is something already.
+    /// The directory is not empty.
     #[error("{} exists and is not empty", .0.display())]
     Exists(PathBuf),
-    /// What is said to be the sources of retort is something else.
+    /// The given path or URL is not the sources of retort.
     #[error("{} does not hold the sources of retort: it has no plugins/abi/Cargo.toml", .0.display())]
     NotSources(PathBuf),
     /// Rust projects need the sources.
@@ -64,7 +64,7 @@ impl ProjectError {
     }
 }
 
-/// Where the sources of retort are, for projects in Rust.
+/// The sources of retort, for projects in Rust.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sources {
     /// In a directory.
@@ -74,7 +74,7 @@ pub enum Sources {
 }
 
 impl Sources {
-    /// As people write it: what has the form of a URL is one (`https://host/retort`, `user@host:retort.git`), all else a
+    /// Parses a user's text: in the form of a URL (`https://host/retort`, `user@host:retort.git`) it is one, otherwise a
     /// directory.
     pub fn parse(text: &str) -> Self {
         let is_url = text.contains("://")
@@ -108,7 +108,7 @@ impl Sources {
     }
 }
 
-/// A file of a template: where it goes and what it holds.
+/// A file of a template: its path and content.
 type TemplateFile = (&'static str, &'static str);
 
 macro_rules! templates {
@@ -178,7 +178,7 @@ impl Template {
     }
 }
 
-/// Makes a project in `dir`, which must not hold anything yet. Those in Rust need the sources of retort.
+/// Creates a project in `dir`, which must be empty. Projects in Rust need the sources of retort.
 ///
 /// # Errors
 /// [`ProjectError`].
@@ -223,7 +223,7 @@ pub fn create(
     Ok(())
 }
 
-/// A template's text with the project's name, and the place of the crates it builds on.
+/// A template's text with the project's name and its dependencies filled in.
 fn named(template: Template, text: &str, name: &str, sources: Option<&Sources>) -> String {
     let placeholder = template.placeholder();
     let library = |name: &str| format!("retort_{}", name.replace('-', "_"));
@@ -238,7 +238,7 @@ fn named(template: Template, text: &str, name: &str, sources: Option<&Sources>) 
     text
 }
 
-/// The sources of retort that this program was built from, where they are still there.
+/// The sources that this program was built from, if they still exist.
 pub fn own_sources() -> Option<Sources> {
     let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     let program = std::env::current_exe().ok();

@@ -1,7 +1,7 @@
-//! `${params.x}` and `${paths.x}` replaced by what they name; `$${` stands for `${`.
+//! Replaces `${params.x}` and `${paths.x}` by their values; `$${` stands for `${`.
 //!
-//! Each param is resolved once. Its growth is limited, and so is the depth of references between params: a
-//! few lines that double forty times are a mistake, or an attack.
+//! Each param is resolved once. Expansion is limited, and so is the depth of references between params: a few lines that
+//! double forty times are a mistake or an attack.
 
 #![expect(
     clippy::result_large_err,
@@ -18,16 +18,16 @@ use crate::diagnostic::Finding;
 use crate::schema;
 use crate::yaml::{MAX_DEPTH, escape};
 
-/// Values that references may add to a recipe; each 64 bytes of a text count as one more.
+/// Maximum values that references may add to a recipe; each 64 bytes of a text count as one more.
 const MAX_COPIES: usize = 200_000;
 
-/// Params that refer to each other, one after the other.
+/// Maximum length of a chain of params.
 const MAX_LINKS: usize = 50;
 
 /// Levels of values and references inside each other while a param is resolved.
 const MAX_NESTING: usize = 200;
 
-/// Bytes of what stands between `${` and `}`.
+/// Maximum bytes between `${` and `}`.
 const MAX_NAME: usize = 1000;
 
 /// Replaces the references of a recipe.
@@ -36,7 +36,7 @@ pub(super) struct Interpolation<'a> {
     source: &'a RecipeSource,
     interpolated: BTreeMap<String, Option<String>>,
     problems: Vec<Finding>,
-    /// What has been looked up, by name.
+    /// Resolved names.
     resolved: BTreeMap<String, Result<Resolved, Finding>>,
     /// The references being followed, against cycles.
     open: Vec<String>,
@@ -50,11 +50,11 @@ pub(super) struct Interpolation<'a> {
 /// A recipe without references.
 pub(super) struct Replaced {
     pub(super) value: Value,
-    /// Where references were, with the pointer that a value is taken from if it is taken as a whole.
+    /// The pointers with references; for a value that is a single reference, also the referenced pointer.
     pub(super) interpolated: BTreeMap<String, Option<String>>,
     /// What is wrong.
     pub(super) problems: Vec<Finding>,
-    /// Whether there was room for everything.
+    /// Whether everything was within the limit.
     pub(super) complete: bool,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct Replaced {
 #[derive(Clone)]
 struct Resolved {
     value: Value,
-    /// How it is written inside a text.
+    /// Its form inside a text.
     text: Option<String>,
     size: usize,
     levels: usize,
@@ -70,7 +70,7 @@ struct Resolved {
 }
 
 impl<'a> Interpolation<'a> {
-    /// Of this value, which stands in `source`.
+    /// For this value, at `source`.
     pub(super) fn new(root: &'a Value, source: &'a RecipeSource) -> Self {
         Self {
             root,
@@ -148,7 +148,7 @@ impl<'a> Interpolation<'a> {
         }
     }
 
-    /// A text with everything replaced.
+    /// A text with all references replaced.
     fn text(&mut self, text: &str) -> Result<Resolved, Finding> {
         if let Some(name) = whole(text) {
             let size = self.look_up(name)?.size;
@@ -221,7 +221,7 @@ impl<'a> Interpolation<'a> {
     fn look_up(&mut self, name: &str) -> Result<&Resolved, Finding> {
         if !self.resolved.contains_key(name) {
             let answer = self.resolve(name);
-            // A circle or a chain that is too long is told of whichever of its members comes first.
+            // A cycle or an overlong chain is reported at its first member.
             self.resolved.insert(name.to_owned(), answer);
         }
         match &self.resolved[name] {
@@ -253,7 +253,7 @@ impl<'a> Interpolation<'a> {
         Ok(found)
     }
 
-    /// The value that a name names, as it is written, and its pointer.
+    /// The value of a name as written, and its pointer.
     fn find(&self, name: &str) -> Result<(&'a Value, String), Finding> {
         let steps: Vec<&str> = name.split('.').collect();
         let first = steps[0];
@@ -302,7 +302,7 @@ impl<'a> Interpolation<'a> {
         Ok((value, pointer))
     }
 
-    /// The pointer that a name stands for; of an unknown name one that leads nowhere.
+    /// The pointer of a name; for an unknown name one that does not exist.
     fn pointer_of(&self, name: &str) -> String {
         match self.find(name) {
             Ok((_, pointer)) => pointer,
@@ -310,7 +310,7 @@ impl<'a> Interpolation<'a> {
         }
     }
 
-    /// A value that is referred to, with everything in it replaced: the first mistake in it is an error.
+    /// A referenced value with all references replaced: its first mistake is an error.
     fn resolved_value(&mut self, value: &Value, pointer: &str) -> Result<Resolved, Finding> {
         self.nesting += 1;
         let answer = match self.nesting {
@@ -371,7 +371,7 @@ impl<'a> Interpolation<'a> {
     }
 }
 
-/// The name of a text that is one reference and nothing else.
+/// The name in a text that is a single reference.
 fn whole(text: &str) -> Option<&str> {
     let name = text.strip_prefix("${")?.strip_suffix('}')?;
     (!name.contains(['{', '}'])).then(|| name.trim())

@@ -1,8 +1,8 @@
 //! Changes from the command line: `--set path=value`.
 //!
-//! A value is read as YAML, but a text is the text as typed: whoever types `--set codes.data.csv=run #2.csv` means a
-//! file of that name. So plain texts, and what is no YAML, are taken as they are; of everything else (`a: b`, `1e3`,
-//! `yes`) the typing is kept, and used where the schema wants a text.
+//! A value is read as YAML, but a plain text is taken as typed: `--set codes.data.csv=run #2.csv` means a file of that name.
+//! So plain texts, and invalid YAML, are kept literally; for everything else (`a: b`, `1e3`, `yes`) the typed text is also
+//! kept, and used if the schema expects a text.
 
 #![expect(
     clippy::result_large_err,
@@ -22,14 +22,14 @@ use crate::yaml::{self, Document, EntryPart, MAX_DEPTH, escape};
 pub(super) struct Setting {
     /// The change as typed: `path=value`.
     change: String,
-    /// The value as YAML; `None` where it is a text as typed.
+    /// The value as YAML; `None` if it is a literal text.
     document: Option<Document>,
     /// Why the value is no YAML.
     not_yaml: Option<String>,
 }
 
 impl Setting {
-    /// Says where in the argument a finding is. `rest` is its pointer inside of what was set.
+    /// Sets a finding's position in the argument. `rest` is its pointer inside the set value.
     pub(super) fn mark(&self, finding: &mut Finding, rest: &str, part: EntryPart) {
         let (path, typed) = self.change.split_once('=').unwrap_or((&self.change, ""));
         let last_step = path.rfind('.').map_or(0, |dot| dot + 1);
@@ -50,20 +50,27 @@ impl Setting {
         if let (true, Some(why)) = (rest.is_empty(), &self.not_yaml) {
             finding.hint = Some(format!("the value is not YAML: {why}"));
         }
+        if rest.is_empty() && finding.hint.as_deref() == Some(schema::WRITE_A_VALUE) {
+            let empty = match finding.message.contains("expected a text") {
+                true => format!("; an empty text is written --set '{path}=\"\"'"),
+                false => String::new(),
+            };
+            finding.hint = Some(format!("write a value after the `=`{empty}"));
+        }
     }
 
-    /// What was typed for the value at a pointer inside of what was set, where the value does not say it.
+    /// The typed text of the value at a pointer inside the set value, if it differs from the value.
     pub(super) fn as_written(&self, inside: &str) -> Option<&str> {
         let document = self.document.as_ref()?;
         match inside {
-            // With references in it, the value says what was meant.
+            // With references, the value itself is meant.
             "" => Some(self.change.split_once('=')?.1).filter(|typed| !typed.contains("${")),
             inside => document.written(inside),
         }
     }
 }
 
-/// Applies one change and returns the pointer of what was set.
+/// Applies one change and returns its pointer.
 pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting), Finding> {
     let refuse = |message: String, position: Position| Finding {
         argument: Some(argument(change, position)),
@@ -107,7 +114,7 @@ pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting
         }
         steps.insert(0, "stages");
     }
-    // A new stage would be a typo.
+    // A new stage is probably a typo.
     if let ["stages", stage, ..] = steps.as_slice()
         && !names().any(|name| name == *stage)
     {
@@ -143,14 +150,37 @@ pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting
                     }
                 }
             }
-            _ => {
-                let message = format!("there is nothing inside what `{step}` would be in");
-                return Err(refuse(message, in_path(path, 0)));
+            other => {
+                let message =
+                    format!("`{step}` cannot be set: what it would be in is not a mapping");
+                let mut finding = refuse(message, in_path(path, 0));
+                finding.hint = reference(other).map(|name| {
+                    let inside: Vec<&str> = [step.as_str()]
+                        .into_iter()
+                        .chain(rest.iter().copied())
+                        .collect();
+                    format!(
+                        "it is written as `${{{name}}}`: --set {name}.{}={text}",
+                        inside.join(".")
+                    )
+                });
+                return Err(finding);
             }
         };
     }
     *place = value;
     Ok((pointer, setting))
+}
+
+/// The target of a text that is a single `${params.name}`.
+fn reference(value: &Value) -> Option<&str> {
+    let name = value
+        .as_str()?
+        .trim()
+        .strip_prefix("${")?
+        .strip_suffix('}')?
+        .trim();
+    (!name.contains(['$', '{', '}'])).then_some(name)
 }
 
 /// The params and paths that a recipe has, as pointers.
@@ -167,8 +197,7 @@ pub(super) fn names(recipe: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-/// What is wrong with a param or path that was set: neither is it among the `names` of the recipe as it is written, nor
-/// does anything in the recipe ask for it.
+/// The error for a set param or path that is neither among the `names` in the recipe nor used in it.
 pub(super) fn unasked(
     pointer: &str,
     setting: &Setting,
@@ -195,7 +224,7 @@ pub(super) fn unasked(
     Some(finding)
 }
 
-/// Whether a text in a recipe has these words in it.
+/// Whether any text in a recipe contains these words.
 fn asks(value: &Value, words: &str) -> bool {
     match value {
         Value::String(text) => text.contains(words),
@@ -205,7 +234,7 @@ fn asks(value: &Value, words: &str) -> bool {
     }
 }
 
-/// The key of a mapping that a path's next steps name, and how many steps it takes: a key may have dots in it (`1.50`).
+/// The key of a mapping named by a path's next steps, and how many steps it takes: a key may contain dots (`1.50`).
 pub(super) fn key_of(entries: &Map<String, Value>, steps: &[&str]) -> (String, usize) {
     let mut key = String::new();
     for (index, step) in steps.iter().enumerate() {
@@ -218,7 +247,12 @@ pub(super) fn key_of(entries: &Map<String, Value>, steps: &[&str]) -> (String, u
     (steps.first().copied().unwrap_or_default().to_owned(), 1)
 }
 
-/// What a typed value means. An error is a message and its place in the value.
+/// Whether the typed value is null in any of YAML's forms.
+fn is_nothing(typed: &str) -> bool {
+    matches!(typed.trim(), "" | "~" | "null" | "Null" | "NULL")
+}
+
+/// Interprets a typed value. An error is a message and its position in the value.
 fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position)> {
     let setting = |document, not_yaml| Setting {
         change: change.to_owned(),
@@ -226,8 +260,7 @@ fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position
         not_yaml,
     };
     let literal = |why| (Value::String(typed.to_owned()), setting(None, why));
-    // Nothing, in the ways in which YAML writes it.
-    if matches!(typed.trim(), "" | "~" | "null" | "Null" | "NULL") {
+    if is_nothing(typed) {
         return Ok((Value::Null, setting(None, None)));
     }
     let quoted = typed.trim_start().starts_with(['"', '\'']);
@@ -250,7 +283,7 @@ fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position
     }
 }
 
-/// How a value is typed after `path=`, so that it is read as this value. `written` is how it stands in a text.
+/// How to type a value after `path=` so that it is read as this value. `written` is its form in a text.
 pub(super) fn typed(value: &Value, written: Option<&str>) -> String {
     match value {
         Value::String(text) => match read("", text) {
@@ -270,7 +303,7 @@ fn argument(change: &str, position: Position) -> Argument {
     }
 }
 
-/// A place in the path, by bytes from its beginning.
+/// A position in the path, in bytes.
 fn in_path(path: &str, bytes: usize) -> Position {
     behind(path.get(..bytes).unwrap_or_default())
 }
@@ -282,7 +315,7 @@ fn in_value(path: &str, typed: &str, place: Position) -> Position {
     match place.line {
         1 => Position {
             line: begin.line,
-            // Of what ends too early the last character is marked.
+            // If the text ends too early, its last character is marked.
             column: begin.column + place.column.min(last) - 1,
         },
         line => Position {
@@ -292,7 +325,7 @@ fn in_value(path: &str, typed: &str, place: Position) -> Position {
     }
 }
 
-/// Where what follows these characters of a change is in the argument.
+/// The position in the argument after this many characters of the change.
 fn behind(text: &str) -> Position {
     let argument = format!("--set {text}");
     let line = yaml::lines(&argument).count().max(1);

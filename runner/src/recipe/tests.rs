@@ -82,7 +82,7 @@ fn set_changes_values() {
     assert_eq!((recipe.seed, recipe.stages[0].seed), (Some(3), Some(4)));
     assert_eq!(recipe.source.written("/stages/s/seed"), ValueSource::Set);
     assert_eq!(recipe.source.written("/stages/s/o"), ValueSource::Line(5));
-    // A mistake inside a param is shown where the param is written.
+    // A mistake inside a param is shown at the param.
     let recipe = read(
         &format!("{HEAD}  s: {{kind: k, o: '${{params.deep}}'}}\n"),
         &[],
@@ -117,10 +117,17 @@ fn wrong_settings_are_findings() {
     check("seed", "`=` is missing");
     check("seed=[", "not YAML");
     check("seed=x", "expected a whole number");
+    check("seed=", "got nothing / write a value after the `=`");
+    for nothing in ["", "~", "null"] {
+        check(
+            &format!("description={nothing}"),
+            "got nothing / write a value after the `=`; an empty text is written --set 'description=\"\"'",
+        );
+    }
     check("taecher.x=1", "did you mean `teacher`?");
     check("stages.taecher.x=1", "did you mean `teacher`?");
     check("teacher.list.7=1", "not an item");
-    check("teacher.kind.x=1", "nothing inside");
+    check("teacher.kind.x=1", "`x` cannot be set");
     check("a..b=1", "not a path");
 }
 
@@ -154,7 +161,7 @@ fn mistakes_in_the_runners_part() {
     );
 }
 
-/// Anything anywhere in a recipe: an answer that can be shown, never a panic.
+/// Anything anywhere in a recipe gives a printable answer, never a panic.
 #[test]
 fn any_insertion_is_answered() {
     let odd = [
@@ -189,7 +196,7 @@ fn any_insertion_is_answered() {
     ];
     let text = "version: 1\nbackend: fake\nparams: {é: '漢${params.w}', w: 1.50}\nstages:\n  s:\n    kind: everything\n    data: 'd'\n    steps: [\"ü\", 🙂]\n";
     let places: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
-    // A fixed sequence that looks random: every place with several characters, one and two at a time.
+    // A fixed pseudo-random sequence: every position with several characters, one and two at a time.
     let mut state = 1_u64;
     let mut next = |below: usize| {
         state = state

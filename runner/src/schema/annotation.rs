@@ -17,24 +17,24 @@ pub struct Annotation {
 /// What an option names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OptionTarget {
-    /// Another stage whose output is one of these kinds (empty: any).
+    /// Another stage whose output has one of these kinds (empty: any).
     Artifact(Vec<String>),
     /// A file.
     File,
     /// A directory.
     Dir,
-    /// A directory of images: of its files only those that a loader of images reads.
+    /// A directory of images: only the files that an image loader reads.
     Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
-    /// Nothing: results are the same whatever it says.
+    /// Nothing: it does not affect results.
     Nothing,
 }
 
-/// The options in `value` that name stages or files, or could and are null, and those that change no result.
+/// The options in `value` that name stages or files, including null ones that could, and those that change no result.
 pub fn annotations(schema: &Value, value: &Value) -> Vec<Annotation> {
     let mut found = Vec::new();
-    // A copy, for `each_child` lends children to be changed.
+    // A copy, because `each_child` lends children mutably.
     let mut value = value.clone();
     annotate_node(schema, schema, &mut value, &mut String::new(), &mut found);
     found

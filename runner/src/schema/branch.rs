@@ -1,12 +1,12 @@
-//! Which parts of a schema hold for a value: through `$ref`, `allOf`, and the alternative of `anyOf` and `oneOf` that is
-//! meant. What descends into values along a schema starts here.
+//! Which parts of a schema apply to a value: through `$ref`, `allOf`, and the intended alternative of `anyOf` and `oneOf`.
+//! Every descent into values along a schema starts here.
 
 use serde_json::Value;
 
 use crate::yaml::escape;
 
-/// The schemas without alternatives that hold for `value` at `node`: the node itself, what it refers to, and of
-/// alternatives the one that fits. Where none fits (the value is invalid), all whose tag does not contradict.
+/// The schemas without alternatives that apply to `value` at `node`: the node itself, its references, and the matching
+/// alternative. If none matches (the value is invalid), all without a contradicting tag.
 pub(super) fn branches<'s>(root: &'s Value, node: &'s Value, value: &Value) -> Vec<&'s Value> {
     fn gather<'s>(
         root: &'s Value,
@@ -15,7 +15,7 @@ pub(super) fn branches<'s>(root: &'s Value, node: &'s Value, value: &Value) -> V
         depth: usize,
         found: &mut Vec<&'s Value>,
     ) {
-        // A schema that refers to itself without going down.
+        // A schema that refers to itself without descending.
         if depth > 32 {
             return;
         }
@@ -60,7 +60,7 @@ pub(super) fn resolve<'s>(root: &'s Value, node: &Value) -> Option<&'s Value> {
     root.pointer(node.get("$ref")?.as_str()?.strip_prefix('#')?)
 }
 
-/// Whether an alternative is meant by `value`, judged by type, constants and, when strict, by the keys present.
+/// Whether `value` is meant for an alternative, judged by type, constants and, if strict, by its keys.
 pub(super) fn fits(root: &Value, node: &Value, value: &Value, strict: bool, depth: usize) -> bool {
     if depth > 32 {
         return true;

@@ -1,15 +1,15 @@
-//! Values made complete: the schema's defaults filled in, numbers of the schema's type.
+//! Completes values: fills in the schema's defaults, and converts numbers to the schema's types.
 
 use serde_json::{Map, Value, json};
 
 use super::branch::{branches, each_child, resolve};
 use crate::yaml::escape;
 
-/// 2^53: every whole number up to it is exact as a real number.
+/// 2^53: every whole number up to it is exact as a float.
 pub(super) const EXACT: f64 = 9_007_199_254_740_992.0;
 
-/// Fills in the defaults and gives numbers their schema's type (`1` where a real number is expected becomes `1.0`, so
-/// that equal settings are equal texts). Returns pointers to what was filled in.
+/// Fills in the defaults and gives numbers their schema's type (`1` where a real number is expected becomes `1.0`, so that
+/// equal settings are equal texts). Returns pointers to the filled-in values.
 pub fn settle(schema: &Value, value: &mut Value) -> Vec<String> {
     let mut filled = Vec::new();
     settle_node(
@@ -22,7 +22,7 @@ pub fn settle(schema: &Value, value: &mut Value) -> Vec<String> {
     filled
 }
 
-/// Gives numbers their schema's type, and fills in nothing.
+/// Converts numbers to their schema's type without filling in defaults.
 pub fn settle_numbers(schema: &Value, value: &mut Value) {
     settle_node(schema, schema, value, &mut String::new(), &mut None);
 }
@@ -34,7 +34,7 @@ fn settle_node(
     pointer: &mut String,
     filled: &mut Option<&mut Vec<String>>,
 ) {
-    // Filling in defaults never changes which alternative fits: it adds what that one allows.
+    // Defaults never change the matching alternative: they only add keys that it allows.
     for node in branches(root, node, value) {
         let is = |name: &str| match node.get("type") {
             Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == name),

@@ -15,7 +15,7 @@ pub struct OptionText {
     pub name: String,
     /// What can be written.
     pub kind: String,
-    /// What holds when nothing is written, or `required`; empty where the parts have their own.
+    /// The default, or `required`; empty if the parts have their own.
     pub default: String,
     /// What it does.
     pub description: String,
@@ -44,7 +44,7 @@ fn list_options(root: &Value, node: &Value, path: &str, depth: usize, found: &mu
         .into_iter()
         .flatten()
     {
-        // The tag is in the type of the option around it.
+        // The tag is shown in the type of the enclosing option.
         if option.get("const").is_some() {
             continue;
         }
@@ -126,7 +126,7 @@ fn alternatives<'s>(root: &'s Value, node: &'s Value, depth: usize) -> Vec<&'s V
         .collect()
 }
 
-/// How the alternative of a tagged enum is recognised: `{kind: student}`.
+/// The tag of a tagged enum's alternative: `{kind: student}`.
 fn tag(node: &Value) -> Option<String> {
     let properties = node.get("properties")?.as_object()?;
     properties
@@ -143,7 +143,7 @@ fn brief(description: &str) -> String {
         .replace('\n', " ")
 }
 
-/// What can be written where this schema holds.
+/// The values that this schema allows.
 fn type_text(root: &Value, node: &Value, depth: usize) -> String {
     if depth > 8 {
         return "...".to_owned();

@@ -1,11 +1,11 @@
-//! Where a schema wants a text, what was written is the text: `0x10`, `1.50` and `yes` are names as well.
+//! If a schema expects a text, the written form is the text: `0x10`, `1.50` and `yes` are valid names.
 
 use serde_json::Value;
 
 use super::branch::{branches, each_child, resolve};
 
-/// Puts what was written in the place of values where the schema takes a text and nothing of their type. `as_written`
-/// says by pointer what was written, if that is known.
+/// Replaces values by their written form if the schema accepts a text but not their type. `as_written` returns the written
+/// form at a pointer, if known.
 pub fn take_texts<'w>(
     schema: &Value,
     value: &mut Value,
@@ -40,9 +40,9 @@ fn take<'w>(
     }
 }
 
-/// The types that a schema takes, of all its alternatives.
+/// The types that a schema accepts, in all its alternatives.
 fn gather_types<'s>(root: &'s Value, node: &'s Value, depth: usize, types: &mut Vec<&'s str>) {
-    // A schema that refers to itself without going down.
+    // A schema that refers to itself without descending.
     if depth > 32 {
         return;
     }
@@ -111,7 +111,7 @@ mod tests {
         check("/set", "1.50", json!(1.5), json!("1.50"));
         check("/sources/a/file", "1e3", json!(1000.0), json!("1e3"));
         check("/labels/file", "010", json!(8), json!("010"));
-        // Lists and mappings are taken as such where they are known.
+        // Known lists and mappings are kept.
         check("/labels", "[1]", json!([1]), json!([1]));
         check("/loss", "True", json!(true), json!("True"));
         check("/steps", "1e1", json!(10.0), json!(10.0));

@@ -1,8 +1,8 @@
 //! Validation errors in plain words.
 //!
-//! In: a schema and a value. Out: each independent mistake once, with a JSON pointer. The finding is jsonschema's; the
-//! words are ours, because "is not valid under any of the schemas listed in 'oneOf'" helps nobody: where alternatives
-//! fail, the one that was meant (by its type or its tag) says what is wrong.
+//! In: a schema and a value. Out: each independent mistake once, with a JSON pointer. jsonschema finds the errors; the
+//! wording is ours, because "is not valid under any of the schemas listed in 'oneOf'" helps nobody. If alternatives fail, the
+//! intended one (by its type or its tag) provides the error.
 
 #[cfg(test)]
 mod tests;
@@ -17,14 +17,17 @@ use super::{NAME_PATTERN, RECIPE_NAME_PATTERN, list, nearest, plain, suggest};
 use crate::terminal;
 use crate::yaml::{EntryPart, escape, odd_space};
 
-/// What is wrong with a value.
+/// Advice for a YAML key without a value.
+pub const WRITE_A_VALUE: &str = "write a value after the `:`, or remove the key";
+
+/// An error in a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
     /// JSON pointer to the value at fault.
     pub pointer: String,
     /// Whether its key or its value is at fault.
     pub part: EntryPart,
-    /// What is wrong and what was expected.
+    /// The error and the expectation.
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
@@ -35,10 +38,10 @@ pub fn check(schema: &Value, value: &Value, noun: &str) -> Vec<Violation> {
     Checker::new(schema).check(value, noun)
 }
 
-/// A schema, ready to check many values.
+/// A compiled schema, for checking many values.
 pub struct Checker {
     schema: Value,
-    /// Or what is wrong with the schema.
+    /// Or the error in the schema.
     validator: Result<jsonschema::Validator, String>,
 }
 
@@ -173,7 +176,7 @@ impl Explainer<'_> {
             .collect()
     }
 
-    /// A required key that is not there; its description is the hint.
+    /// A missing required key; its description is the hint.
     fn missing_key(&self, pointer: &str, property: &Value) -> Violation {
         let key = property.as_str().unwrap_or_default();
         let known = self.properties(pointer);
@@ -207,7 +210,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// The message about a value that is too small, too large, or wrong in a way that has no words of ours.
+    /// The message about a value that is too small, too large, or wrong in a way without a message of ours.
     fn beyond_limit(&self, pointer: &str, error: &ValidationError<'_>) -> String {
         let (name, found) = (self.name(pointer), error.instance());
         match error.kind() {
@@ -234,7 +237,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// What is wrong with a value that fits none of several schemas: the mistake in the one that was meant.
+    /// The error in a value that matches none of several schemas: the mistake in the intended one.
     fn explain_branches(
         &self,
         pointer: &str,
@@ -266,7 +269,7 @@ impl Explainer<'_> {
         }) {
             return self.wrong_choice(pointer, &constants, found);
         }
-        // A tagged enum: the branch whose tag is right, else the tags that there are.
+        // A tagged enum: the branch with the matching tag, else the list of tags.
         let mut tags: Vec<(String, Value)> = Vec::new();
         let mut tagged = Vec::new();
         for branch in &fitting {
@@ -310,7 +313,7 @@ impl Explainer<'_> {
     fn wrong_type(&self, pointer: &str, expected: &[String], found: &Value) -> Vec<Violation> {
         let mut expected = expected.to_vec();
         expected.dedup();
-        // `null` means "leave it out": not what was meant by a value.
+        // `null` means "leave it out", so a given value was not meant for it.
         if expected.len() > 1 {
             expected.retain(|name| name != "null");
         }
@@ -331,7 +334,7 @@ impl Explainer<'_> {
             Value::Number(_) | Value::Bool(_) if wants("a text") => {
                 Some(format!("put it in quotes: \"{found}\""))
             }
-            Value::Null => Some("write a value after the `:`, or remove the key".to_owned()),
+            Value::Null => Some(WRITE_A_VALUE.to_owned()),
             found if wants("a list") && !found.is_object() => {
                 Some(format!("write a list: [{}]", plain(found)))
             }
@@ -397,7 +400,7 @@ impl Explainer<'_> {
         )
     }
 
-    /// The properties that the schema knows at a place in the value.
+    /// The properties in the schema at a pointer into the value.
     fn properties(&self, pointer: &str) -> Vec<(String, &Value)> {
         let mut nodes = branches(self.root, self.root, self.value);
         let mut value = self.value;
@@ -427,7 +430,7 @@ impl Explainer<'_> {
     }
 }
 
-/// What to write instead of a text where a number is wanted.
+/// A suggestion instead of a text where a number is expected.
 fn number_hint(text: &str) -> Option<String> {
     let odd = text.chars().find(|&c| terminal::is_odd_space(c));
     let plain: String = text
@@ -464,7 +467,7 @@ fn number_hint(text: &str) -> Option<String> {
     })
 }
 
-/// What a branch expects where the value at `pointer` is of another type altogether; `None` where the type is right.
+/// The type that a branch expects at `pointer`; `None` if the value's type is right.
 fn expected(branch: &[ValidationError<'_>], pointer: &str) -> Option<Vec<String>> {
     let here = |error: &&ValidationError<'_>| error.instance_path().as_str() == pointer;
     let mut types = None;
@@ -491,7 +494,7 @@ fn expected(branch: &[ValidationError<'_>], pointer: &str) -> Option<Vec<String>
             _ => {}
         }
     }
-    // A text that has to be one of a few is better said by these.
+    // For a text that must be one of a few, these are the better message.
     let mut constants = Vec::new();
     for error in branch.iter().filter(here) {
         if matches!(
@@ -512,7 +515,7 @@ fn expected(branch: &[ValidationError<'_>], pointer: &str) -> Option<Vec<String>
     }
 }
 
-/// Adds the constants that an error asks for; false when it asks for something else.
+/// Adds the constants that an error expects; returns false if it expects something else.
 fn collect_constants(error: &ValidationError<'_>, constants: &mut Vec<Value>) -> bool {
     match error.kind() {
         ValidationErrorKind::Constant { expected_value } => {
@@ -529,7 +532,7 @@ fn collect_constants(error: &ValidationError<'_>, constants: &mut Vec<Value>) ->
                 .flatten()
                 .all(|error| collect_constants(error, constants))
         }
-        // Next to an enum of texts, `null` and the like say nothing.
+        // Beside an enum of texts, `null` and the like are not informative.
         _ => false,
     }
 }

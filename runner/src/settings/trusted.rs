@@ -1,4 +1,4 @@
-//! Which projects' files the user has trusted, by their real paths and hashes.
+//! The project files that the user has trusted, by real path and hash.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use super::{SettingsError, distrusted, file, wrong};
 use crate::trust;
 
-/// The file, beside the user's, that remembers which projects' files are trusted.
+/// The file, beside the user's settings, that lists trusted project files.
 const TRUSTED: &str = "trusted";
 
 /// Whether the user has trusted a file with this hash.
@@ -24,7 +24,7 @@ pub(super) fn is_trusted(
     Ok(known.is_some_and(|known| known.get(&name).is_some_and(|known| known == hash)))
 }
 
-/// The name under which a file is remembered: its real path.
+/// The key of a trusted file: its real path.
 fn trusted_name(path: &Path) -> Result<String, SettingsError> {
     let shown = path.display();
     let real = std::fs::canonicalize(path)
@@ -37,10 +37,10 @@ fn trusted_name(path: &Path) -> Result<String, SettingsError> {
     }
 }
 
-/// Remembers that the lines of a project's file may run, as long as it stays as it is. Returns what runs: name and value.
+/// Trusts the commands of a project's file until it changes. Returns the commands: name and value.
 ///
 /// # Errors
-/// It makes no sense, others could change it, or there is no place to remember it.
+/// It is invalid, others could change it, or there is no place to record it.
 pub fn trust_file(
     path: &Path,
     user_dir: Option<&Path>,
@@ -63,9 +63,8 @@ pub fn trust_file(
     let kinds = kinds.map(|(kind, partial)| (format!("slurm.kinds.{kind}"), partial));
     let all = std::iter::once(("slurm".to_owned(), &layer.slurm)).chain(kinds);
     let lines = all.flat_map(|(name, partial)| {
-        let listed = partial.list().into_iter();
-        let run = listed.filter(|(key, _)| ["prologue", "sbatch"].contains(key));
-        run.map(move |(key, value)| (format!("{name}.{key}"), value))
+        let run = ["sbatch", "prologue"].into_iter();
+        run.filter_map(move |key| Some((format!("{name}.{key}"), partial.value(key)?)))
     });
     Ok(lines.collect())
 }
@@ -112,7 +111,7 @@ mod tests {
             );
             let settings = Settings::read(&project, &given).unwrap();
             assert_eq!(settings.untrusted().count(), 1);
-            // Where they do not count they are not asked about.
+            // Settings that have no effect need no trust.
             let of_kind = lines.contains("kinds");
             assert_eq!(profile(&given, "sample").is_ok(), of_kind, "{lines}");
             let mut own = given.clone();
@@ -121,7 +120,7 @@ mod tests {
             let trusted = trust_file(&path, Some(&user)).unwrap();
             assert_eq!(trusted.len(), 1, "{trusted:?}");
             profile(&given, "distill").unwrap();
-            // From another directory, by a link to the project.
+            // From another directory, through a link to the project.
             let link = root.path().join("link");
             if !link.is_symlink() {
                 std::os::unix::fs::symlink("p", &link).unwrap();
@@ -137,14 +136,14 @@ mod tests {
         write(&copy.join(FILE), &std::fs::read_to_string(&path).unwrap());
         let settings = Settings::read(&copy, &given).unwrap();
         settings.profile("distill").unwrap_err();
-        // What the user wrote for all projects needs no more.
+        // The user's own settings need no further trust.
         write(&user.join(FILE), "[slurm]\nprologue = 'module load x'\n");
         let settings = Settings::read(root.path(), &given).unwrap();
         assert_eq!(
             settings.profile("distill").unwrap().prologue,
             "module load x"
         );
-        // A memory that others could write to is none.
+        // A list that others could write to is ignored.
         let memory = user.join(TRUSTED);
         std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o666)).unwrap();
         let error = profile(&given, "distill").unwrap_err();

@@ -23,13 +23,13 @@ pub(super) struct BlockPoint {
     pub(super) at: i64,
 }
 
-/// What is known of a block without unpacking it.
+/// A block's summary, available without unpacking it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Summary {
     pub(super) first_step: i64,
     pub(super) last_step: i64,
     pub(super) points: i64,
-    /// How many values are not NaN; the next three are of these.
+    /// How many values are not NaN; the next three fields cover only these.
     pub(super) numbers: i64,
     pub(super) sum: f64,
     pub(super) min: Option<f64>,
@@ -134,7 +134,7 @@ pub(super) fn unpack(bytes: &[u8]) -> Result<Vec<BlockPoint>, Damaged> {
     let (&flags, mut rest) = bytes.split_first().ok_or(Damaged)?;
     let count = usize::try_from(take(&mut rest)?).map_err(|_| Damaged)?;
     let width = if flags & F32 != 0 { 4 } else { 8 };
-    // A damaged count must not make us ask for all the memory there is.
+    // A damaged count must not make us allocate all memory.
     if count > bytes.len() / width {
         return Err(Damaged);
     }
@@ -243,7 +243,7 @@ mod tests {
         BlockPoint { step, value, at }
     }
 
-    /// Packs and unpacks, and returns the bytes a point takes.
+    /// Packs and unpacks, and returns the bytes per point.
     #[track_caller]
     fn check(points: &[BlockPoint]) -> f64 {
         let bytes = pack(points);

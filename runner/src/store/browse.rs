@@ -1,12 +1,12 @@
-//! What pages ask of a store beside what commands ask: how many runs pass a filter, which names there are, groups of runs,
-//! pages of a log, one artifact. Every answer has a bound.
+//! Queries for pages that commands do not need: how many runs pass a filter, names of parameters and series, groups of runs,
+//! pages of a log, one artifact. Every answer is bounded.
 
 use sqlx::Row;
 
 use super::log::log_line;
 use super::{ArtifactFile, RunId, RunLine, Store, StoreError, json};
 
-/// A value that runs have in common, and how many have it.
+/// A value shared by runs, and how many have it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group {
     /// The value: a tag.
@@ -22,7 +22,7 @@ pub struct LogQuery<'a> {
     pub level: u32,
     /// Of this stage.
     pub stage: Option<&'a str>,
-    /// That contain this text, whatever its case.
+    /// Containing this text, ignoring case.
     pub text: Option<&'a str>,
     /// Before this place.
     pub before: Option<i64>,
@@ -73,8 +73,7 @@ impl Store {
             .collect()
     }
 
-    /// The last lines of a run's log that are wished for, at most `limit`, in their order; and whether there are more
-    /// before them.
+    /// The last matching lines of a run's log, at most `limit`, in order; and whether there are more before them.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -116,7 +115,7 @@ impl Store {
         Ok((lines, more))
     }
 
-    /// The files of an artifact, by its whole hash; none when the store does not know it.
+    /// The files of an artifact, by its full hash; None if the store does not know it.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteSynchronous};
+use sqlx::{ConnectOptions, QueryBuilder, Sqlite};
 
 use super::{BUSY_TIMEOUT, StoreError};
 
@@ -23,7 +23,7 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
         .busy_timeout(BUSY_TIMEOUT)
         // With a write-ahead log: a crash of the machine may lose the last moments, never the database.
         .synchronous(SqliteSynchronous::Normal)
-        // Up to 64 MB, as far as they are used: filters over many runs visit the same pages again and again.
+        // Up to 64 MB, if needed: filters over many runs visit the same pages repeatedly.
         .pragma("cache_size", "-65536")
         .disable_statement_logging()
 }
@@ -31,10 +31,40 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
 /// A connection that may write to an existing, current store.
 pub(super) async fn connect_for_writing(dir: &Path) -> Result<SqliteConnection, StoreError> {
     let path = path_of(dir);
-    // A reader makes up its mind quickly; what it cannot note down now, the next one will.
+    // A reader does not wait long: what it cannot record now, the next one will.
     let options = options(&path).busy_timeout(Duration::from_millis(200));
     options
         .connect()
         .await
         .map_err(|error| StoreError::from(error).at(&path))
+}
+
+/// The most rows of a statement: a block has eleven values, and a statement takes at most 32,766.
+pub(super) const ROWS_AT_ONCE: usize = 1000;
+
+/// Runs a statement for a number of rows. Its length varies, so it is not cached.
+pub(super) async fn run_once(
+    mut statement: QueryBuilder<Sqlite>,
+    connection: &mut SqliteConnection,
+) -> Result<(), sqlx::Error> {
+    let statement = statement.build().persistent(false);
+    statement.execute(connection).await?;
+    Ok(())
+}
+
+/// Opens a connection and never closes it, for a store that another machine has taken: closing a machine's last connection
+/// would write its log into the database.
+pub(super) async fn stay_connected(dir: &Path) {
+    let connected = async {
+        let mut connection = options(&path_of(dir)).read_only(true).connect().await?;
+        // It connects at the first query.
+        sqlx::query("select count(*) from sqlite_schema")
+            .execute(&mut connection)
+            .await?;
+        Ok::<_, sqlx::Error>(connection)
+    };
+    match connected.await {
+        Ok(connection) => std::mem::forget(connection),
+        Err(error) => tracing::debug!(%error, "a store that was taken"),
+    }
 }

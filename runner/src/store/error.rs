@@ -214,6 +214,12 @@ pub enum StoreError {
         /// How long that is.
         patience: std::time::Duration,
     },
+    /// A text with more than one statement.
+    #[error("one statement at a time: another begins at `{more}`")]
+    SeveralStatements {
+        /// The first word of the next.
+        more: String,
+    },
     /// Anything else SQLite says.
     #[error("the store's database: {0}")]
     Sql(sqlx::Error),

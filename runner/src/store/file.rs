@@ -1,43 +1,43 @@
-//! What is remembered of files that were hashed, so that a large one is read once and not at every command.
+//! The cache of file hashes, so that a large file is read once and not at every command.
 //!
-//! A row is a folder, or a file that was named itself; what is in it ([`Folder`]) is packed, because a folder may hold a
-//! million files. Nothing here is needed: what is missing is hashed anew.
+//! A row is a folder, or a single file; its content ([`Folder`]) is packed, because a folder may hold a million files. The
+//! cache is optional: missing entries are hashed again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use sqlx::{Connection, Row};
 
-use super::{Access, Store, StoreError, connection};
+use super::{Access, Store, StoreError};
 use crate::input::FileKind;
 use crate::input::{FileSnapshot, Folder, InputError, Listing};
 
-/// Whether hashes of earlier commands are believed.
+/// Whether to trust hashes of earlier commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Memory {
-    /// Where the file system says that a file is as it was.
+pub enum HashTrust {
+    /// If the file system reports no change of the file.
     Trusted,
     /// Never: every file is read.
     Distrusted,
 }
 
 impl Store {
-    /// What a file or folder holds; read only where that is not remembered, and remembered from then on.
+    /// The content of a file or folder; it is read only if it is not in the cache, and then cached.
     ///
     /// # Errors
-    /// [`InputError`]. A store that cannot be asked, or cannot take it, is only slower.
+    /// [`InputError`]. An unreadable or unwritable store is only slower.
     pub async fn snapshot(
         &self,
         path: &Path,
         kind: FileKind,
-        memory: Memory,
+        trust: HashTrust,
     ) -> Result<FileSnapshot, InputError> {
         let at = path.to_owned();
         let listing = tokio::task::spawn_blocking(move || Listing::of(&at, kind)).await;
         let listing = listing.unwrap_or_else(|error| Err(InputError::interrupted(path, error)))?;
-        let known = match memory {
-            Memory::Distrusted => BTreeMap::new(),
-            Memory::Trusted => {
+        let known = match trust {
+            HashTrust::Distrusted => BTreeMap::new(),
+            HashTrust::Trusted => {
                 let known = self.remembered_files(&listing.folders()).await;
                 known.unwrap_or_else(|error| {
                     tracing::debug!("hashes of files are not remembered: {error}");
@@ -54,7 +54,7 @@ impl Store {
         Ok(snapshot)
     }
 
-    /// What is remembered of these folders.
+    /// The cache entries of these folders.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -76,7 +76,7 @@ impl Store {
         rows.collect()
     }
 
-    /// Remembers what is in these folders, all at once; also by way of a store that was opened for reading.
+    /// Caches the entries of these folders, all at once; also through a store opened for reading.
     ///
     /// # Errors
     /// The store cannot be written to: then the files are read again the next time.
@@ -97,12 +97,17 @@ impl Store {
             }
             return write.commit().await;
         }
-        let mut connection = connection::connect_for_writing(self.dir()).await?;
-        let mut write = connection.begin_with("begin immediate").await?;
-        for (path, files) in folders {
-            let query = sqlx::query(SQL).bind(path).bind(files.pack());
-            query.execute(&mut *write).await?;
-        }
-        Ok(write.commit().await?)
+        let mut lease = self.take_write_lease().await?;
+        let noted = async {
+            let mut write = lease.connection().begin_with("begin immediate").await?;
+            for (path, files) in folders {
+                let query = sqlx::query(SQL).bind(path).bind(files.pack());
+                query.execute(&mut *write).await?;
+            }
+            Ok(write.commit().await?)
+        };
+        let noted = noted.await;
+        lease.close().await;
+        noted
     }
 }

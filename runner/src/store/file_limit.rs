@@ -1,17 +1,17 @@
-//! Whether a file of the store could not grow because the system lets no file of this process grow so long (`ulimit -f`).
+//! Detects that a file of the store could not grow because of the limit on the size of files (`ulimit -f`).
 //!
-//! SQLite calls it an error of input or output, or a full disk, and names no file.
+//! SQLite reports an I/O error or a full disk, and names no file.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::StoreError;
 
-/// The most that SQLite adds to a file with one write: a page with the header of its frame, a piece of the shared memory
-/// of the write-ahead log. So much may be left below the limit of a file that could not grow.
+/// The most that SQLite adds to a file with one write: a page with the header of its frame, a piece of the shared memory of
+/// the write-ahead log. So a file that could not grow may be this far below the limit.
 const STEP: u64 = 65536;
 
-/// The limit, and which of the files that are open has come to it.
+/// The limit, and the open file that has reached it.
 pub(super) fn reached() -> Option<StoreError> {
     let limit = limit()?;
     let open = std::fs::read_dir("/proc/self/fd").ok()?.flatten();
@@ -32,17 +32,17 @@ pub(super) fn reached_by(path: &Path) -> Option<StoreError> {
     longest(beside, limit).map(|path| StoreError::FileTooLong { path, limit })
 }
 
-/// The longest of these files, where it may have come to the limit.
+/// The longest of these files, if it may have reached the limit.
 fn longest(files: impl IntoIterator<Item = PathBuf>, limit: u64) -> Option<PathBuf> {
     let sizes = files.into_iter().filter_map(|path| {
         let file = std::fs::metadata(&path).ok().filter(|it| it.is_file())?;
-        // What is longer than the limit was there before; it could not grow either, but nor is it what was written.
+        // A file beyond the limit existed before; it could not grow either, but is not the one being written.
         (file.size() <= limit && limit - file.size() < STEP).then_some((file.size(), path))
     });
     sizes.max().map(|(_, path)| path)
 }
 
-/// The size in bytes that no file may be brought to exceed, where there is one.
+/// The maximum file size in bytes, if there is one.
 fn limit() -> Option<u64> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,

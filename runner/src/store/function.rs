@@ -28,7 +28,7 @@ pub(super) async fn register(connection: &mut SqliteConnection) -> Result<(), sq
     match code {
         ffi::SQLITE_OK => Ok(()),
         code => Err(sqlx::Error::Protocol(format!(
-            "SQLite takes no function of ours (code {code})"
+            "SQLite refused the function retort_points (code {code})"
         ))),
     }
 }

@@ -289,7 +289,7 @@ impl Store {
             .bind(&run.0)
             .fetch_one(self.pool())
             .await?;
-        Ok(RunDetail {
+        let mut detail = RunDetail {
             recipe_text: row.try_get("recipe_text")?,
             resolved: json(&row, "resolved")?,
             environment: json(&row, "environment")?,
@@ -297,7 +297,9 @@ impl Store {
             stages: self.stages(run, summary.state).await?,
             artifacts: self.list_artifacts(Some(run)).await?,
             summary,
-        })
+        };
+        self.show_unrecorded(&mut detail);
+        Ok(detail)
     }
 
     /// The key of a run. A statement about a view is given this, and not the id to look it up: only what is bound is carried
@@ -475,8 +477,9 @@ impl Store {
         let rows = sqlx::query(
             "select r.id, r.recipe, r.created, r.finished, r.error, r.seed, r.recipe_path, r.command, r.resumed_from,
                     r.note, (select id from sweeps where key = r.sweep) as sweep, r.point,
-                    case when r.state in ('queued', 'running') and r.id in (select value from json_each(?1))
-                         then 'lost' else r.state end as true_state,
+                    case when r.state in ('queued', 'running')
+                         then coalesce((select value from json_each(?1) where key = r.id), r.state)
+                         else r.state end as true_state,
                     (select heartbeat from leases where run = r.key) as heartbeat,
                     (select json_group_array(tag) from tags where run = r.key) as tags,
                     (select count(*) from stages where run = r.key) as total,
@@ -487,7 +490,7 @@ impl Store {
              from json_each(?2) wanted cross join runs r on r.key = wanted.value
              order by wanted.key",
         )
-        .bind(self.unrecorded_lost())
+        .bind(self.unrecorded_states())
         .bind(serde_json::json!(keys).to_string())
         .fetch_all(self.pool())
         .await?;

@@ -1,35 +1,45 @@
 //! One machine at a time writes to a store.
 //!
-//! SQLite's write-ahead log and the locks of work directories hold among the processes of one machine. A store on a
-//! shared file system is seen by several, so the one that writes says so, in files that need no lock: `hosts/<n>` names
-//! a machine (by its boot), or nobody. The file with the greatest number counts; the next is made by a hard link, which
-//! only one can make, wherever they are. Processes of the machine that has the store share it.
+//! SQLite's write-ahead log and the locks of work directories hold among the processes of one machine. A store on a shared
+//! file system is visible to several machines, so the writing machine claims it in files that need no locks: `hosts/<n>`
+//! names a machine (by its boot), or nobody. The file with the greatest number counts; the next one is created by a hard
+//! link, which succeeds for only one process anywhere. Processes on the owning machine share the store.
 //!
-//! A machine that is gone is known by its heartbeat, which stands in its file: one that is old by this machine's clock is
-//! watched for a while before its store is taken, because clocks differ.
+//! A dead machine is detected by the heartbeat in its file. If it is old by this machine's clock it is watched for a while
+//! before the store is taken, because clocks differ. A machine that was only suspended may come back after that: so an owner
+//! checks with every heartbeat and before every write that its number is still the greatest, and stops writing if it is not.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
-use super::lease::{AHEAD_LIMIT, HEARTBEAT_LIMIT, Holder};
+use super::holder::{AHEAD_LIMIT, HEARTBEAT_LIMIT, Holder};
 use super::time::Time;
 use crate::artifact;
 
-/// How long a heartbeat is watched that seems old: two of them, and some.
+/// How long an old heartbeat is watched: somewhat more than two intervals.
 #[cfg(not(test))]
 const WATCH: Duration = Duration::from_secs(12);
 #[cfg(test)]
 const WATCH: Duration = Duration::from_millis(700);
-/// Files of earlier machines that are kept: who reads an old list of the directory goes on from one of them.
+/// The heartbeat interval. It has its own thread, so that neither an import nor a full disk delays it.
+const BEAT: Duration = Duration::from_secs(4);
+/// How long ownership is assumed without checking: less than others watch before they take a store.
+const BELIEVED: Duration = Duration::from_secs(6);
+/// The longest time that a process leaving the store holds the lock exclusively.
+const LEAVING: Duration = Duration::from_secs(2);
+/// Number of older files that are kept, for readers with a stale directory listing.
 const KEPT: u64 = 16;
-/// Bytes of a file, always: it is written over in its place.
+/// The fixed size of a file, which is overwritten in place.
 const SIZE: usize = 512;
 
 /// Who may write.
@@ -45,14 +55,36 @@ struct Host {
     free: bool,
 }
 
+/// How a machine claims the right to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ClaimKind {
+    /// For longer work: if the owner seems dead it is watched, and then its store is taken.
+    Lasting,
+    /// For recording something in passing: without waiting, and without taking another machine's store.
+    Moment,
+}
+
 /// This machine's right to write, for as long as a process of it holds this.
 #[derive(Debug)]
 pub(super) struct HostLock {
+    claim: Arc<Claim>,
+    /// Dropping it ends the heartbeat thread.
+    _beating: Option<mpsc::Sender<()>>,
+    /// Shared with the other processes of this machine; None if the file system has no locks.
+    lock: Option<File>,
+}
+
+/// This machine's claim on a store.
+#[derive(Debug)]
+struct Claim {
     dir: PathBuf,
     number: u64,
     host: Host,
-    /// Shared with the other processes of this machine; none where the file system has no locks.
-    lock: Option<File>,
+    /// The time of the last check for a greater number, by two clocks: one stops while the machine sleeps, the other can be
+    /// set by people.
+    seen: Mutex<(Instant, Time)>,
+    /// The machine that has taken the store.
+    lost_to: OnceLock<Host>,
 }
 
 /// Whether machines have said before that they write here.
@@ -60,7 +92,7 @@ pub(super) fn is_known(store: &Path) -> bool {
     store.join("hosts").exists()
 }
 
-/// Takes back that a machine has said so, where nothing else was made.
+/// Withdraws the first claim if nothing else was created.
 pub(super) fn forget(store: &Path) {
     let _ = fs::remove_dir_all(store.join("hosts"));
 }
@@ -69,38 +101,27 @@ pub(super) fn forget(store: &Path) {
 ///
 /// # Errors
 /// [`StoreError::Elsewhere`]: another machine has it.
-pub(super) async fn claim(store: &Path) -> Result<Option<HostLock>, StoreError> {
+pub(super) async fn claim(store: &Path, term: ClaimKind) -> Result<Option<HostLock>, StoreError> {
     let dir = store.join("hosts");
     let refused = |error| StoreError::refused(&dir, error);
     match fs::create_dir_all(&dir) {
         Ok(()) => {}
-        // Nothing of it can be written: that will be said of the database.
+        // The directory is not writable: opening the database will report that.
         Err(error) if may_not_write(&error) => return Ok(None),
         Err(error) => return Err(refused(error)),
     }
-    let lock = artifact::open_lock(&dir.join("lock")).ok();
-    let lock = lock.filter(|file| file.try_lock_shared().is_ok());
-    let this = Holder::this_process();
-    let host = Host {
-        host: this.host,
-        boot: this.boot,
-        pid: this.pid,
-        at: Time::now().0,
-        free: false,
-    };
+    // Before looking who has it: a process of this machine that leaves the store free does so under its lock.
+    let lock = share_lock(&dir).await;
+    let host = Host::this();
     loop {
         let current = current(&dir).map_err(refused)?;
         let next = match &current {
             None => 0,
             Some((number, found)) if !found.free && found.boot == host.boot => {
-                let host_lock = HostLock {
-                    dir: dir.clone(),
-                    number: *number,
-                    host,
-                    lock,
-                };
-                let _ = host_lock.beat();
-                return Ok(Some(host_lock));
+                return Ok(Some(HostLock::new(dir, *number, host, lock, term)));
+            }
+            Some((_, found)) if !found.free && term == ClaimKind::Moment => {
+                return Err(elsewhere(store, found));
             }
             Some((_, found)) if !found.free && lives(&dir, found, &host).await => {
                 return Err(elsewhere(store, found));
@@ -116,6 +137,21 @@ pub(super) async fn claim(store: &Path) -> Result<Option<HostLock>, StoreError> 
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) if may_not_write(&error) => return Ok(None),
             Err(error) => return Err(refused(error)),
+        }
+    }
+}
+
+/// The lock that the processes of this machine share; none where the file system has none.
+async fn share_lock(dir: &Path) -> Option<File> {
+    let file = artifact::open_lock(&dir.join("lock")).ok()?;
+    let began = Instant::now();
+    loop {
+        match file.try_lock_shared() {
+            Ok(()) => return Some(file),
+            Err(TryLockError::WouldBlock) if began.elapsed() < LEAVING => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(_) => return None,
         }
     }
 }
@@ -143,7 +179,7 @@ fn elsewhere(store: &Path, found: &Host) -> StoreError {
     }
 }
 
-/// Of a time that has passed long ago, or that is far from having come.
+/// A time long ago, or far in the future.
 fn is_old(found: &Host) -> bool {
     let (now, at) = (Time::now(), Time(found.at));
     now.since(at) > HEARTBEAT_LIMIT || at.since(now) > AHEAD_LIMIT
@@ -151,7 +187,7 @@ fn is_old(found: &Host) -> bool {
 
 /// Whether another machine still uses it.
 async fn lives(dir: &Path, found: &Host, this: &Host) -> bool {
-    // One of the same name was this machine before it was started again, as far as can be told.
+    // A machine with the same name is probably this one before a reboot.
     if !is_old(found) && found.host != this.host {
         return true;
     }
@@ -167,31 +203,39 @@ async fn lives(dir: &Path, found: &Host, this: &Host) -> bool {
     false
 }
 
+/// The greatest number.
+fn newest(dir: &Path) -> io::Result<Option<u64>> {
+    let names = match fs::read_dir(dir) {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let numbers = names.filter_map(|name| name.to_str()?.parse::<u64>().ok());
+    // More numbers than hosts can have taken: nobody wrote it.
+    let numbers = numbers.filter(|number| *number < u64::MAX / 2);
+    let Some(mut number) = numbers.max() else {
+        return Ok(None);
+    };
+    // The listing may be stale.
+    while fs::symlink_metadata(dir.join((number + 1).to_string())).is_ok() {
+        number += 1;
+    }
+    Ok(Some(number))
+}
+
 /// The file that counts.
 fn current(dir: &Path) -> io::Result<Option<(u64, Host)>> {
     for _ in 0..20 {
-        let names = match fs::read_dir(dir) {
-            Ok(entries) => entries.flatten().map(|entry| entry.file_name()),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let numbers = names.filter_map(|name| name.to_str()?.parse::<u64>().ok());
-        // More numbers than hosts can have taken: nobody wrote it.
-        let numbers = numbers.filter(|number| *number < u64::MAX / 2);
-        let Some(mut number) = numbers.max() else {
+        let Some(number) = newest(dir)? else {
             return Ok(None);
         };
-        // The list may be of a while ago.
-        while fs::symlink_metadata(dir.join((number + 1).to_string())).is_ok() {
-            number += 1;
-        }
-        // It may be written over just now.
+        // It may be being overwritten.
         if let Ok(bytes) = regular::read(&dir.join(number.to_string()), SIZE as u64)
             && let Ok(host) = serde_json::from_slice(&bytes)
         {
             return Ok(Some((number, host)));
         }
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
     Err(io::Error::other(
         "its content is invalid; remove it if no retort uses the store",
@@ -213,9 +257,130 @@ fn put(dir: &Path, number: u64, host: &Host) -> io::Result<()> {
     fs::hard_link(draft.path(), dir.join(number.to_string()))
 }
 
+impl Host {
+    /// This machine, by this process.
+    fn this() -> Self {
+        let this = Holder::this_process();
+        Self {
+            host: this.host,
+            boot: this.boot,
+            pid: this.pid,
+            at: Time::now().0,
+            free: false,
+        }
+    }
+}
+
 impl HostLock {
-    /// Says that this machine still has the store.
-    pub(super) fn beat(&self) -> io::Result<()> {
+    fn new(dir: PathBuf, number: u64, host: Host, lock: Option<File>, term: ClaimKind) -> Self {
+        let claim = Arc::new(Claim {
+            dir,
+            number,
+            host,
+            seen: Mutex::new((Instant::now(), Time::now())),
+            lost_to: OnceLock::new(),
+        });
+        let _ = claim.beat();
+        let beating = (term == ClaimKind::Lasting).then(|| keep_beating(&claim));
+        Self {
+            claim,
+            _beating: beating,
+            lock,
+        }
+    }
+
+    /// Renews this machine's claim.
+    ///
+    /// # Errors
+    /// [`StoreError::Elsewhere`]: it has it no more. Or that cannot be seen, or said.
+    pub(super) async fn beat(&self) -> Result<(), StoreError> {
+        self.apart(Claim::beat).await
+    }
+
+    /// Makes sure that this machine still has the store. Mostly that costs nothing: it was seen a moment ago.
+    ///
+    /// # Errors
+    /// [`StoreError::Elsewhere`]: it has it no more. Or that cannot be seen.
+    pub(super) async fn confirm(&self) -> Result<(), StoreError> {
+        match self.claim.lost_to.get() {
+            Some(found) => Err(self.claim.lost(found)),
+            None if self.claim.is_believed() => Ok(()),
+            None => self.apart(Claim::look).await,
+        }
+    }
+
+    /// As after a long suspension: the last check was long ago.
+    #[cfg(test)]
+    pub(super) fn disbelieve(&self) {
+        self.claim.seen.lock().unwrap().1 = Time(0);
+    }
+
+    /// Runs a file operation on a thread: a hanging file system must not block everything else.
+    async fn apart(
+        &self,
+        work: impl FnOnce(&Claim) -> Result<(), StoreError> + Send + 'static,
+    ) -> Result<(), StoreError> {
+        let claim = Arc::clone(&self.claim);
+        let done = tokio::task::spawn_blocking(move || work(&claim)).await;
+        done.unwrap_or_else(|error| {
+            Err(StoreError::refused(
+                &self.claim.dir,
+                io::Error::other(error),
+            ))
+        })
+    }
+}
+
+/// Sends heartbeats until the sender is dropped.
+fn keep_beating(claim: &Arc<Claim>) -> mpsc::Sender<()> {
+    let (stop, stopped) = mpsc::channel();
+    let claim = Arc::clone(claim);
+    let beating = thread::Builder::new().name("store".into());
+    let begun = beating.spawn(move || {
+        while stopped.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+            if let Err(error) = claim.beat() {
+                tracing::debug!("the store's heartbeat: {error}");
+            }
+        }
+    });
+    if let Err(error) = begun {
+        tracing::debug!("the store's heartbeat: {error}");
+    }
+    stop
+}
+
+impl Claim {
+    fn lost(&self, found: &Host) -> StoreError {
+        elsewhere(self.dir.parent().unwrap_or(&self.dir), found)
+    }
+
+    fn is_believed(&self) -> bool {
+        let (monotonic, wall) = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Time::now();
+        monotonic.elapsed() < BELIEVED && now.since(wall).max(wall.since(now)) < BELIEVED
+    }
+
+    /// Looks whether another machine has taken the store.
+    fn look(&self) -> Result<(), StoreError> {
+        if let Some(found) = self.lost_to.get() {
+            return Err(self.lost(found));
+        }
+        let before = (Instant::now(), Time::now());
+        let refused = |error| StoreError::refused(&self.dir, error);
+        if newest(&self.dir)
+            .map_err(refused)?
+            .is_some_and(|number| number > self.number)
+            && let Some((_, found)) = current(&self.dir).map_err(refused)?
+        {
+            // Permanently: this process has not seen the writes since then.
+            return Err(self.lost(self.lost_to.get_or_init(|| found)));
+        }
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = before;
+        Ok(())
+    }
+
+    fn beat(&self) -> Result<(), StoreError> {
+        self.look()?;
         let host = Host {
             at: Time::now().0,
             ..self.host.clone()
@@ -224,8 +389,9 @@ impl HostLock {
         File::options()
             .write(true)
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)?
-            .write_all_at(&bytes(&host), 0)
+            .open(&path)
+            .and_then(|file| file.write_all_at(&bytes(&host), 0))
+            .map_err(|error| StoreError::refused(&path, error))
     }
 }
 
@@ -239,12 +405,11 @@ impl Drop for HostLock {
                 let free = Host {
                     free: true,
                     at: Time::now().0,
-                    ..self.host.clone()
+                    ..self.claim.host.clone()
                 };
-                if current(&self.dir)
-                    .is_ok_and(|now| now.is_some_and(|(number, _)| number == self.number))
-                {
-                    let _ = put(&self.dir, self.number + 1, &free);
+                let (dir, number) = (&self.claim.dir, self.claim.number);
+                if newest(dir).is_ok_and(|newest| newest == Some(number)) {
+                    let _ = put(dir, number + 1, &free);
                 }
                 // Closing is not enough: a process that is being started has a copy of this descriptor for a moment, and
                 // who comes meanwhile would find the lock taken.
@@ -280,9 +445,15 @@ mod tests {
     #[tokio::test]
     async fn processes_of_one_machine_share_a_store_and_leave_it_free() {
         let root = tempfile::tempdir().unwrap();
-        let first = claim(root.path()).await.unwrap().unwrap();
-        let second = claim(root.path()).await.unwrap().unwrap();
-        assert_eq!((first.number, second.number), (0, 0));
+        let first = claim(root.path(), ClaimKind::Lasting)
+            .await
+            .unwrap()
+            .unwrap();
+        let second = claim(root.path(), ClaimKind::Lasting)
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((first.claim.number, second.claim.number), (0, 0));
         check(root.path()).unwrap();
         drop(first);
         let dir = root.path().join("hosts");
@@ -296,7 +467,7 @@ mod tests {
         put(&dir, 2, &other(Time::now().0)).unwrap();
         put(&dir, 2, &other(0)).unwrap_err();
         for error in [
-            claim(root.path()).await.unwrap_err(),
+            claim(root.path(), ClaimKind::Lasting).await.unwrap_err(),
             check(root.path()).unwrap_err(),
         ] {
             let text = error.to_string();
@@ -313,9 +484,12 @@ mod tests {
         put(&dir, 0, &other(Time::now().0 - 3_600_000)).unwrap();
         check(root.path()).unwrap();
         for number in 0..30 {
-            let claimed = claim(root.path()).await.unwrap().unwrap();
-            assert_eq!(claimed.number, 2 * number + 1);
-            claimed.beat().unwrap();
+            let claimed = claim(root.path(), ClaimKind::Lasting)
+                .await
+                .unwrap()
+                .unwrap();
+            assert_eq!(claimed.claim.number, 2 * number + 1);
+            claimed.beat().await.unwrap();
             drop(claimed);
         }
         assert!(fs::read_dir(&dir).unwrap().count() < 30, "old ones go");
@@ -329,13 +503,75 @@ mod tests {
         put(&dir, 0, &other(Time::now().0 + 40 * 24 * 3_600_000)).unwrap();
         fs::write(dir.join(u64::MAX.to_string()), "").unwrap();
         check(root.path()).unwrap();
-        let claimed = claim(root.path()).await.unwrap().unwrap();
-        assert_eq!(claimed.number, 1);
+        let claimed = claim(root.path(), ClaimKind::Lasting)
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(claimed.claim.number, 1);
         let mine = root.path().join("mine");
         fs::write(&mine, "mine").unwrap();
         fs::remove_file(dir.join("1")).unwrap();
         std::os::unix::fs::symlink(&mine, dir.join("1")).unwrap();
-        claimed.beat().unwrap_err();
+        claimed.beat().await.unwrap_err();
         assert_eq!(fs::read(&mine).unwrap(), b"mine");
+    }
+
+    #[tokio::test]
+    async fn who_was_stopped_and_comes_back_has_the_store_no_more() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("hosts");
+        let claimed = claim(root.path(), ClaimKind::Moment)
+            .await
+            .unwrap()
+            .unwrap();
+        claimed.confirm().await.unwrap();
+        // Another machine has taken it and released it.
+        put(&dir, 1, &other(Time::now().0)).unwrap();
+        let free = Host {
+            free: true,
+            ..other(Time::now().0)
+        };
+        put(&dir, 2, &free).unwrap();
+        claimed.confirm().await.expect("seen a moment ago");
+        claimed.disbelieve();
+        for _ in 0..2 {
+            let error = claimed.confirm().await.unwrap_err().to_string();
+            assert!(error.contains("login2"), "{error}");
+        }
+        let before = fs::read(dir.join("0")).unwrap();
+        claimed.beat().await.unwrap_err();
+        assert_eq!(fs::read(dir.join("0")).unwrap(), before);
+        drop(claimed);
+        assert_eq!(newest(&dir).unwrap(), Some(2), "it leaves nothing free");
+    }
+
+    #[tokio::test]
+    async fn for_a_moment_no_machine_s_store_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("hosts");
+        fs::create_dir(&dir).unwrap();
+        put(&dir, 0, &other(0)).unwrap();
+        check(root.path()).unwrap();
+        let error = claim(root.path(), ClaimKind::Moment).await.unwrap_err();
+        assert!(matches!(error, StoreError::Elsewhere { .. }), "{error}");
+        assert_eq!(newest(&dir).unwrap(), Some(0));
+    }
+
+    #[tokio::test]
+    async fn many_come_and_go_and_none_loses_the_store() {
+        let root = tempfile::tempdir().unwrap();
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..16 {
+            let path = root.path().to_owned();
+            tasks.spawn(async move {
+                for _ in 0..10 {
+                    let claimed = claim(&path, ClaimKind::Moment).await.unwrap().unwrap();
+                    claimed.beat().await.unwrap();
+                    tokio::task::yield_now().await;
+                    claimed.beat().await.unwrap();
+                }
+            });
+        }
+        tasks.join_all().await;
     }
 }

@@ -1,13 +1,12 @@
 //! Runs from a file into the store. The file may come from anywhere.
 //!
 //! It is read once, into a draft: a database of our own with the tables that the file must have, and directories for the
-//! files of artifacts. SQLite copies table by table, which settles types and rules of single columns; then every value
-//! is looked at ([`check`]), and every file is hashed. Only what came through goes into the store, from the draft, so many
-//! whole runs at a time that others can write in between ([`pieces`]). Space and time are in proportion to the size of the
-//! file.
+//! files of artifacts. SQLite copies table by table, which settles types and rules of single columns; then every value is
+//! looked at ([`check`]), and every file is hashed. Only checked data goes from the draft into the store, a few whole runs at
+//! a time, so that others can write in between ([`pieces`]). Space and time are proportional to the size of the file.
 //!
-//! Deliberately absent: leases and descriptions of plugins. Nobody carries an imported run out here, and what a plugin
-//! says of itself is asked of the plugin.
+//! Deliberately absent: leases, because imported runs have no runner here, and descriptions of plugins, which come from the
+//! plugins themselves.
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -15,9 +14,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use retort_checkpoint::regular;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
+use super::objects::{self, Object, brief};
 use super::sandbox::{self, Budget};
 use super::scratch::{self, ScratchDir};
 use super::transfer::{self, FILES, PART, Transfer};
@@ -28,16 +29,16 @@ use crate::artifact::ArtifactFile;
 mod check;
 mod pieces;
 
-/// Tables of a store that are not taken over.
+/// Tables of a store that are not imported.
 const LEFT_OUT: [&str; 4] = ["descriptions", "jobs", "job_elements", "job_lives"];
-/// Of artifacts that cannot be taken over, at most so many are named.
+/// At most this many artifacts that cannot be imported are named.
 const NAMED: i64 = 20;
 
 impl Store {
-    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the
-    /// files of their artifacts where the file holds them. A file that is refused leaves nothing. Files that are not what
-    /// their hash says stay out. Runs that had not ended are lost here: nobody carries them out. Other processes write
-    /// meanwhile; what is ended half-way leaves whole runs, and goes on behind them when it is repeated.
+    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the files of
+    /// their artifacts where the file holds them. A refused file leaves nothing. Files that do not match their hash are left
+    /// out. Unfinished runs become lost, because they have no runner here. Other processes can write meanwhile; an
+    /// interrupted import leaves whole runs, and continues after them when repeated.
     ///
     /// # Errors
     /// [`StoreError::NotImportable`], where the file is at fault, and as [`Store::begin_run`].
@@ -49,12 +50,12 @@ impl Store {
         self.import_by(from, pieces::PIECE, pause).await
     }
 
-    /// Imports by pieces that take so long, and calls `between` them.
+    /// Imports in pieces of this duration, and calls `between` after each.
     pub(super) async fn import_by(
         &self,
         from: &Path,
         piece: Duration,
-        between: impl AsyncFnMut() -> Result<(), StoreError>,
+        mut between: impl AsyncFnMut() -> Result<(), StoreError>,
     ) -> Result<Transfer, StoreError> {
         if self.access == Access::ReadOnly {
             return Err(StoreError::ReadOnly {
@@ -64,7 +65,7 @@ impl Store {
         let draft = ScratchDir::new(self.dir(), scratch::IMPORT)
             .map_err(|error| StoreError::refused(&connection::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
-        // Files are moved to their places while nobody else can write: on another disk that would be to copy them.
+        // Files are renamed to their targets while nobody else can write; on another disk they would have to be copied.
         let apart = match is_elsewhere(&artifacts, self.dir()) {
             true => Some(
                 ScratchDir::new(&artifacts, scratch::IMPORT)
@@ -77,9 +78,14 @@ impl Store {
             .await?
             .read(&artifacts, staging)
             .await?;
-        // From here on everything is our own.
+        // From here on only our own data is used.
         let from = connection::path_of(draft.path());
         let mut connection = transfer::connect(&connection::path_of(self.dir()), &from).await?;
+        self.confirm().await?;
+        let between = async || {
+            between().await?;
+            self.confirm().await
+        };
         let transfer =
             pieces::copy_all(&mut connection, staged, &artifacts, piece, between).await?;
         connection.close().await?;
@@ -87,7 +93,7 @@ impl Store {
     }
 }
 
-/// Whether a directory is there and on another disk.
+/// Whether a directory exists and is on another disk.
 fn is_elsewhere(dir: &Path, than: &Path) -> bool {
     let disk = |path: &Path| std::fs::metadata(path).map(|found| found.dev());
     matches!((disk(dir), disk(than)), (Ok(a), Ok(b)) if a != b)
@@ -105,13 +111,13 @@ struct AttachedFile<'p> {
     version: i64,
 }
 
-/// What was read beside the tables.
+/// The data read in addition to the tables.
 struct Staged {
     /// Hashes of artifacts, and where their files lie.
     files: Vec<(String, PathBuf)>,
-    /// Hashes of those whose files lie in their place already.
+    /// Hashes of artifacts whose files are already in place.
     there: HashSet<String>,
-    /// What cannot be taken over.
+    /// Messages about data that cannot be imported.
     lost: Vec<String>,
 }
 
@@ -129,7 +135,7 @@ impl<'p> AttachedFile<'p> {
             error => refused(error.to_string()),
         })?;
         // SQLite does not say why it cannot be read.
-        std::fs::File::open(path)
+        regular::open(path)
             .and_then(|mut file| file.read(&mut [0]))
             .map_err(|error| refused(error.to_string()))?;
         let (mut connection, _) = attach(&SqliteConnectOptions::new(), path, size).await?;
@@ -170,7 +176,7 @@ impl<'p> AttachedFile<'p> {
     }
 
     async fn read(mut self, artifacts: &Path, staging: &Path) -> Result<Staged, StoreError> {
-        // The draft is thrown away when anything goes wrong with it.
+        // The draft is discarded after any error.
         sqlx::raw_sql("pragma main.journal_mode = off; pragma main.synchronous = off")
             .execute(&mut self.connection)
             .await?;
@@ -210,54 +216,30 @@ impl<'p> AttachedFile<'p> {
     /// That the file holds the tables, indexes, triggers and views of its version, and nothing else, but for the files
     /// of artifacts; whether it holds these.
     async fn check_schema(&mut self) -> Result<bool, StoreError> {
-        type Object = (String, String, String, Option<String>);
-        let ours: Vec<Object> =
-            sqlx::query_as("select type, name, tbl_name, sql from main.sqlite_schema")
-                .fetch_all(&mut self.connection)
-                .await?;
-        // More than there can be, and longer than ours are: enough to see that something is not as it should be.
-        let theirs = sqlx::query_as(
-            "select substr(type, 1, 99), substr(name, 1, 99), substr(tbl_name, 1, 99), substr(sql, 1, 9999)
-             from source.sqlite_schema limit ?1",
-        )
-        .bind(i64::try_from(ours.len() + 9).unwrap_or(i64::MAX))
-        .fetch_all(&mut self.connection)
-        .await;
-        let mut theirs: Vec<Object> = self.or_refused(theirs)?;
-        theirs.retain(|(_, name, _, _)| !name.starts_with("sqlite_stat"));
-        // Versions of SQLite write statements differently.
-        let plain = |sql: &str| {
-            let kept = sql.chars().filter(|c| !c.is_whitespace() && *c != '"');
-            kept.collect::<String>().to_lowercase()
-        };
-        let plain = |object: Object| (object.0, object.1, object.2, object.3.as_deref().map(plain));
-        let theirs: Vec<Object> = theirs.into_iter().map(plain).collect();
-        let ours: Vec<Object> = ours.into_iter().map(plain).collect();
-        let expected = plain((
-            "table".into(),
-            "exported_files".into(),
-            "exported_files".into(),
-            Some(FILES.into()),
-        ));
+        let ours = objects::read(&mut self.connection, "main", usize::MAX).await?;
+        // Slightly more than valid ones: enough to detect a violation.
+        let theirs = objects::read(&mut self.connection, "source", ours.len() + 9).await;
+        let theirs = self.or_refused(theirs)?;
+        let name = || "exported_files".to_owned();
+        let expected = Object::new("table".into(), name(), name(), Some(FILES));
         let files = |object: &Object| {
-            let (_, name, table, sql) = object;
             *object == expected
-                || (name.starts_with("sqlite_autoindex")
-                    && table == "exported_files"
-                    && sql.is_none())
+                || (object.name.starts_with("sqlite_autoindex")
+                    && object.table == name()
+                    && object.sql.is_none())
         };
         let has_files = theirs.contains(&expected);
         for object in &theirs {
             if !ours.contains(object) && !files(object) {
-                let (kind, name, ..) = object;
                 return Err(self.refused(format!(
-                    "its {kind} `{}` is not that of a retort history",
-                    brief(name)
+                    "its {} `{}` is not that of a retort history",
+                    object.kind,
+                    brief(&object.name)
                 )));
             }
         }
         match ours.iter().find(|object| !theirs.contains(object)) {
-            Some((kind, name, ..)) => Err(self.refused(format!(
+            Some(Object { kind, name, .. }) => Err(self.refused(format!(
                 "the {kind} `{name}` of a retort history is missing"
             ))),
             None => Ok(has_files),
@@ -274,8 +256,8 @@ impl<'p> AttachedFile<'p> {
         Ok(tables.into_iter().filter(wanted).collect())
     }
 
-    /// Copies a table. Its columns are named, so that SQLite makes each row anew, checks its types and rules, and does
-    /// not take over bytes.
+    /// Copies a table. Its columns are named, so that SQLite rebuilds each row and checks its types and rules instead of
+    /// copying bytes.
     async fn copy(&mut self, table: &str) -> Result<(), StoreError> {
         let columns: Vec<String> = sqlx::query_scalar(
             "select '\"' || name || '\"' from pragma_table_xinfo(?1, 'main') where hidden = 0",
@@ -346,8 +328,8 @@ impl<'p> AttachedFile<'p> {
         Ok(())
     }
 
-    /// Reads the files of the artifacts that the runs of the file have, and hashes them. An artifact of which a piece is
-    /// missing, or not what it should be, leaves nothing.
+    /// Reads the files of the artifacts that the runs of the file have, and hashes them. An artifact with a missing or wrong
+    /// piece leaves nothing.
     async fn read_files(
         &mut self,
         artifacts: &Path,
@@ -371,7 +353,7 @@ impl<'p> AttachedFile<'p> {
             sqlx::query_scalar("select hash from main.artifacts order by hash")
                 .fetch_all(&mut self.connection)
                 .await?;
-        // Parts that share their pages could be many times as large as the file.
+        // Parts that share pages could be many times as large as the file.
         let mut room = self.size;
         for hash in hashes {
             if !self.has_files_of(&hash).await? {
@@ -421,7 +403,7 @@ impl<'p> AttachedFile<'p> {
         self.or_refused(found)
     }
 
-    /// Writes the files of an artifact below `staging`; what is wrong with them, if anything is.
+    /// Writes the files of an artifact below `staging`; returns the error in them, if any.
     async fn stage(
         &mut self,
         hash: &str,
@@ -477,7 +459,7 @@ impl<'p> AttachedFile<'p> {
         }
     }
 
-    /// What SQLite has to say about reading the file.
+    /// SQLite's error about reading the file.
     fn or_refused<T>(&self, result: Result<T, sqlx::Error>) -> Result<T, StoreError> {
         result.map_err(|error| self.refused(self.said(error)))
     }
@@ -496,7 +478,7 @@ async fn attach(
     source: &Path,
     size: u64,
 ) -> Result<(SqliteConnection, Budget), StoreError> {
-    // Rows are as long as they may be, and some are under way at a time.
+    // Rows may have the maximum length, and several are in flight.
     let mut connection = main.clone().row_buffer_size(4).connect().await?;
     sandbox::limit_sizes(&mut connection, sandbox::LONGEST_FOREIGN).await?;
     sandbox::limit_memory(&mut connection).await?;
@@ -527,14 +509,14 @@ async fn attach(
     }
 }
 
-/// Bytes of a database with its write-ahead log. What takes no space on the disk counts little.
+/// Bytes of a database with its write-ahead log. Holes count little.
 fn size(path: &Path) -> std::io::Result<u64> {
     let real = |found: std::fs::Metadata| found.len().min(found.blocks() * 512 * 16 + (1 << 16));
     let log = std::fs::metadata(schema::wal_of(path)).map_or(0, real);
     Ok(real(std::fs::metadata(path)?) + log)
 }
 
-/// What SQLite says, without what the library adds.
+/// SQLite's message, without the library's additions.
 fn said(error: sqlx::Error) -> String {
     match error.as_database_error() {
         Some(error) if matches!(error.code().as_deref(), Some("26")) => {
@@ -543,13 +525,4 @@ fn said(error: sqlx::Error) -> String {
         Some(error) => error.message().to_owned(),
         None => error.to_string(),
     }
-}
-
-/// The beginning of a text that may be long.
-fn brief(text: &str) -> String {
-    text.chars()
-        .take(80)
-        .collect::<String>()
-        .escape_debug()
-        .to_string()
 }

@@ -1,10 +1,13 @@
-//! Jobs of a cluster that do the work of attempts: what was submitted, how far its elements are, how each life ended.
+//! Cluster jobs of attempts: the submitted jobs, the progress of their elements, and how each life ended.
 
 use serde::Serialize;
-use sqlx::{AssertSqlSafe, Row};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{AssertSqlSafe, Connection, QueryBuilder, Row, Sqlite};
 
+use super::connection::{ROWS_AT_ONCE, run_once};
 use super::time::Time;
-use super::{AttemptId, RunId, Store, StoreError};
+use super::unrecorded::Unrecorded;
+use super::{AttemptId, ReadMark, RunId, RunState, Store, StoreError};
 
 /// The state of a run that has not ended, in a statement about `runs`: at work as soon as one of its stages is or was.
 pub(super) const STATE_BY_STAGES: &str = "case
@@ -15,12 +18,12 @@ pub(super) const STATE_BY_STAGES: &str = "case
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobKey(pub i64);
 
-/// A job that is not over, as it was left.
+/// An unfinished job, as recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OpenJob {
     /// Its key.
     pub key: JobKey,
-    /// The name by which Slurm knows it, and that of its spool.
+    /// Its name in Slurm, also the name of its spool.
     pub name: String,
     /// Slurm's id, once it has one.
     pub job: Option<u64>,
@@ -33,6 +36,8 @@ pub struct OpenJob {
 pub struct JobRow {
     /// The stage that it works for.
     pub stage: String,
+    /// The name of the cluster; empty where it is not known.
+    pub cluster: String,
     /// Slurm's id, once it has one.
     pub job: Option<u64>,
     /// Elements of an array; 0: it is none.
@@ -43,7 +48,7 @@ pub struct JobRow {
     pub running: u32,
     /// When it was submitted.
     pub submitted: Time,
-    /// When nothing of it was left to do.
+    /// When it was finished.
     pub over: Option<Time>,
     /// How lives of its elements ended, and how often in each way.
     pub ends: Vec<(String, u32)>,
@@ -60,7 +65,7 @@ pub struct DetachedJobs {
     pub jobs: Vec<u64>,
 }
 
-/// What has become of an element.
+/// An update about an element.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ElementUpdate {
     /// It waits, for this.
@@ -85,7 +90,7 @@ pub enum ElementUpdate {
         /// When.
         at: i64,
     },
-    /// It has ended while nobody was there, like this.
+    /// It ended in this way while no runner was present.
     Lost {
         /// In few words.
         reason: String,
@@ -178,27 +183,55 @@ impl Store {
         .await?;
         let mut jobs = Vec::new();
         for row in rows {
-            let key: i64 = row.try_get("key")?;
-            let imported: Vec<(i64, i64)> =
-                sqlx::query_as("select element, imported from job_elements where job = ?1")
-                    .bind(key)
-                    .fetch_all(self.pool())
-                    .await?;
-            jobs.push(OpenJob {
-                key: JobKey(key),
-                name: row.try_get("name")?,
-                job: row
-                    .try_get::<Option<i64>, _>("job")?
-                    .map(i64::cast_unsigned),
-                imported: imported
-                    .into_iter()
-                    .filter_map(|(element, number)| {
-                        Some((usize::try_from(element).ok()?, number.cast_unsigned()))
-                    })
-                    .collect(),
-            });
+            jobs.push(self.open_job(&row).await?);
         }
         Ok(jobs)
+    }
+
+    /// The jobs of a run that are not over, in order, each with its stage and the digest that this has.
+    ///
+    /// # Errors
+    /// As [`Store::open_jobs`].
+    pub async fn open_jobs_of(
+        &self,
+        run: &RunId,
+    ) -> Result<Vec<(String, String, OpenJob)>, StoreError> {
+        let rows = sqlx::query(
+            "select distinct j.key, j.name, j.job, j.digest, s.name as stage
+             from jobs j join attempts a on a.key in (j.attempt, j.taken_by) join stages s on s.key = a.stage
+             where s.run = (select key from runs where id = ?1) and j.over is null order by j.key",
+        )
+        .bind(&run.0)
+        .fetch_all(self.pool())
+        .await?;
+        let mut jobs = Vec::new();
+        for row in rows {
+            let job = self.open_job(&row).await?;
+            jobs.push((row.try_get("stage")?, row.try_get("digest")?, job));
+        }
+        Ok(jobs)
+    }
+
+    async fn open_job(&self, row: &SqliteRow) -> Result<OpenJob, StoreError> {
+        let key: i64 = row.try_get("key")?;
+        let imported: Vec<(i64, i64)> =
+            sqlx::query_as("select element, imported from job_elements where job = ?1")
+                .bind(key)
+                .fetch_all(self.pool())
+                .await?;
+        Ok(OpenJob {
+            key: JobKey(key),
+            name: row.try_get("name")?,
+            job: row
+                .try_get::<Option<i64>, _>("job")?
+                .map(i64::cast_unsigned),
+            imported: imported
+                .into_iter()
+                .filter_map(|(element, number)| {
+                    Some((usize::try_from(element).ok()?, number.cast_unsigned()))
+                })
+                .collect(),
+        })
     }
 
     /// Records that another attempt takes a job over.
@@ -215,7 +248,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Records that nothing of a job is left to do.
+    /// Records that a job is finished.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -229,7 +262,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Records what has become of elements.
+    /// Records updates about elements.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -273,7 +306,7 @@ impl Store {
                     .await?;
                 }
                 ElementUpdate::Ended { life, reason, at } => {
-                    // One that never said that it had begun has an end all the same.
+                    // An element that never reported its start can still have an end.
                     sqlx::query(
                         "insert into job_lives (job, element, life, node, started, finished, reason)
                          values (?1, ?2, ?3, '', ?4, ?4, ?5)
@@ -301,26 +334,6 @@ impl Store {
                 }
                 ElementUpdate::Queued(_) | ElementUpdate::Running | ElementUpdate::Over => {}
             }
-        }
-        write.commit().await
-    }
-
-    /// Records how far what elements say has been taken over.
-    ///
-    /// # Errors
-    /// As [`Store::begin_run`].
-    pub async fn note_imported(
-        &self,
-        marks: impl IntoIterator<Item = (JobKey, usize, u64)>,
-    ) -> Result<(), StoreError> {
-        let mut write = self.write().await?;
-        for (key, element, mark) in marks {
-            sqlx::query("update job_elements set imported = ?3 where job = ?1 and element = ?2")
-                .bind(key.0)
-                .bind(number(element))
-                .bind(mark.cast_signed())
-                .execute(&mut *write)
-                .await?;
         }
         write.commit().await
     }
@@ -381,7 +394,7 @@ impl Store {
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn jobs(&self, run: &RunId) -> Result<Vec<JobRow>, StoreError> {
         let rows = sqlx::query(
-            "select j.key, s.name as stage, j.job, j.elements, j.submitted, j.over,
+            "select j.key, s.name as stage, j.cluster, j.job, j.elements, j.submitted, j.over,
                     (select count(*) from job_elements e where e.job = j.key and e.state = 'queued') as queued,
                     (select count(*) from job_elements e where e.job = j.key and e.state = 'running') as running
              from jobs j
@@ -404,6 +417,7 @@ impl Store {
             .await?;
             jobs.push(JobRow {
                 stage: row.try_get("stage")?,
+                cluster: row.try_get("cluster")?,
                 job: row
                     .try_get::<Option<i64>, _>("job")?
                     .map(i64::cast_unsigned),
@@ -452,32 +466,72 @@ impl Store {
         left: &DetachedJobs,
         waiting: Option<&str>,
     ) -> Result<(), StoreError> {
-        let mut connection = super::connection::connect_for_writing(self.dir()).await?;
+        let state = match waiting {
+            Some(_) => RunState::Queued,
+            None => RunState::Running,
+        };
+        let recorded = self.record_what_scheduler_says(left, waiting).await;
+        let said = Unrecorded {
+            waiting: Some(waiting.map(str::to_owned)),
+            ..Unrecorded::of(state)
+        };
+        self.keep_unrecorded(&left.run, said, &recorded);
+        recorded
+    }
+
+    async fn record_what_scheduler_says(
+        &self,
+        left: &DetachedJobs,
+        waiting: Option<&str>,
+    ) -> Result<(), StoreError> {
         let state = if waiting.is_some() {
             "queued"
         } else {
             "running"
         };
-        let run = format!(
-            "update runs set state = {STATE_BY_STAGES} where id = ?1 and state in ('queued', 'running')"
+        const ATTEMPTS: &str = "where state = 'running' and waiting is not ?2
+             and stage in (select key from stages where run = (select key from runs where id = ?1))";
+        const STAGES: &str =
+            "where run = (select key from runs where id = ?1) and state in ('queued', 'running')
+             and state is not ?3
+             and exists (select 1 from attempts where stage = stages.key and state = 'running')";
+        // The runner may have been gone before it wrote down that its run was at work.
+        let runs = format!(
+            "where id = ?1 and state in ('queued', 'running') and state <> {STATE_BY_STAGES}"
         );
-        for statement in [
-            "update attempts set waiting = ?2
-             where state = 'running' and stage in (select key from stages where run = (select key from runs where id = ?1))",
-            "update stages set state = ?3
-             where run = (select key from runs where id = ?1) and state in ('queued', 'running')
-               and exists (select 1 from attempts where stage = stages.key and state = 'running')",
-            // The runner may have been gone before it wrote down that its run was at work.
-            &run,
-        ] {
-            sqlx::query(AssertSqlSafe(statement.to_owned()))
-                .bind(&left.run.0)
-                .bind(waiting)
-                .bind(state)
-                .execute(&mut connection)
-                .await?;
+        let is_news = format!(
+            "select exists (select 1 from attempts {ATTEMPTS}) or exists (select 1 from stages {STAGES})
+                 or exists (select 1 from runs {runs})"
+        );
+        let is_news: bool = sqlx::query_scalar(AssertSqlSafe(is_news))
+            .bind(&left.run.0)
+            .bind(waiting)
+            .bind(state)
+            .fetch_one(self.pool())
+            .await?;
+        if !is_news {
+            return Ok(());
         }
-        Ok(())
+        let mut lease = self.take_write_lease().await?;
+        let noted = async {
+            let mut write = lease.connection().begin_with("begin immediate").await?;
+            for statement in [
+                format!("update attempts set waiting = ?2 {ATTEMPTS}"),
+                format!("update stages set state = ?3 {STAGES}"),
+                format!("update runs set state = {STATE_BY_STAGES} {runs}"),
+            ] {
+                sqlx::query(AssertSqlSafe(statement))
+                    .bind(&left.run.0)
+                    .bind(waiting)
+                    .bind(state)
+                    .execute(&mut *write)
+                    .await?;
+            }
+            Ok(write.commit().await?)
+        };
+        let noted = noted.await;
+        lease.close().await;
+        noted
     }
 
     /// Whether all attempts of a run that are under way have been submitted.
@@ -505,30 +559,80 @@ impl Store {
             .await
     }
 
-    /// Records that a run which was left to Slurm has no job there any more.
+    /// Records that a run which was left to Slurm has no job there any more, and what went wrong where Slurm knows.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
-    pub async fn scheduler_is_done(&self, left: &DetachedJobs) -> Result<(), StoreError> {
-        let error = "its Slurm jobs have ended; `retort resume` takes over what they made";
-        self.end_left(left, error).await
+    pub async fn scheduler_is_done(
+        &self,
+        left: &DetachedJobs,
+        fault: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let fault = fault.map_or_else(String::new, |fault| format!(" ({fault})"));
+        let error =
+            format!("its Slurm jobs have ended{fault}; `retort resume` takes over what they made");
+        self.end_left(left, &error).await
     }
 
     async fn end_left(&self, left: &DetachedJobs, error: &str) -> Result<(), StoreError> {
-        let state = if left.detached { "interrupted" } else { "lost" };
-        let mut connection = super::connection::connect_for_writing(self.dir()).await?;
-        sqlx::query(
+        let state = if left.detached {
+            RunState::Interrupted
+        } else {
+            RunState::Lost
+        };
+        let recorded = self.record_end_of_left(left, state, error).await;
+        let said = Unrecorded {
+            error: Some(error.to_owned()),
+            ..Unrecorded::of(state)
+        };
+        self.keep_unrecorded(&left.run, said, &recorded);
+        recorded
+    }
+
+    async fn record_end_of_left(
+        &self,
+        left: &DetachedJobs,
+        state: RunState,
+        error: &str,
+    ) -> Result<(), StoreError> {
+        let mut lease = self.take_write_lease().await?;
+        let noted = sqlx::query(
             "update runs set state = ?2, error = ?3, finished = ?4
              where id = ?1 and state in ('queued', 'running')",
         )
         .bind(&left.run.0)
-        .bind(state)
+        .bind(state.name())
         .bind(error)
         .bind(Time::now().0)
-        .execute(&mut connection)
-        .await?;
+        .execute(lease.connection())
+        .await;
+        lease.close().await;
+        noted?;
         Ok(())
     }
+}
+
+/// Records the read positions of elements' spools.
+pub(super) async fn note_marks(
+    write: &mut SqliteConnection,
+    marks: &[ReadMark],
+) -> Result<(), StoreError> {
+    // All together: a thousand elements write several times a second.
+    for marks in marks.chunks(ROWS_AT_ONCE) {
+        let mut update = QueryBuilder::<Sqlite>::new("with heard (job, element, number) as (");
+        update.push_values(marks, |mut row, mark| {
+            row.push_bind(mark.job.0)
+                .push_bind(number(mark.element))
+                .push_bind(mark.number.cast_signed());
+        });
+        update.push(
+            ")
+             update job_elements set imported = max(ifnull(imported, 0), heard.number)
+             from heard where job_elements.job = heard.job and job_elements.element = heard.element",
+        );
+        run_once(update, write).await?;
+    }
+    Ok(())
 }
 
 /// Numbers of elements fit.

@@ -1,4 +1,4 @@
-//! What was made from what, and why a stage of a run ran.
+//! Lineage of artifacts, and records of stages for explaining why they ran.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -13,9 +13,9 @@ use super::{RunId, StageState, Store, StoreError, json, json_or_none, variant};
 /// An artifact and everything it was made from, or that was made from it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Lineage {
-    /// The artifacts: those it was made from first, itself at depth 0, then those made from it.
+    /// The artifacts: its ancestors first, itself at depth 0, then its descendants.
     pub artifacts: Vec<LineageArtifact>,
-    /// Which was made from which: pairs of hashes (made, from).
+    /// The edges: pairs of hashes (made, from).
     pub made_from: Vec<(String, String)>,
 }
 
@@ -38,7 +38,7 @@ pub struct LineageArtifact {
     pub created: Time,
 }
 
-/// What a run recorded about a stage's turn in it.
+/// A run's record of a stage.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StageRecord {
     /// The run.
@@ -47,17 +47,17 @@ pub struct StageRecord {
     pub began: Time,
     /// How it went.
     pub state: StageState,
-    /// Its digest; none when its inputs never came.
+    /// Its digest; None if its inputs never existed.
     pub digest: Option<String>,
     /// The parts of the digest.
     pub components: Option<Value>,
-    /// The run that made the result, where it was reused.
+    /// The run that made the result, if it was reused.
     pub reused_from: Option<RunId>,
     /// References: pointer into the options, name of the stage.
     pub inputs: Vec<(String, String)>,
     /// How its last attempt ended.
     pub reason: Option<String>,
-    /// Whether it was made to run.
+    /// Whether it was forced to run.
     pub forced: bool,
 }
 

@@ -3,7 +3,7 @@
 use retort_abi::LogLevel;
 use serde::{Deserialize, Serialize};
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
 
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError, variant};
@@ -108,31 +108,6 @@ impl Store {
             .collect()
     }
 
-    /// Appends lines to the log of an attempt.
-    ///
-    /// # Errors
-    /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`]: never a reason to fail a stage.
-    pub async fn append_log(
-        &self,
-        attempt: AttemptId,
-        lines: &[LogLine],
-    ) -> Result<(), StoreError> {
-        let mut write = self.write().await?;
-        for line in lines {
-            sqlx::query(
-                "insert into logs (attempt, at, level, source, text) values (?1, ?2, ?3, ?4, ?5)",
-            )
-            .bind(attempt.0)
-            .bind(line.at.0)
-            .bind(line.level)
-            .bind(line.source.name())
-            .bind(&line.text)
-            .execute(&mut *write)
-            .await?;
-        }
-        write.commit().await
-    }
-
     /// The log of an attempt, oldest line first.
     ///
     /// # Errors
@@ -145,6 +120,27 @@ impl Store {
                 .await?;
         rows.iter().map(log_line).collect()
     }
+}
+
+/// Appends lines to the log of an attempt.
+pub(super) async fn append_lines(
+    write: &mut SqliteConnection,
+    attempt: AttemptId,
+    lines: &[LogLine],
+) -> Result<(), StoreError> {
+    for line in lines {
+        sqlx::query(
+            "insert into logs (attempt, at, level, source, text) values (?1, ?2, ?3, ?4, ?5)",
+        )
+        .bind(attempt.0)
+        .bind(line.at.0)
+        .bind(line.level)
+        .bind(line.source.name())
+        .bind(&line.text)
+        .execute(&mut *write)
+        .await?;
+    }
+    Ok(())
 }
 
 pub(super) fn log_line(row: &SqliteRow) -> Result<LogLine, StoreError> {

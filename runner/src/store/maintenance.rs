@@ -3,22 +3,24 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::{RunId, Store, StoreError, schema, scratch};
+use super::{RunId, Store, StoreError, Time, schema, scratch};
 use crate::draft;
 
-/// What a store holds that no run needs.
+/// Contents of a store that no run needs.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Garbage {
-    /// Artifacts that are recorded, and that no attempt made or was given: their hashes.
+    /// Hashes of recorded artifacts that no attempt made or used.
     pub artifacts: Vec<String>,
     /// Hashes of the artifacts that are needed.
     pub needed: HashSet<String>,
-    /// Digests of stages that may be taken up again: what they left in `work` is needed.
+    /// When the oldest of the runs was recorded.
+    pub since: Option<Time>,
+    /// Digests of stages that may be resumed: their directories in `work` are needed.
     pub resumable: HashSet<String>,
 }
 
 impl Store {
-    /// Gives a run a name to refer to it by; the newest run with a tag is meant by it.
+    /// Tags a run. A tag refers to the newest run that has it.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -32,7 +34,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Takes a tag from a run; whether it had it.
+    /// Removes a tag from a run; returns whether it had it.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -50,7 +52,7 @@ impl Store {
         Ok(gone > 0)
     }
 
-    /// Notes something about a run, in place of what was noted before.
+    /// Sets a run's note, replacing the previous one.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -64,7 +66,7 @@ impl Store {
         write.commit().await
     }
 
-    /// The runs that reuse stages of these runs and are none of them.
+    /// Other runs that reuse stages of these runs.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -87,8 +89,8 @@ impl Store {
         Ok(found.into_iter().map(RunId).collect())
     }
 
-    /// Removes runs from the history: all that is known of them, but not the files of their artifacts, which others
-    /// may share. One that is under way is left alone, and so are all then.
+    /// Removes runs and all their records from the history, but not the files of their artifacts, which other runs may share.
+    /// If one of them is still running, none is removed.
     ///
     /// # Errors
     /// [`StoreError::InUse`], and as [`Store::begin_run`].
@@ -114,7 +116,7 @@ impl Store {
                 .execute(&mut *write)
                 .await?;
         }
-        // A sweep goes with the last of its runs.
+        // A sweep is removed with the last of its runs.
         sqlx::query(
             "delete from sweeps where key in (select value from json_each(?1))
              and not exists (select 1 from runs where sweep = sweeps.key)",
@@ -141,10 +143,14 @@ impl Store {
         let known: Vec<String> = sqlx::query_scalar("select hash from artifacts order by hash")
             .fetch_all(self.pool())
             .await?;
-        // Artifacts of which a history without a run knows nothing are not garbage: it is another one's, or was emptied.
+        // Artifacts unknown to a history without runs are not garbage: they belong to another history, or this one was
+        // emptied.
         if known.is_empty() && self.count_runs().await? == 0 {
             schema::check_has_no_artifacts(self.dir())?;
         }
+        let since: Option<i64> = sqlx::query_scalar("select min(created) from runs")
+            .fetch_one(self.pool())
+            .await?;
         let unfinished: Vec<String> = sqlx::query_scalar(
             "select distinct digest from attempts a where state != 'succeeded'
              and not exists (select 1 from attempts b where b.digest = a.digest and b.state = 'succeeded')",
@@ -157,11 +163,12 @@ impl Store {
                 .filter(|hash| !needed.contains(hash))
                 .collect(),
             needed,
+            since: since.map(Time),
             resumable: unfinished.into_iter().collect(),
         })
     }
 
-    /// What processes that were killed have left in the store's directory: of imports, exports and artifacts.
+    /// Leftovers of killed imports, exports and artifacts in the store's directory.
     pub fn abandoned(&self) -> Vec<PathBuf> {
         let mut found = scratch::leftovers(self.dir(), scratch::IMPORT);
         found.extend(scratch::leftovers(self.dir(), scratch::EXPORT));
@@ -219,7 +226,8 @@ impl Store {
         .execute(&mut *write)
         .await?;
         write.commit().await?;
-        // Gives the space of what was removed back. Whoever reads meanwhile is not to be disturbed: next time, then.
+        self.confirm().await?;
+        // Returns the freed space to the disk. If there are readers, this is left to the next time.
         if let Err(error) = sqlx::query("vacuum").execute(self.pool()).await {
             tracing::debug!(%error, "the database was not made smaller");
         }
@@ -234,9 +242,9 @@ impl Store {
         self.reconcile().await?;
         let runs: Vec<String> = sqlx::query_scalar(
             "select state from runs where state in ('queued', 'running')
-             and id not in (select value from json_each(?1))",
+             and id not in (select key from json_each(?1) where value in ('interrupted', 'lost'))",
         )
-        .bind(self.unrecorded_lost())
+        .bind(self.unrecorded_states())
         .fetch_all(self.pool())
         .await?;
         Ok(!runs.is_empty())

@@ -88,7 +88,7 @@ impl Store {
                 .execute(&mut *connection)
                 .await?;
         }
-        // What refers to a run by its key, in tables that we do not know, must not be in the way.
+        // References to a run in tables unknown to us must not block the update.
         sqlx::query(
             "insert into runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
                  end_time, source_version, lifecycle_stage, artifact_uri, experiment_id)
@@ -164,7 +164,7 @@ impl Store {
     }
 }
 
-/// The experiment of a recipe, made when there is none.
+/// The experiment of a recipe, created if missing.
 async fn experiment(
     connection: &mut SqliteConnection,
     recipe: &str,

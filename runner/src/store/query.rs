@@ -1,5 +1,5 @@
-//! SQL queries by users. The connection is read-only, and SQLite is asked for each action of a statement: reading
-//! tables and views and calling functions is all that goes.
+//! SQL queries by users. The connection is read-only, and an authorizer checks each action of a statement: only reading
+//! tables and views and calling functions is allowed.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use sqlx::{AssertSqlSafe, Column, Executor, Row, SqlSafeStr, Statement, TypeInfo
 use super::{Access, Store, StoreError, sandbox, schema};
 
 impl Store {
-    /// What SQLite finds wrong with the database, a line each; reads all of it.
+    /// SQLite's integrity check of the whole database, one line per problem.
     ///
     /// # Errors
-    /// [`StoreError`], where it cannot even be looked at.
+    /// [`StoreError`], if it cannot even be checked.
     pub async fn problems(&self) -> Result<Vec<String>, StoreError> {
         let said: Vec<String> = sqlx::query_scalar("pragma quick_check(100)")
             .fetch_all(self.pool())
@@ -36,16 +36,16 @@ impl Store {
         patience: Duration,
         mut take: impl FnMut(QueryPiece<'_>) -> ControlFlow<()>,
     ) -> Result<(), StoreError> {
-        // SQLite takes a NUL for the end, and the library would ask for what follows it, for ever.
+        // SQLite stops at a NUL, and the library would then loop forever on the rest.
         let sql = sql.split('\0').next().unwrap_or_default();
-        // Views show states; they have to be true before they are looked at.
+        // Views show states, so these must be updated first.
         self.reconcile().await?;
         let reader = match self.access {
             Access::ReadOnly => self.pool.clone(),
             Access::ReadWrite => schema::open_for_reading(&self.dir).await?,
         };
         let mut connection = reader.acquire().await?;
-        // It will be of no use for anything else.
+        // The connection cannot be used for anything else afterwards.
         connection.close_on_drop();
         sandbox::limit_sizes(&mut connection, sandbox::LONGEST_ANSWER).await?;
         sandbox::limit_memory(&mut connection).await?;
@@ -55,6 +55,11 @@ impl Store {
             true => StoreError::Endless { patience },
             false => error.into(),
         };
+        if let Some(more) = second_statement(sql) {
+            return Err(StoreError::SeveralStatements {
+                more: more.to_owned(),
+            });
+        }
         let statement = connection.prepare(AssertSqlSafe(sql).into_sql_str());
         let statement = statement.await.map_err(ended)?;
         let heads: Vec<&str> = statement.columns().iter().map(Column::name).collect();
@@ -66,7 +71,7 @@ impl Store {
             clock.renew();
             let Some(row) = rows.try_next().await.map_err(ended)? else {
                 drop(rows);
-                // A connection that has broken down gives no more rows either.
+                // A broken connection also returns no more rows.
                 sqlx::Connection::ping(&mut *connection)
                     .await
                     .map_err(ended)?;
@@ -129,4 +134,56 @@ pub(super) fn json_at(row: &SqliteRow, place: usize) -> Result<Value, sqlx::Erro
         }
         _ => Value::from(row.try_get_unchecked::<String, _>(place)?),
     })
+}
+
+/// What follows the first statement of a text, beside semicolons, spaces and comments: its first word.
+fn second_statement(sql: &str) -> Option<&str> {
+    let mut rest = sql;
+    let (mut has_begun, mut is_over) = (false, false);
+    while let Some(first) = rest.chars().next() {
+        // Semicolons in quotes or comments do not count.
+        let skipped = match first {
+            '-' if rest.starts_with("--") => rest.find('\n').unwrap_or(rest.len()),
+            '/' if rest.starts_with("/*") => rest[2..].find("*/").map_or(rest.len(), |end| end + 4),
+            ';' => {
+                is_over = has_begun;
+                1
+            }
+            c if c.is_whitespace() => c.len_utf8(),
+            _ if is_over => return rest.split_whitespace().next(),
+            '\'' | '"' | '`' | '[' => {
+                has_begun = true;
+                let end = if first == '[' { ']' } else { first };
+                rest[1..].find(end).map_or(rest.len(), |end| end + 2)
+            }
+            c => {
+                has_begun = true;
+                c.len_utf8()
+            }
+        };
+        rest = &rest[skipped.min(rest.len())..];
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::second_statement;
+
+    #[test]
+    fn a_second_statement_is_found_and_no_semicolon_in_a_text_or_a_comment() {
+        for (sql, more) in [
+            ("select 1; select 2,3", Some("select")),
+            ("select 1;;/* x */ -- y\n ;z", Some("z")),
+            ("select ';a'; ;", None),
+            ("select \";a\", `;b`, [;c] -- ;d\n, 'it''s; not'", None),
+            ("select 1 /* ; select 2 */;", None),
+            ("select 1 -- ; select 2", None),
+            ("select 'open; select 2", None),
+            (";select 1;", None),
+            ("", None),
+        ] {
+            assert_eq!(second_statement(sql), more, "{sql}");
+        }
+    }
 }

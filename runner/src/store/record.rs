@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::sqlite::SqliteConnection;
 
-use super::lease::Holder;
+use super::holder::Holder;
 use super::time::Time;
 use super::{AttemptId, BUSY_TIMEOUT, RunId, StageId, Store, StoreError, SweepPlace, series};
 use crate::artifact::ArtifactRecord;
@@ -100,7 +100,7 @@ pub struct AttemptEnd {
     pub output_artifact: Option<String>,
     /// What it took.
     pub usage: Usage,
-    /// How long of its time it was stopped.
+    /// How much of its time it was paused.
     pub paused: Duration,
 }
 
@@ -127,7 +127,7 @@ pub enum RunState {
     Failed,
     /// Ended by its user.
     Interrupted,
-    /// Its runner is gone without having said how it went.
+    /// Its runner is gone without having recorded an end.
     Lost,
 }
 
@@ -188,8 +188,8 @@ macro_rules! names {
     };
 }
 
-/// Records what a run cannot go on without. A disk that is full for a moment, because of somebody else's file, is no
-/// reason to lose a result: it is tried again for as long as one waits for another writer.
+/// Records something that a run cannot continue without. A disk that is briefly full because of somebody else's file must not
+/// lose a result: the write is retried as long as one waits for another writer.
 macro_rules! when_there_is_room {
     ($record:expr) => {{
         let began = Instant::now();
@@ -570,10 +570,15 @@ fn is_for_a_moment<T>(recorded: &Result<T, StoreError>, began: Instant) -> bool 
     matches!(recorded, Err(StoreError::Full)) && began.elapsed() < BUSY_TIMEOUT
 }
 
-/// Whether a text may be the id of a run: as long as those of [`run_id`], of digits and small letters.
+/// Whether a text has the form of a run's id: as long as those of [`run_id`], of digits and lower-case letters.
 pub(super) fn is_run_id(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_digit() || byte.is_ascii_lowercase();
     text.len() == 10 && text.bytes().all(allowed)
+}
+
+/// Whether a run's id could be this text. Words are not: ids begin with a digit until 2034.
+pub(super) fn could_be_run_id(text: &str) -> bool {
+    is_run_id(text) && text.starts_with(|first: char| first.is_ascii_digit())
 }
 
 /// Ten characters of Crockford's base 32: 40 bits of milliseconds since 2024, which sort, and 10 bits of chance.

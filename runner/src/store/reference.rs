@@ -1,12 +1,18 @@
-//! From what people type to a run: `latest`, `latest~1`, a tag, the beginning of an id.
+//! Resolves references to runs: `latest`, `latest~1`, a tag, a prefix of an id.
 //!
-//! The latest run is the one that was recorded last, whatever the clock said then: clocks are set back.
+//! The latest run is the one recorded last, regardless of the clock, which may be set back.
 
+use super::record::could_be_run_id;
 use super::{RunId, Store, StoreError};
 
+/// Whether a tag is allowed: one that means something else as a reference would never be found.
+pub fn is_tag(text: &str) -> bool {
+    !text.trim().is_empty() && !text.starts_with("latest") && !could_be_run_id(text)
+}
+
 impl Store {
-    /// The run meant by `reference`: `latest`, `latest~N` (N runs before it), the newest run with that tag, the whole id
-    /// or a beginning of an id that no other run shares; tried in this order.
+    /// The run meant by `reference`: `latest`, `latest~N` (N runs before it), the whole id, the newest run with that tag (of
+    /// this store's own runs, if one of them has it), or a beginning of an id that no other run shares; tried in this order.
     ///
     /// # Errors
     /// [`StoreError::NoRun`], [`StoreError::AmbiguousRun`].
@@ -14,9 +20,12 @@ impl Store {
         self.reconcile().await?;
         let found = match steps_back(reference) {
             Some(steps) => self.run_before_latest(steps).await?,
-            None => match self.run_by_tag(reference).await? {
+            None => match self.run_by_id(reference).await? {
                 Some(id) => Some(id),
-                None => self.run_by_prefix(reference).await?,
+                None => match self.run_by_tag(reference).await? {
+                    Some(id) => Some(id),
+                    None => self.run_by_prefix(reference).await?,
+                },
             },
         };
         match found {
@@ -40,7 +49,7 @@ impl Store {
             "with own as (select * from runs where key not in (select run from imported))
              select id from own
              order by ((state in ('failed', 'interrupted', 'lost')
-                           or id in (select value from json_each(?1)) or id in (select value from json_each(?2)))
+                           or id in (select value from json_each(?1)) or id in (select key from json_each(?2) where value in ('interrupted', 'lost')))
                        and id not in (select resumed_from from runs where resumed_from is not null)
                        and not exists (select 1 from runs later where later.recipe = own.recipe and later.key > own.key
                                        and later.recipe_path = own.recipe_path and later.state = 'succeeded'))
@@ -48,7 +57,7 @@ impl Store {
                       key desc limit 1",
         )
         .bind(serde_json::json!(left).to_string())
-        .bind(self.unrecorded_lost())
+        .bind(self.unrecorded_states())
         .fetch_optional(self.pool())
         .await?;
         match found {
@@ -69,15 +78,25 @@ impl Store {
         Ok(found.fetch_optional(self.pool()).await?.is_some())
     }
 
+    /// Whether a reference counts back from the latest run, and so names none.
+    pub fn is_relative(reference: &str) -> bool {
+        steps_back(reference).is_some()
+    }
+
     async fn run_before_latest(&self, steps: u32) -> Result<Option<String>, StoreError> {
         let found = sqlx::query_scalar("select id from runs order by key desc limit 1 offset ?1");
         Ok(found.bind(steps).fetch_optional(self.pool()).await?)
     }
 
+    async fn run_by_id(&self, id: &str) -> Result<Option<String>, StoreError> {
+        let found = sqlx::query_scalar("select id from runs where id = ?1").bind(id);
+        Ok(found.fetch_optional(self.pool()).await?)
+    }
+
     async fn run_by_tag(&self, tag: &str) -> Result<Option<String>, StoreError> {
         let found = sqlx::query_scalar(
             "select r.id from tags t join runs r on r.key = t.run where t.tag = ?1
-             order by r.key desc limit 1",
+             order by r.key in (select run from imported), r.key desc limit 1",
         );
         Ok(found.bind(tag).fetch_optional(self.pool()).await?)
     }

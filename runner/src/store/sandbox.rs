@@ -1,8 +1,8 @@
-//! What a connection may do when the database it reads, or the question it is asked, comes from others.
+//! Limits for connections that read untrusted databases or run users' queries.
 //!
-//! A database can be crafted so that SQLite reads it correctly and never comes to an end: pages that lie in two trees,
-//! values that share their pages. A question can be anything. Both get limits of size; a database gets a number of
-//! steps in proportion to its size, a question only what reads ([`only_reading`]) and time for each row of its answer.
+//! A database can be crafted so that SQLite reads it correctly but never finishes: pages in two trees, values that share
+//! pages. A query can be anything. Both get size limits; a database gets a number of steps proportional to its size, a query
+//! only read actions ([`only_reading`]) and a time limit for each row.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use sqlx::sqlite::SqliteConnection;
 
 /// Longest value, and longest row, in a file that is imported.
 pub(super) const LONGEST_FOREIGN: i32 = 16 << 20;
-/// Longest value that a question may make.
+/// Longest value that a query may produce.
 pub(super) const LONGEST_ANSWER: i32 = 32 << 20;
 /// Steps in which SQLite reads the schema of a database that is imported: ours takes a few hundred. Each object costs few
 /// steps and much more work than they say.
@@ -22,7 +22,7 @@ pub(super) const ATTACHING: u64 = 20_000;
 /// SQLite's own unit of work, between two looks at the budget.
 const STEPS: i32 = 10_000;
 
-/// How much SQLite may still do on a connection.
+/// SQLite's remaining steps on a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Budget {
     left: Arc<AtomicU64>,
@@ -30,7 +30,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// Whether it was used up: what was going on has then been interrupted.
+    /// Whether it was exhausted, which interrupts the statement.
     pub(super) fn is_spent(&self) -> bool {
         self.spent.load(Ordering::Relaxed)
     }
@@ -57,7 +57,7 @@ pub(super) async fn limit_steps(
     Ok(budget)
 }
 
-/// How long SQLite may work on the next row of an answer.
+/// The time limit for the next row of an answer.
 #[derive(Debug, Clone)]
 pub(super) struct RowTimeLimit {
     began: Instant,
@@ -71,7 +71,7 @@ impl RowTimeLimit {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The next row is asked for. Said before the last one is taken away: SQLite goes on at once.
+    /// Restarts the clock for the next row. Called before the previous row is consumed, because SQLite continues at once.
     pub(super) fn renew(&self) {
         self.last.store(self.elapsed(), Ordering::Relaxed);
     }
@@ -82,7 +82,7 @@ impl RowTimeLimit {
     }
 }
 
-/// Interrupts a connection that finds no row for so long.
+/// Interrupts a connection that finds no row for this long.
 pub(super) async fn limit_time(
     connection: &mut SqliteConnection,
     longest: Duration,

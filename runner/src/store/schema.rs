@@ -13,7 +13,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoo
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use super::connection::{options, path_of};
-use super::{BUSY_TIMEOUT, StoreError, function, lease, series};
+use super::{BUSY_TIMEOUT, StoreError, function, host, lease, objects, series};
 use crate::artifact;
 
 /// Every migration, in order. Append only.
@@ -29,20 +29,20 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0009_imported.sql"),
 ];
 
-/// The schema after which the program packs the points of older ones.
+/// The schema version after which the program packs points of older stores.
 const UNPACKED: usize = 2;
 
-/// `rtrt`: tells the history of retort from any other SQLite database.
+/// `rtrt`: distinguishes retort's history from other SQLite databases.
 pub(super) const APPLICATION_ID: i64 = 0x7274_7274;
 
-/// Opens, and makes or migrates if need be.
+/// Opens the store, creating or migrating it if necessary.
 pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreError> {
     let path = path_of(dir);
     migrate(dir, MIGRATIONS).await?;
     Ok(pool(options(&path), 4))
 }
 
-/// Opens for questions only. An older schema is migrated first, by way of a connection that may write.
+/// Opens for queries only. An older schema is migrated first, through a writable connection.
 pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreError> {
     let path = path_of(dir);
     check_files(&path)?;
@@ -71,21 +71,23 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
     };
     check_version(&state, known, &path)?;
     if state.version < known {
-        migrate(dir, MIGRATIONS)
-            .await
-            .map_err(|error| match error {
-                error @ StoreError::HistoryGone { .. } => error,
-                // Nothing has been made of it yet: there is nothing to ask.
-                _ if state.version == 0 => StoreError::Missing {
-                    path: dir.to_owned(),
-                },
-                error => StoreError::OlderSchema {
-                    path: path.clone(),
-                    found: state.version,
-                    known,
-                    source: Box::new(error),
-                },
-            })?;
+        let migrated = async {
+            let _host_lock = host::claim(dir, host::ClaimKind::Lasting).await?;
+            migrate(dir, MIGRATIONS).await
+        };
+        migrated.await.map_err(|error| match error {
+            error @ (StoreError::HistoryGone { .. } | StoreError::Elsewhere { .. }) => error,
+            // It has not been initialised yet, so there is nothing to query.
+            _ if state.version == 0 => StoreError::Missing {
+                path: dir.to_owned(),
+            },
+            error => StoreError::OlderSchema {
+                path: path.clone(),
+                found: state.version,
+                known,
+                source: Box::new(error),
+            },
+        })?;
     }
     // Questions about many runs visit thousands of pages once: mapped, they are neither read nor copied.
     Ok(pool(read.pragma("mmap_size", "2147418112"), 2))
@@ -175,7 +177,7 @@ async fn back_up(
     Ok(())
 }
 
-/// What the header of a database says.
+/// The fields of a database's header.
 struct State {
     version: i64,
     application: i64,
@@ -221,6 +223,12 @@ async fn inspect(options: &SqliteConnectOptions, path: &Path) -> Result<State, S
     let at = |error: sqlx::Error| StoreError::from(error).at(path);
     let mut connection = options.connect().await.map_err(at)?;
     let state = read_state(&mut connection).await.map_err(at)?;
+    let applied = usize::try_from(state.version).unwrap_or(0);
+    if state.application == APPLICATION_ID
+        && let Some(migrations) = MIGRATIONS.get(..applied).filter(|made| !made.is_empty())
+    {
+        objects::check(&mut connection, migrations, path).await?;
+    }
     connection.close().await.map_err(at)?;
     Ok(state)
 }
@@ -274,7 +282,7 @@ pub(super) fn make_directory(dir: &Path) -> Result<(), StoreError> {
         std::fs::create_dir_all(parent).map_err(refused)?;
     }
     match DirBuilder::new().mode(0o700).create(dir) {
-        // Another process was faster.
+        // Another process has just created it.
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => {}
         made => made.map_err(refused)?,
     }
@@ -294,7 +302,7 @@ fn make_file(path: &Path) -> Result<(), StoreError> {
             .truncate(false)
             .mode(mode)
             .open(path)?;
-        // Whatever the umask takes away: where the directory is a group's, so is the history.
+        // Independent of the umask: in a group's directory the history belongs to the group.
         file.set_permissions(std::fs::Permissions::from_mode(mode))
     };
     made().map_err(|error| StoreError::refused(path, error))
@@ -359,7 +367,7 @@ fn artifacts(dir: &Path) -> usize {
         .count()
 }
 
-/// That the history which told of the artifacts in the directory is not there.
+/// The error that the history of the artifacts in the directory is missing.
 fn gone(dir: &Path) -> StoreError {
     StoreError::HistoryGone {
         path: path_of(dir),

@@ -1,4 +1,4 @@
-//! Directories for what is not complete yet, which end with the process that works in them.
+//! Temporary directories, tied to the process that uses them.
 //!
 //! Beside each lies a file that its process holds locked. A lock ends with its process, however that ended: what a
 //! killed one has left is known by a lock that can be taken, and removed by the next one that works in the same place.
@@ -9,9 +9,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Begins the names of those of imports.
+/// Name prefix of imports' directories.
 pub(super) const IMPORT: &str = ".retort-import-";
-/// Begins the names of those of exports.
+/// Name prefix of exports' directories.
 pub(super) const EXPORT: &str = ".retort-export-";
 
 /// A directory of this process, for its owner alone; removed, with everything in it, when dropped.
@@ -143,7 +143,7 @@ mod tests {
         let dead = place.path().join(format!("{EXPORT}dead"));
         fs::create_dir_all(dead.join("deep")).unwrap();
         fs::write(lock_of(&dead), "").unwrap();
-        // What looks alike and is none of ours: no lock beside it, another beginning, a link.
+        // Similar entries that are not ours: without a lock, with another prefix, or a link.
         let kept = [".retort-export-mine", "other"].map(|name| place.path().join(name));
         for dir in &kept {
             fs::create_dir(dir).unwrap();

@@ -1,12 +1,11 @@
-//! From a filter to the runs that pass it: names become columns, the rest becomes SQL with bound parameters.
+//! From a filter to the runs that match it: names become columns, the rest becomes SQL with bound parameters.
 //!
-//! The first statement only finds keys, in order: it reads `runs`, which is narrow, and the rows of the names asked for
-//! in `results` and `params`, which lie together in the order of runs. What is shown of the few runs found is read
-//! afterwards. Where runs are ordered by something else than their age, and cannot pass without a certain row, the rows
-//! of its name are gone through instead of the runs; by age, an index gives the runs in order, and the first that pass
-//! are enough.
+//! The first statement only finds keys, in order: it reads `runs`, which is narrow, and the rows with the requested names in
+//! `results` and `params`, which are stored together in the order of runs. The columns of the few matching runs are read
+//! afterwards. By age, an index gives the runs in order, and the first matches suffice. In any other order, if a match requires
+//! a certain row, the rows with its name are scanned instead of the runs.
 //!
-//! A comparison with something that a run does not have is false, and `not` of it true.
+//! A comparison with a field that a run lacks is false, and `not` of it is true.
 
 mod field;
 mod statement;
@@ -19,41 +18,41 @@ use super::{RunFilter, Store, StoreError};
 use crate::filter::{Expr, Field, FilterError, Name};
 use statement::Select;
 
-/// What runs are ordered by.
+/// The order of runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sort {
     /// A field.
     pub name: Name,
-    /// The greatest first.
+    /// Whether the greatest comes first.
     pub descending: bool,
 }
 
-/// What [`Store::find_runs`] found: keys in order, each with the values of the columns asked for.
+/// The result of [`Store::find_runs`]: keys in order, each with the values of the requested columns.
 pub(super) struct FoundRuns {
     pub(super) keys: Vec<i64>,
     pub(super) values: Vec<Map<String, Json>>,
 }
 
-/// What a field means.
+/// The meaning of a field.
 #[derive(Debug, Clone, PartialEq)]
 enum FieldTarget {
     /// An expression over `r`, a row of `runs`.
     Run(&'static str, Type),
-    /// The run's state, which may have to be corrected.
+    /// The run's state, which may need correction.
     State,
     /// Any of several values: a table, and its column.
     Any(&'static str, &'static str),
-    /// A column of a stage of this name.
+    /// A column of the stage with this name.
     Stage(String, &'static str, Type),
     /// A fact of the environment.
     Environment(String),
-    /// A parameter: key of its name.
+    /// A parameter: the key of its name.
     Param(i64),
-    /// A series: key of its name, and a column of `results`.
+    /// A series: the key of its name, and a column of `results`.
     Series(i64, &'static str),
 }
 
-/// When a run began, by which there is an index.
+/// When a run began, which has an index.
 const STARTED: FieldTarget = FieldTarget::Run("r.created", Type::Moment);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,12 +61,12 @@ enum Type {
     Number,
     Seconds,
     Moment,
-    /// Known for each run only.
+    /// Only known per run.
     Any,
 }
 
 impl Store {
-    /// The keys of the runs that pass a filter, in the order asked for.
+    /// The keys of the runs that match a filter, in the requested order.
     pub(super) async fn find_runs(&self, filter: &RunFilter) -> Result<FoundRuns, StoreError> {
         let mut targets = Vec::new();
         if let Some(wanted) = &filter.expr {
@@ -85,7 +84,7 @@ impl Store {
             let in_text = |error: FilterError| error.in_text(&name.text);
             targets.push((&name.field, self.target(&name.field, &in_text).await?));
         }
-        let mut select = Select::new("select r.key", self.unrecorded_lost());
+        let mut select = Select::new("select r.key", self.unrecorded_states());
         select.build(filter, &targets)?;
         let rows = select.sql.build().fetch_all(self.pool()).await?;
         let mut found = FoundRuns {
@@ -103,7 +102,7 @@ impl Store {
         Ok(found)
     }
 
-    /// How many runs pass a filter.
+    /// The number of runs that match a filter.
     ///
     /// # Errors
     /// As [`Store::list_runs`].
@@ -126,7 +125,7 @@ impl Store {
                 targets.push((field, self.target(field, &in_text).await?));
             }
         }
-        let mut select = Select::new("select count(*)", self.unrecorded_lost());
+        let mut select = Select::new("select count(*)", self.unrecorded_states());
         select.build(&filter, &targets)?;
         let count: i64 = select
             .sql
@@ -146,7 +145,7 @@ fn fields(expr: &Expr) -> Vec<&Field> {
     }
 }
 
-/// The fields without which a run cannot pass.
+/// The fields without which a run cannot match.
 fn needed(expr: &Expr) -> Vec<&Field> {
     match expr {
         Expr::And(parts) => parts.iter().flat_map(needed).collect(),

@@ -1,8 +1,8 @@
-//! Metric series: points appended while a stage runs, and read back whole, in brief or as a curve.
+//! Metric series: points are appended while a stage runs, and read back completely, as a summary or as a curve.
 //!
 //! Points are kept in blocks of up to [`append::CUT`] ([`block`]). A block with fewer than [`append::CLOSE`] is open: the
 //! next points of its series are packed together with it. That costs no more than a row per point would, because SQLite
-//! writes whole pages. Points that come late, or again, are merged into the blocks they belong to.
+//! writes whole pages. Late or repeated points are merged into their blocks.
 //!
 //! NaN and the infinities are values. SQLite keeps a NaN as null, and gets it back as one here; JSON knows neither, so
 //! they serialise as the texts "NaN", "Infinity" and "-Infinity".
@@ -18,7 +18,7 @@ use super::block::{self, BlockPoint};
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError};
 
-pub(super) use append::{OpenSeries, name_series, note_results, pack_points};
+pub(super) use append::{OpenSeries, append_points, name_series, note_results, pack_points};
 
 /// Points of one series about to be appended.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,7 +62,7 @@ pub struct SeriesPoint {
     pub at: Time,
 }
 
-/// A series in brief.
+/// The summary of a series.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SeriesSummary {
     /// Name of the stage.
@@ -76,10 +76,10 @@ pub struct SeriesSummary {
     /// The value at the last step.
     #[serde(serialize_with = "number")]
     pub last: f64,
-    /// The least value; none when all were NaN.
+    /// The least value; None if all are NaN.
     #[serde(serialize_with = "number_or_none")]
     pub min: Option<f64>,
-    /// The greatest value; none when all were NaN.
+    /// The greatest value; None if all are NaN.
     #[serde(serialize_with = "number_or_none")]
     pub max: Option<f64>,
     /// The attempt that reported it.
@@ -91,17 +91,17 @@ pub struct SeriesSummary {
 /// Which part of a series to see, and how coarsely.
 #[derive(Debug, Clone, Copy)]
 pub struct CurveQuery {
-    /// At most so many buckets.
+    /// The most buckets.
     pub buckets: u32,
     /// What divides them.
     pub axis: Axis,
-    /// First step wanted.
+    /// The first step.
     pub from: u64,
-    /// Last step wanted.
+    /// The last step.
     pub to: u64,
 }
 
-/// What a curve is drawn over.
+/// The horizontal axis of a curve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
     /// Steps.
@@ -128,7 +128,7 @@ pub struct Bucket {
     pub last_at: Time,
     /// How many points it covers.
     pub points: u64,
-    /// How many of them are NaN; they are left out of the next three.
+    /// How many of them are NaN; the next three fields ignore these.
     pub nan: u64,
     /// The least value.
     #[serde(serialize_with = "number_or_none")]
@@ -141,7 +141,7 @@ pub struct Bucket {
     pub mean: Option<f64>,
 }
 
-/// A series that a name means, of one stage.
+/// One of the series that a name refers to, of one stage.
 struct NamedSeries {
     key: i64,
     base: i64,
@@ -150,7 +150,7 @@ struct NamedSeries {
 }
 
 impl Store {
-    /// The series of a run in brief, those of reused stages included, in the order of stages and names.
+    /// Summaries of a run's series, including those of reused stages, by stage and name.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -231,7 +231,7 @@ impl Store {
         let Some(row) = row else { return Ok(None) };
         let base: i64 = row.try_get("base")?;
         let points = unpacked(&row, &series.series)?;
-        // Or the same block would come again and again.
+        // Otherwise the same block would come again and again.
         let goes_on = |point: &BlockPoint| after.is_none_or(|after| point.step > clamped(after));
         if points.last().is_some_and(|last| !goes_on(last)) {
             return Err(StoreError::Damaged {
@@ -251,7 +251,7 @@ impl Store {
         Ok(Some(points.collect()).filter(|points: &Vec<_>| !points.is_empty()))
     }
 
-    /// When the first point of a series was measured: of the first stage that has it.
+    /// When the first point of a series was measured, in the first stage that has it.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -304,7 +304,7 @@ impl Store {
         Ok(points)
     }
 
-    /// The packed blocks of a series that have to do with a range of steps, in order.
+    /// The packed blocks of a series that overlap a range of steps, in order.
     async fn packs(
         &self,
         named: &NamedSeries,
@@ -330,7 +330,7 @@ fn unpacked(row: &SqliteRow, series: &str) -> Result<Vec<BlockPoint>, StoreError
     })
 }
 
-/// A step as SQLite keeps it.
+/// A step in SQLite's integer type.
 fn clamped(step: u64) -> i64 {
     i64::try_from(step).unwrap_or(i64::MAX)
 }

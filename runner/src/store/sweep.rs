@@ -209,16 +209,19 @@ impl Store {
         let rows = sqlx::query(
             "select w.id, w.recipe, w.created, w.points, w.definition ->> '$.objective' as objective,
                     count(*) filter (where r.state = 'succeeded') as succeeded,
-                    count(*) filter (where r.state in ('queued', 'running') and not r.lost) as running,
-                    count(*) filter (where r.state in ('failed', 'lost') or r.lost) as failed,
+                    count(*) filter (where r.state in ('queued', 'running')) as running,
+                    count(*) filter (where r.state in ('failed', 'lost')) as failed,
                     count(*) filter (where r.state = 'interrupted') as stopped
              from sweeps w left join (
-                 select sweep, point, state, id in (select value from json_each(?1)) as lost, max(key) from runs
+                 select sweep, point, max(key),
+                        case when state in ('queued', 'running')
+                             then coalesce((select value from json_each(?1) where key = runs.id), state) else state end as state
+                 from runs
                  where sweep is not null group by sweep, point
              ) r on r.sweep = w.key
              group by w.key order by w.key desc",
         )
-        .bind(self.unrecorded_lost())
+        .bind(self.unrecorded_states())
         .fetch_all(self.pool())
         .await?;
         let summary = |row: &SqliteRow| {
@@ -283,15 +286,16 @@ impl Store {
         }
         let rows = sqlx::query(
             "select p.point, p.settings, r.id,
-                    case when r.state in ('queued', 'running') and r.id in (select value from json_each(?2))
-                         then 'lost' else r.state end as state
+                    case when r.state in ('queued', 'running')
+                         then coalesce((select value from json_each(?2) where key = r.id), r.state)
+                         else r.state end as state
              from sweep_points p left join (
                  select point, id, state, max(key) from runs where sweep = ?1 group by point
              ) r on r.point = p.point
              where p.sweep = ?1 order by p.point",
         )
         .bind(sweep)
-        .bind(self.unrecorded_lost())
+        .bind(self.unrecorded_states())
         .fetch_all(self.pool())
         .await?;
         let point = |row: &SqliteRow| {

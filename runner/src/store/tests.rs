@@ -1,5 +1,6 @@
 //! The store as its users see it.
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,6 +13,7 @@ use super::*;
 use crate::table::{Cell, Rows};
 
 mod filters;
+mod hosts;
 mod migrations;
 mod points;
 mod transfer;

@@ -1,12 +1,13 @@
 //! Runs from one store into another, by way of one file: itself a database with the schema of a store, and, where
 //! asked for, the files of artifacts.
 //!
-//! A run is known by its id, so that taking it over twice changes nothing. Keys are given anew. A run whose stages were
-//! reused goes along with the runs that reuse them. Where the store is damaged that runs are exported from, what can be
-//! read is taken, piece by piece, and what cannot is told: of a run that is partly lost the rest is worth having.
+//! Runs are identified by id, so transferring one twice changes nothing. Keys are reassigned. A run whose stages are reused
+//! is transferred together with the runs that reuse them. From a damaged store everything readable is exported, piece by
+//! piece, and the rest is reported: the remains of a partly lost run are worth having.
 //!
 //! Deliberately absent: reading a file that comes from elsewhere (`import.rs`).
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use sqlx::sqlite::SqliteConnection;
@@ -26,13 +27,13 @@ use files::put_files;
 /// What was taken over.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
 pub struct Transfer {
-    /// Runs that were taken over.
+    /// Transferred runs.
     pub runs: Vec<RunId>,
-    /// Runs that were there already.
+    /// Runs that already existed.
     pub known: Vec<RunId>,
-    /// Artifacts whose files were taken over.
+    /// Artifacts whose files were transferred.
     pub artifacts: Vec<String>,
-    /// What could not be read, one line each.
+    /// Errors of reading, one line each.
     pub lost: Vec<String>,
 }
 
@@ -59,7 +60,7 @@ async fn export_whole(
 ) -> Result<Transfer, StoreError> {
     let source = connection::path_of(dir);
     schema::check_is_store(&source).await?;
-    // Of the file, and not of the store, whatever is wrong.
+    // Any error here is about the file, not the store.
     let refused = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => StoreError::Full,
         _ => StoreError::Io {
@@ -155,9 +156,9 @@ pub(super) async fn attach(
 ) -> Result<(), sqlx::Error> {
     let source = std::path::absolute(source)?;
     let mut uri = String::from("file:");
-    for byte in source.to_string_lossy().bytes() {
-        match byte {
-            b'?' | b'#' | b'%' => uri += &format!("%{byte:02x}"),
+    for byte in source.as_os_str().as_bytes() {
+        match *byte {
+            byte @ (b'?' | b'#' | b'%') => uri += &format!("%{byte:02x}"),
             byte if byte.is_ascii() => uri.push(char::from(byte)),
             byte => uri += &format!("%{byte:02x}"),
         }
@@ -169,7 +170,7 @@ pub(super) async fn attach(
     Ok(())
 }
 
-/// These runs, and before each the runs whose stages they reuse.
+/// These runs, each after the runs whose stages it reuses.
 async fn with_sources(
     connection: &mut SqliteConnection,
     runs: &[RunId],
@@ -227,7 +228,7 @@ pub(super) async fn all_runs(
     found.into_iter().map(|(_, id)| RunId(id)).collect()
 }
 
-/// Reads runs in one direction, as far as that goes.
+/// Reads runs in one direction, as far as possible.
 async fn walk(
     connection: &mut SqliteConnection,
     sql: &'static str,
@@ -235,7 +236,7 @@ async fn walk(
     found: &mut Vec<(i64, String)>,
 ) -> Result<(), sqlx::Error> {
     let mut from = start;
-    // One by one where many at a time come upon damage.
+    // One by one, if reading many at a time hits damage.
     let mut limit = 256;
     loop {
         let rows = sqlx::query_as::<_, (i64, String)>(sql)

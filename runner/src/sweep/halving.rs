@@ -1,10 +1,10 @@
 //! Successive halving, asynchronously: ASHA (Li et al., "A System for Massively Parallel Hyperparameter Tuning",
 //! arXiv 1810.05934, algorithm 2).
 //!
-//! In: what each point was judged by at the rungs that it has reached. Out: which point goes on next, and to which rung.
-//! A leg is the way to a rung; the last leg leads to the end of the run. A point goes on when it is among the best 1/eta
-//! of those that have reached its rung so far; otherwise a new point begins. When nothing else is left to do and no point
-//! has gone the whole way, the best of the highest rung does: a sweep has a result.
+//! In: what each point was judged by at the rungs that it has reached. Out: which point goes on next, and to which rung. A
+//! point runs from rung to rung, and from the last one to the end of the run. It continues if it is among the best 1/eta of
+//! those that have reached its rung so far; otherwise a new point begins. If nothing else is left and no point has run to its
+//! end, the best point of the highest rung continues, so that the sweep has a result.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub struct Halving {
     courses: BTreeMap<u32, PointProgress>,
 }
 
-/// A point's next leg.
+/// The next rung a point runs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NextRung {
     /// The point.
@@ -43,25 +43,25 @@ impl Halving {
         Self { asha, courses }
     }
 
-    /// The step at which a leg ends; none for the last, which leads to the end.
-    pub fn target(&self, leg: NextRung) -> Option<u64> {
-        self.asha.rungs.get(leg.number).copied()
+    /// The step of a rung; none after the last, where a point runs to its end.
+    pub fn target(&self, next: NextRung) -> Option<u64> {
+        self.asha.rungs.get(next.number).copied()
     }
 
-    /// A leg to go now; none while there is none. `idle` says that no leg is under way.
+    /// A rung to run to now; none while there is none. `idle` says that no point is under way.
     pub fn next(&mut self, idle: bool) -> Option<NextRung> {
-        let leg = self.promotable().or_else(|| self.fresh());
-        let leg = leg.or_else(|| idle.then(|| self.last_resort()).flatten())?;
-        if let Some(course) = self.courses.get_mut(&leg.point) {
-            course.begun = leg.number + 1;
+        let next = self.promotable().or_else(|| self.fresh());
+        let next = next.or_else(|| idle.then(|| self.last_resort()).flatten())?;
+        if let Some(course) = self.courses.get_mut(&next.point) {
+            course.begun = next.number + 1;
         }
-        Some(leg)
+        Some(next)
     }
 
-    /// A leg has ended at its rung, with this value.
-    pub fn reached(&mut self, leg: NextRung, value: f64) {
-        if let Some(course) = self.courses.get_mut(&leg.point) {
-            course.rungs.truncate(leg.number);
+    /// A point has come to its rung, with this value.
+    pub fn reached(&mut self, next: NextRung, value: f64) {
+        if let Some(course) = self.courses.get_mut(&next.point) {
+            course.rungs.truncate(next.number);
             course.rungs.push(value);
         }
     }
@@ -107,7 +107,7 @@ impl Halving {
         })
     }
 
-    /// The leg from a rung on, if the point has not begun it.
+    /// The rung after one, if the point has not begun to run to it.
     fn from(&self, point: u32, rung: usize) -> Option<NextRung> {
         let course = self.courses.get(&point)?;
         (!course.done && course.begun <= rung + 1).then_some(NextRung {
@@ -149,45 +149,45 @@ mod tests {
         Halving::new(asha, courses.collect())
     }
 
-    /// Goes leg by leg, with these values at every rung; the legs in order, as `point:leg`.
+    /// Goes rung by rung, with these values at every one; in order, as `point:rung`.
     fn go(halving: &mut Halving, value: impl Fn(u32) -> f64) -> Vec<String> {
-        let mut legs = Vec::new();
-        while let Some(leg) = halving.next(true) {
-            legs.push(format!("{}:{}", leg.point, leg.number));
-            match halving.target(leg) {
-                Some(_) => halving.reached(leg, value(leg.point)),
-                None => halving.finished(leg.point),
+        let mut order = Vec::new();
+        while let Some(next) = halving.next(true) {
+            order.push(format!("{}:{}", next.point, next.number));
+            match halving.target(next) {
+                Some(_) => halving.reached(next, value(next.point)),
+                None => halving.finished(next.point),
             }
         }
-        legs
+        order
     }
 
     #[test]
     fn the_worse_half_stops_at_each_rung() {
         let mut four = halving(4, &[10, 20], Goal::Min);
-        let legs = go(&mut four, f64::from);
-        assert_eq!(legs, ["1:0", "2:0", "1:1", "3:0", "4:0", "2:1", "1:2"]);
+        let order = go(&mut four, f64::from);
+        assert_eq!(order, ["1:0", "2:0", "1:1", "3:0", "4:0", "2:1", "1:2"]);
         assert_eq!(four.stopped(), 3);
         let mut four = halving(4, &[10, 20], Goal::Max);
-        let legs = go(&mut four, f64::from);
-        assert!(legs.contains(&"4:2".to_owned()), "{legs:?}");
-        assert!(!legs.contains(&"1:1".to_owned()), "{legs:?}");
+        let order = go(&mut four, f64::from);
+        assert!(order.contains(&"4:2".to_owned()), "{order:?}");
+        assert!(!order.contains(&"1:1".to_owned()), "{order:?}");
     }
 
     #[test]
     fn somebody_goes_the_whole_way() {
-        let legs = go(&mut halving(3, &[10, 20, 30], Goal::Min), f64::from);
-        assert!(legs.contains(&"1:3".to_owned()), "{legs:?}");
-        let legs = go(&mut halving(1, &[10], Goal::Min), |_| f64::NAN);
-        assert_eq!(legs, ["1:0", "1:1"]);
+        let order = go(&mut halving(3, &[10, 20, 30], Goal::Min), f64::from);
+        assert!(order.contains(&"1:3".to_owned()), "{order:?}");
+        let order = go(&mut halving(1, &[10], Goal::Min), |_| f64::NAN);
+        assert_eq!(order, ["1:0", "1:1"]);
     }
 
     #[test]
     fn what_is_no_number_is_the_worst() {
         let value = |point: u32| if point == 1 { f64::NAN } else { 5.0 };
         for goal in [Goal::Min, Goal::Max] {
-            let legs = go(&mut halving(2, &[10], goal), value);
-            assert_eq!(legs, ["1:0", "2:0", "2:1"]);
+            let order = go(&mut halving(2, &[10], goal), value);
+            assert_eq!(order, ["1:0", "2:0", "2:1"]);
         }
     }
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::collections::HashSet;
 
-use super::{Asha, Goal, Objective, Parameter, Sample, Sweep, Values};
+use super::{Asha, Goal, Objective, Parameter, RandomSearch, Sweep, Values};
 use crate::diagnostic::Finding;
 use crate::yaml::escape;
 
@@ -63,7 +63,7 @@ pub fn section(
             metric: metric(objective),
             goal: goal(objective),
         }),
-        sample: small(&value["sample"]).map(|count| Sample {
+        sample: small(&value["sample"]).map(|count| RandomSearch {
             count,
             seed: value["seed"].as_u64().unwrap_or(0),
         }),
@@ -127,23 +127,23 @@ fn values_of(
 
 /// The schema of `sweep:`.
 pub fn schema() -> Value {
-    let goal = json!({"type": "string", "enum": ["min", "max"], "default": "min", "description": "Whether the least or the greatest value is the best."});
+    let goal = json!({"type": "string", "enum": ["min", "max"], "default": "min", "description": "Whether the smallest or the largest value is best."});
     json!({
         "type": "object", "additionalProperties": false, "required": ["parameters"],
         "description": "Values that `retort run --sweep` varies: one run for each point.",
         "properties": {
             "parameters": {
                 "type": "object", "minProperties": 1,
-                "description": "What is varied, by its path as `--set` has it: a list of values, or a range.",
+                "description": "The varied parameters, by path as in `--set`: a list of values, or a range of each.",
                 "additionalProperties": {
                     "type": ["array", "object"], "minItems": 1, "additionalProperties": false,
                     "properties": {
                         "choice": {"type": "array", "minItems": 1, "description": "The values."},
-                        "min": {"type": "number", "description": "The least value of a range."},
-                        "max": {"type": "number", "description": "The greatest value of a range."},
+                        "min": {"type": "number", "description": "The smallest value of a range."},
+                        "max": {"type": "number", "description": "The largest value of a range."},
                         "log": {"type": "boolean", "default": false, "description": "Whether the logarithm is divided evenly."},
                         "int": {"type": "boolean", "default": false, "description": "Whether the range is of whole numbers."},
-                        "count": {"type": "integer", "minimum": 2, "maximum": super::MAX_POINTS, "description": "How many values a grid has of the range."}
+                        "count": {"type": "integer", "minimum": 2, "maximum": super::MAX_POINTS, "description": "Number of values that a grid takes from the range."}
                     }
                 }
             },
@@ -161,22 +161,22 @@ pub fn schema() -> Value {
             },
             "seed": {
                 "type": "integer", "minimum": 0, "maximum": 9_007_199_254_740_991_u64, "default": 0,
-                "description": "Seed of the points that are drawn."
+                "description": "Seed for drawing points."
             },
             "asha": {
                 "type": "object", "additionalProperties": false, "required": ["metric", "rungs"],
-                "description": "Successive halving: points are stopped at rungs, and the best go on.",
+                "description": "Successive halving: points are stopped at rungs, and the best continue.",
                 "properties": {
                     "metric": {"type": "string", "minLength": 1, "description": "Series that points are judged by: `distill/loss`, or `student/distill/loss` with its stage."},
                     "goal": goal,
                     "rungs": {
                         "type": "array", "minItems": 1, "maxItems": 20,
                         "items": {"type": "integer", "minimum": 1},
-                        "description": "Steps of the series at which points are judged, rising."
+                        "description": "Steps of the series at which points are judged, ascending."
                     },
                     "reduction_factor": {
                         "type": "integer", "minimum": 2, "maximum": 1000, "default": REDUCTION,
-                        "description": "One of so many goes on."
+                        "description": "One in this many points continues."
                     }
                 }
             }

@@ -5,7 +5,7 @@
 //! quotes belong to it.
 
 use super::draw::{between, plain};
-use super::{MAX_POINTS, Parameter, Sample, Sweep, Values, draw};
+use super::{MAX_POINTS, Parameter, RandomSearch, Sweep, Values, draw};
 use std::collections::HashSet;
 
 /// Why there are no points.
@@ -283,7 +283,10 @@ impl Sweep {
     }
 
     /// Points that are drawn, each once.
-    fn drawn(&self, Sample { count, seed }: Sample) -> Result<Vec<Vec<String>>, SpaceError> {
+    fn drawn(
+        &self,
+        RandomSearch { count, seed }: RandomSearch,
+    ) -> Result<Vec<Vec<String>>, SpaceError> {
         if u64::from(count) > MAX_POINTS || count == 0 {
             return Err(SpaceError::new(
                 format!("{count} points cannot be drawn; a sweep has 1 to {MAX_POINTS}"),
@@ -326,7 +329,7 @@ fn items(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn sweep(parameters: &[&str], sample: Option<Sample>) -> Sweep {
+    fn sweep(parameters: &[&str], sample: Option<RandomSearch>) -> Sweep {
         Sweep {
             parameters: parameters
                 .iter()
@@ -409,7 +412,7 @@ mod tests {
     #[test]
     fn fewer_points_than_are_to_be_drawn_are_said() {
         let said = |parameters: &[&str], count| {
-            let sweep = sweep(parameters, Some(Sample { count, seed: 1 }));
+            let sweep = sweep(parameters, Some(RandomSearch { count, seed: 1 }));
             sweep.shortage(sweep.points().unwrap().len())
         };
         assert_eq!(
@@ -443,7 +446,7 @@ mod tests {
         assert!(message(&[&all[0], &all[1]], None).contains("more than 10^19"));
         assert!(message(&["a=0.1..1"], None).contains("all numbers of the range of `a`"));
         assert!(message(&["a=1,2", "a=3"], None).contains("`a` is varied twice"));
-        let sample = Some(Sample {
+        let sample = Some(RandomSearch {
             count: 20_000,
             seed: 0,
         });

@@ -93,7 +93,7 @@ fn people_get_texts_and_programs_get_data() {
 fn rows_are_wrapped_to_the_terminal_and_coloured_only_when_asked() {
     let mut rows = Rows::new(&["name", "text"]);
     rows.push([
-        Cell::from("state").tone(CellStyle::Bad),
+        Cell::from("state").style(CellStyle::Error),
         Cell::from("many words that do not fit into one line"),
     ]);
     let narrow = rows.render(Style::Table {

@@ -1,10 +1,10 @@
-//! What pages need beside themselves: it is inside the binary.
+//! Static files of the pages, embedded in the binary.
 
 use super::reply::Reply;
 
 const JS: &str = "text/javascript; charset=utf-8";
 
-/// The asset of a name.
+/// The asset with a name.
 pub fn answer(name: &str) -> Option<Reply> {
     let (kind, content) = match name {
         "style.css" => ("text/css; charset=utf-8", include_str!("assets/style.css")),

@@ -1,5 +1,5 @@
-//! Tags, notes, and runs that are removed: only with `--write`, only from forms of ours, and only by what the store's own
-//! functions allow. A run that is under way is never removed.
+//! Tagging, notes and removing runs: only with `--write`, only from our forms, and only through the store's functions. A
+//! running run is never removed.
 
 use maud::html;
 
@@ -7,13 +7,13 @@ use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::PageRequest;
 use super::{ServedStore, Site};
-use crate::store::{Access, RunId, Store};
+use crate::store::{Access, RunId, Store, is_tag};
 
-/// Longest tag, and longest note.
+/// The longest tag and the longest note.
 const TAG: usize = 200;
 const NOTE: usize = 20_000;
 
-/// Changes what a form says.
+/// Carries out a form's change.
 pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Reply, Problem> {
     may_change(site)?;
     if !site.guard.is_sealed(request.form.get("seal")) {
@@ -24,7 +24,7 @@ pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Re
     let reference = request.form.get("run").unwrap_or_default();
     let (served, run) = site.find_run(reference).await?;
     let text = |name: &str, most: usize| match request.form.get(name).unwrap_or_default().trim() {
-        long if long.chars().count() > most => Err(Problem::Bad(format!(
+        long if long.chars().count() > most => Err(Problem::BadRequest(format!(
             "a {name} has at most {most} characters"
         ))),
         text => Ok(text.to_owned()),
@@ -32,9 +32,9 @@ pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Re
     match what {
         "tag" => {
             let tag = text("tag", TAG)?;
-            // It would never be found: references are tried in this order.
-            if tag.is_empty() || tag.starts_with("latest") {
-                return Err(Problem::Bad(format!(
+            // Such a tag would never be found, because references are resolved in this order.
+            if !is_tag(&tag) {
+                return Err(Problem::BadRequest(format!(
                     "`{tag}` cannot be a tag: it means something else, or nothing"
                 )));
             }
@@ -68,13 +68,13 @@ async fn remove(
 ) -> Result<Reply, Problem> {
     let dependents = served.store.dependents(std::slice::from_ref(run)).await?;
     if !dependents.is_empty() && request.form.get("force").is_none() {
-        return Err(Problem::Bad(format!(
+        return Err(Problem::BadRequest(format!(
             "stages of this run are reused by {} others",
             dependents.len()
         )));
     }
     if request.form.get("confirm") != Some(run.0.as_str()) {
-        return Err(Problem::Bad(
+        return Err(Problem::BadRequest(
             "to remove a run, its whole id has to be typed".into(),
         ));
     }
@@ -84,7 +84,7 @@ async fn remove(
     Ok(Reply::see("/"))
 }
 
-/// Asks whether a run is really to be removed.
+/// Asks for confirmation before removing a run.
 pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     may_change(site)?;
     let (served, run) = site
@@ -94,7 +94,7 @@ pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Proble
     let body = html! {
         section.narrow {
             h1 { "Remove run " (page::run_link(&run)) "?" }
-            p { "All that is known of it goes: parameters, metrics, logs. The files of its artifacts stay until " code { "retort gc --remove" } "." }
+            p { "This removes everything recorded about it: parameters, metrics, logs. The files of its artifacts stay until " code { "retort gc --remove" } "." }
             @if !dependents.is_empty() {
                 div.alert role="alert" {
                     p { "Its stages are reused by " (dependents.len()) " other runs, which then no longer know where these results came from:" }
@@ -105,7 +105,7 @@ pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Proble
                 input type="hidden" name="seal" value=(site.guard.seal());
                 input type="hidden" name="run" value=(run.0);
                 @if !dependents.is_empty() {
-                    label { input type="checkbox" name="force" value="1" required; " Remove it all the same" }
+                    label { input type="checkbox" name="force" value="1" required; " Remove it anyway" }
                 }
                 label for="confirm" { "Type the run's id" }
                 input #confirm.mono type="text" name="confirm" required autocomplete="off" placeholder=(run.0);
@@ -128,7 +128,7 @@ fn may_change(site: &Site) -> Result<(), Problem> {
     match site.write {
         true => Ok(()),
         false => Err(Problem::Refused(
-            "nothing may be changed here: `retort ui --write` allows it".into(),
+            "this server is read-only: `retort ui --write` allows changes".into(),
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! Runs beside each other: what differs, the best of each metric, their curves and their pictures.
+//! Comparison of runs: differences, the best value of each metric, curves and pictures.
 
 use std::collections::BTreeSet;
 
@@ -15,10 +15,10 @@ use crate::account::comparison::{Fact, best, facts, side_by_side};
 use crate::store::{RunDetail, RunId, SeriesSummary};
 use crate::table;
 
-/// Most runs beside each other, and curves of series that several have.
+/// The most runs in a comparison, and the most curves of shared series.
 const RUNS: usize = 12;
 const CURVES: usize = 8;
-/// Most rows of one kind.
+/// The most rows of one kind.
 const ROWS: usize = 1000;
 
 struct Column<'s> {
@@ -184,7 +184,7 @@ fn row(fact: &Fact, values: &[Option<&Value>], pinned: bool) -> Markup {
     }
 }
 
-/// Curves of the series that several runs have.
+/// Curves of series that several runs share.
 fn overlaid(columns: &[Column], runs: &[String]) -> Markup {
     let names = |column: &Column| -> Vec<String> {
         let curved = column.series.iter().filter(|one| one.points > 1);
@@ -212,7 +212,7 @@ fn overlaid(columns: &[Column], runs: &[String]) -> Markup {
     }
 }
 
-/// The pictures of stages with one name, beside each other.
+/// The pictures of stages with the same name, side by side.
 fn aligned(columns: &[Column], runs: &[String]) -> Markup {
     let of: Vec<Vec<Preview>> = columns
         .iter()

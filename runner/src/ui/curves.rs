@@ -10,19 +10,19 @@ use super::page::{self, Page, Section};
 use super::reply::{JSON, Problem, Reply};
 use super::request::{Fields, PageRequest};
 use super::{ServedStore, Site};
-use crate::chart::{self, Chart, Curve, Sample};
+use crate::chart::{self, Chart, ColumnSummary, Curve};
 use crate::store::{Axis, Bucket, CurveQuery, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
-/// Most buckets of a curve, and what is usual.
+/// The most buckets of a curve, and the default.
 const BUCKETS: u32 = 4000;
 const USUAL: u32 = 800;
-/// Most runs on a page, figures on a page, and series that are offered.
+/// The most runs on a page, figures on a page, and series to choose from.
 pub const RUNS: usize = 24;
 const FIGURES: usize = 24;
 const OFFERED: usize = 2000;
 
-/// A run whose curves are looked at.
+/// A run whose curves are shown.
 struct CurveRun<'s> {
     served: &'s ServedStore,
     id: RunId,
@@ -36,7 +36,7 @@ struct FoundCurve<'s> {
     run: &'s CurveRun<'s>,
     stage: String,
     series: String,
-    /// When its first point of all was measured.
+    /// When its very first point was measured.
     began: Time,
     buckets: Vec<Bucket>,
 }
@@ -167,7 +167,7 @@ struct SeriesChoices {
     curved: bool,
 }
 
-/// The series that any of the runs has, those with curves first.
+/// The series of any of the runs, those with curves first.
 fn offered(curve_runs: &[CurveRun]) -> Vec<SeriesChoices> {
     let mut offered: Vec<SeriesChoices> = Vec::new();
     for series in curve_runs.iter().flat_map(|run| &run.series) {
@@ -183,7 +183,7 @@ fn offered(curve_runs: &[CurveRun]) -> Vec<SeriesChoices> {
     offered
 }
 
-/// The place of a curve, which scripts fill; without them it is a picture.
+/// The placeholder of a curve, which scripts fill; without scripts it is a picture.
 pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
     let mut fields = Fields::default();
     for run in runs {
@@ -218,7 +218,7 @@ fn window(query: &Fields) -> Result<CurveQuery, Problem> {
         None | Some("step") => Axis::Step,
         Some("time") => Axis::Time,
         Some(other) => {
-            return Err(Problem::Bad(format!(
+            return Err(Problem::BadRequest(format!(
                 "the axis is step or time, and not {other}"
             )));
         }
@@ -239,7 +239,7 @@ async fn find<'s>(
     let mut found: Vec<FoundCurve> = Vec::new();
     for name in query.all("series").take(FIGURES) {
         for run in curve_runs {
-            // Of series with one name in several stages each is a curve of its own.
+            // Series with the same name in several stages become separate curves.
             let stages: Vec<&SeriesSummary> = run
                 .series
                 .iter()
@@ -357,7 +357,7 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
                 samples: one
                     .buckets
                     .iter()
-                    .map(|bucket| Sample {
+                    .map(|bucket| ColumnSummary {
                         x: one.place(bucket, window.axis),
                         min: value(if band { bucket.min } else { bucket.mean }),
                         mean: value(bucket.mean),

@@ -1,7 +1,7 @@
-//! A stream that says when something has changed: browsers then ask for what they show again.
+//! A stream of change notifications: browsers then reload what they show.
 //!
-//! What is looked at are the sizes and times of a few files: the databases, what is written ahead of them, and the progress
-//! of one run. No query is made, however many pages are open.
+//! It only checks the sizes and times of a few files: the databases, their write-ahead logs, and the progress of one run. It
+//! makes no query, however many pages are open.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,16 +16,16 @@ use super::request::PageRequest;
 use crate::artifact::is_inner_path;
 use crate::executor::gauge;
 
-/// How often files are looked at.
+/// How often files are checked.
 const INTERVAL: Duration = Duration::from_millis(400);
-/// After so many looks without a change browsers are told to look all the same: that a runner has died changes no file.
+/// After this many checks without a change, browsers are told to reload anyway: a runner's death changes no file.
 const AGAIN: u32 = 12;
-/// Most streams at a time.
+/// The most streams at a time.
 const STREAMS: usize = 64;
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
-/// A place among the streams, given back when dropped.
+/// A slot among the streams, released when dropped.
 struct StreamPermit;
 
 impl StreamPermit {
@@ -51,7 +51,7 @@ pub fn answer(site: &Site, request: &PageRequest) -> Reply {
     let mut files: Vec<PathBuf> = Vec::new();
     for served in &site.stores {
         files.extend(["history.db", "history.db-wal"].map(|name| served.dir().join(name)));
-        // The name of a run is somebody's text until a store knows it: it names no other place.
+        // A run's name is untrusted until a store knows it, so it must not lead to another path.
         if let Some(run) = request
             .query
             .get("run")
@@ -93,7 +93,7 @@ pub fn answer(site: &Site, request: &PageRequest) -> Reply {
         }
     });
     Reply {
-        content: Content::Pieces(receiver),
+        content: Content::Streamed(receiver),
         ..Reply::new("text/event-stream", "")
     }
 }

@@ -1,7 +1,7 @@
-//! Files of artifacts: pictures to be shown, anything else to be kept.
+//! Files of artifacts: pictures are shown, other files are downloaded.
 //!
-//! A file is named by the hash of an artifact that a store knows and by a path that the store lists for it. That path, too,
-//! may come from an imported history: it has to stay inside, and no link may lead to it ([`artifact::open_inner`]).
+//! A file is addressed by the hash of an artifact in a store and a path that the store lists for it. The path may come from an
+//! imported history, so it has to stay inside the artifact, and no link may lead to it ([`artifact::open_inner`]).
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,9 +16,9 @@ use crate::artifact;
 use crate::artifact::is_hash;
 use crate::store::ArtifactFile;
 
-/// Bytes that are sent at a time.
+/// Bytes per chunk.
 const PIECE: usize = 64 << 10;
-/// The longest picture that a browser is given to show.
+/// The largest picture that is sent to be shown.
 const LONGEST_PICTURE: u64 = 64 << 20;
 
 /// Sends a file: `/file/HASH?path=PATH`.
@@ -37,7 +37,7 @@ pub async fn answer(site: &Site, request: &PageRequest, hash: &str) -> Result<Re
         "application/octet-stream"
     };
     let reply = Reply {
-        content: Content::Pieces(pieces(file, listed.size)),
+        content: Content::Streamed(pieces(file, listed.size)),
         ..Reply::new(kind, "")
     };
     let last = path.rsplit('/').next().unwrap_or_default();
@@ -62,7 +62,7 @@ pub async fn answer(site: &Site, request: &PageRequest, hash: &str) -> Result<Re
     ))
 }
 
-/// The files of an artifact, and the store that has it.
+/// The files of an artifact, and its store.
 pub async fn find<'s>(
     site: &'s Site,
     hash: &str,

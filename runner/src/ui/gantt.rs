@@ -1,4 +1,4 @@
-//! When the attempts at a run's stages were under way: a row for each stage, a bar for each attempt.
+//! When the attempts of a run's stages ran: a row per stage, a bar per attempt.
 
 use maud::{Markup, html};
 
@@ -6,10 +6,10 @@ use super::page;
 use crate::store::{AttemptState, RunDetail, Time};
 use crate::table;
 
-/// Units of a bar's SVG.
+/// SVG units of a bar.
 const WIDTH: f64 = 1000.0;
 
-/// The chart; nothing where no attempt was made.
+/// The chart; empty without attempts.
 pub fn chart(detail: &RunDetail) -> Markup {
     let attempts = || detail.stages.iter().flat_map(|stage| &stage.attempts);
     let Some(first) = attempts().map(|attempt| attempt.started).min() else {
@@ -33,7 +33,7 @@ pub fn chart(detail: &RunDetail) -> Markup {
                         rect.track x="0" y="5.5" width="1000" height="1" {}
                         @for attempt in &stage.attempts {
                             @let (from, to) = (place(attempt.started), place(end(attempt)));
-                            rect class=(tone(attempt.state)) x=(format!("{from:.1}")) y="1" width=(format!("{:.1}", (to - from).max(2.0))) height="10" rx="1.5" {
+                            rect class=(style(attempt.state)) x=(format!("{from:.1}")) y="1" width=(format!("{:.1}", (to - from).max(2.0))) height="10" rx="1.5" {
                                 title { (attempt.state.name()) ", " (table::duration(attempt.started.seconds_to(end(attempt)))) }
                             }
                         }
@@ -59,7 +59,7 @@ pub fn chart(detail: &RunDetail) -> Markup {
     }
 }
 
-fn tone(state: AttemptState) -> &'static str {
+fn style(state: AttemptState) -> &'static str {
     match state {
         AttemptState::Succeeded => "good",
         AttemptState::Running => "now",

@@ -1,7 +1,7 @@
-//! A directed graph without cycles as SVG: nodes in layers from left to right, by how far they are from the beginning.
+//! A directed acyclic graph as SVG: nodes in layers from left to right, by their distance from the sources.
 //!
-//! In: nodes with two lines of text and a tone, and edges. Out: SVG that takes its colours from the page's style sheet; a
-//! node may be a link. Texts are escaped here, and cut by characters: a picture has no ellipsis of its own.
+//! In: nodes with two lines of text and a style, and edges. Out: SVG with the colours of the page's style sheet; a node may be
+//! a link. Texts are escaped here, and cut by characters, because SVG has no ellipsis.
 
 use maud::{Markup, html};
 
@@ -14,9 +14,9 @@ pub struct Node {
     pub title: String,
     /// Its second line.
     pub text: String,
-    /// The class that colours it.
-    pub tone: &'static str,
-    /// Where it leads.
+    /// The class that sets its colour.
+    pub style: &'static str,
+    /// Its link.
     pub link: Option<String>,
 }
 
@@ -26,13 +26,13 @@ const ACROSS: usize = 36;
 const DOWN: usize = 16;
 /// Room for an edge that passes a column.
 const LANE: usize = 14;
-/// Characters that fit.
+/// The number of characters that fit.
 const TITLE: usize = 18;
 const TEXT: usize = 24;
-/// Most nodes that are drawn.
+/// The most nodes that are drawn.
 pub const MOST: usize = 400;
 
-/// The graph; edges are pairs of places (from, to). What is beyond [`MOST`] nodes is left out.
+/// The graph; edges are pairs of indices (from, to). Nodes beyond the first [`MOST`] are left out.
 pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
     let nodes = &nodes[..nodes.len().min(MOST)];
     let mut edges: Vec<(usize, usize)> = edges
@@ -54,7 +54,7 @@ pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
         + 4;
     let left = |place: &Point| place.column * (WIDTH + ACROSS) + 2;
     let middle = |place: &Point| place.top + place.height / 2 + 2;
-    // From side to side of the columns, straight through those that are passed.
+    // From one side of a column to the other, straight through the columns in between.
     let path = |way: &Vec<usize>| {
         let mut path = String::new();
         for (number, &spot) in way.iter().enumerate() {
@@ -95,7 +95,7 @@ pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
 
 fn drawn(node: &Node, x: usize, y: usize) -> Markup {
     html! {
-        g class=(format!("node {}", node.tone)) {
+        g class=(format!("node {}", node.style)) {
             title { (terminal::clean_line(&format!("{}: {}", node.title, node.text))) }
             rect x=(x) y=(y) width=(WIDTH) height=(HEIGHT) rx="7" {}
             rect.side x=(x) y=(y + 6) width="3" height=(HEIGHT - 12) rx="1.5" {}
@@ -113,7 +113,7 @@ fn cut(text: &str, most: usize) -> String {
     }
 }
 
-/// Where a node stands, or an edge passes.
+/// The position of a node, or of an edge's passage through a column.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Point {
     column: usize,
@@ -121,11 +121,11 @@ struct Point {
     height: usize,
 }
 
-/// Where nodes stand: as far to the right as the longest way to them. Behind them follow the places at which edges pass
-/// columns; each edge is a way through such places.
+/// The positions of nodes: the column is the length of the longest path to a node. After them come the positions at which edges
+/// pass columns; each edge is a path through such positions.
 fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>>) {
     let mut columns = vec![0_usize; count];
-    // As often as there are nodes is enough for any way, and an end for what is no such graph.
+    // As many rounds as nodes suffice for any path, and end the loop if the graph has a cycle.
     for _ in 0..count {
         let mut changed = false;
         for &(from, to) in edges {
@@ -146,7 +146,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>
             height: HEIGHT,
         })
         .collect();
-    // Many edges through many columns would be no picture any more.
+    // Many edges through many columns would be unreadable.
     let span = |&(from, to): &(usize, usize)| columns[to].saturating_sub(columns[from] + 1);
     let passes: usize = edges.iter().map(span).sum();
     let ways: Vec<Vec<usize>> = edges
@@ -179,7 +179,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>
         let mut order: Vec<usize> = (0..spots.len())
             .filter(|&spot| spots[spot].column == column)
             .collect();
-        // Beside those that they come from, so that few edges cross.
+        // Next to their predecessors, so that few edges cross.
         let wanted = |spot: usize| match before[spot].as_slice() {
             [] => spot * (HEIGHT + DOWN),
             from => {
@@ -197,7 +197,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>
         }
         *height = top;
     }
-    // A column with less in it stands in the middle.
+    // A shorter column is centred.
     let tallest = heights.iter().copied().max().unwrap_or(0);
     for spot in &mut spots {
         spot.top += (tallest - heights[spot.column]) / 2;
@@ -220,7 +220,7 @@ mod tests {
                     found.iter().zip(ways).all(|(found, way)| found == way),
                     "{found:?}"
                 );
-                // Nothing stands on anything else.
+                // Nothing overlaps.
                 for (number, one) in spots.iter().enumerate() {
                     let beside = spots[number + 1..]
                         .iter()
@@ -239,7 +239,7 @@ mod tests {
             &[0, 1, 1, 2],
             &[&[0, 1], &[1, 3], &[0, 2], &[2, 3]],
         );
-        // The long way passes beside the node between.
+        // The long edge passes beside the node in between.
         check(
             3,
             &[(0, 2), (0, 1), (1, 2)],
@@ -247,7 +247,7 @@ mod tests {
             &[&[0, 3, 2], &[0, 1], &[1, 2]],
         );
         check(0, &[], &[], &[]);
-        // No such graph, and still an end.
+        // It has a cycle, and the layout still ends.
         assert_eq!(places(2, &[(0, 1), (1, 0)]).0.len(), 2);
     }
 
@@ -256,7 +256,7 @@ mod tests {
         let node = Node {
             title: "<script>alert(1)</script>".into(),
             text: "\u{202e}x".into(),
-            tone: "good",
+            style: "good",
             link: Some("/run/\"><".into()),
         };
         let svg = svg("a \"graph\"", &[node], &[(0, 0), (0, 9)]).into_string();

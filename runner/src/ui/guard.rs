@@ -1,4 +1,4 @@
-//! Who may ask: a request's headers are checked before anything else.
+//! Access control: a request's headers are checked before anything else.
 //!
 //! - A page on another site can make a browser send requests here, even under a name of its own (DNS rebinding). `Host` must
 //!   therefore be a name of ours, `Origin` the same, and what a browser says of where a request comes from (`Sec-Fetch-Site`)
@@ -19,7 +19,7 @@ use hyper::{HeaderMap, Method, Uri};
 /// The name of the cookie with the token.
 const COOKIE_NAME: &str = "retort_token";
 
-/// What every answer tells the browser.
+/// The headers of every answer.
 const HEADERS: [(&str, &str); 7] = [
     (
         "content-security-policy",
@@ -28,7 +28,7 @@ const HEADERS: [(&str, &str); 7] = [
     ),
     ("x-content-type-options", "nosniff"),
     ("x-frame-options", "DENY"),
-    // Without a referrer browsers call the origin of our own forms `null`, and they could not be told from others.
+    // Without a referrer, browsers send the origin `null` for our own forms, and these could not be distinguished from others.
     ("referrer-policy", "same-origin"),
     ("cross-origin-opener-policy", "same-origin"),
     ("cross-origin-resource-policy", "same-origin"),
@@ -38,40 +38,40 @@ const HEADERS: [(&str, &str); 7] = [
     ),
 ];
 
-/// Decides who may ask.
+/// Decides which requests are allowed.
 #[derive(Debug, Clone)]
 pub struct Guard {
-    /// What has to be shown, where something has to be.
+    /// The token that a request has to present, if one is needed.
     token: Option<String>,
-    /// What forms have to carry.
+    /// The text that forms have to contain.
     seal: String,
-    /// Whether anybody but this machine can reach us.
+    /// Whether other machines can reach the server.
     loopback: bool,
-    /// Names of ours beside `localhost` and addresses.
+    /// Our names besides `localhost` and addresses.
     names: Vec<String>,
 }
 
 /// What to do with a request.
 #[derive(Debug, PartialEq)]
 pub enum Decision {
-    /// To answer it.
-    Welcome,
-    /// To set the cookie, and send the browser to the same place without the token.
-    Enter {
+    /// Answer it.
+    Allow,
+    /// Set the cookie, and redirect the browser to the same page without the token.
+    SetCookie {
         /// The cookie.
         cookie: String,
-        /// The place.
+        /// The page's address.
         place: String,
     },
-    /// To refuse it, and to say why.
-    Refused(&'static str),
+    /// Refuse it, for this reason.
+    Refuse(&'static str),
 }
 
 impl Guard {
-    /// For a server that listens on an address and has these names; with a token, where one is needed.
+    /// For a server with this address and these names; with a token if one is needed.
     ///
     /// # Errors
-    /// The system gives no random numbers.
+    /// The system has no random numbers.
     pub fn new(address: IpAddr, names: Vec<String>, write: bool) -> std::io::Result<Self> {
         let loopback = address.is_loopback();
         Ok(Self {
@@ -82,22 +82,22 @@ impl Guard {
         })
     }
 
-    /// What has to be shown.
+    /// The token that a request has to present.
     pub fn token(&self) -> Option<&str> {
         self.token.as_deref()
     }
 
-    /// What forms have to carry.
+    /// The text that forms have to contain.
     pub fn seal(&self) -> &str {
         &self.seal
     }
 
-    /// Whether a form carries it.
+    /// Whether a form contains it.
     pub fn is_sealed(&self, shown: Option<&str>) -> bool {
         shown.is_some_and(|shown| same(shown, &self.seal))
     }
 
-    /// What every answer tells the browser.
+    /// The headers of every answer.
     pub fn headers() -> &'static [(&'static str, &'static str)] {
         &HEADERS
     }
@@ -107,11 +107,11 @@ impl Guard {
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next().map(|host| host.to_str()), hosts.next()) {
             (Some(Ok(host)), None) => host,
-            _ => return Decision::Refused("a request has one Host header"),
+            _ => return Decision::Refuse("a request has one Host header"),
         };
         let other_authority = uri.authority().is_some_and(|named| named.as_str() != host);
         if other_authority || !self.is_ours(host) {
-            return Decision::Refused(
+            return Decision::Refuse(
                 "this name is not one of this server's: open it as localhost, or name it with --allow-host",
             );
         }
@@ -119,7 +119,7 @@ impl Guard {
         match headers.get(ORIGIN).map(|origin| origin.to_str()) {
             None if read => {}
             Some(Ok(origin)) if is_origin(origin, host) => {}
-            _ => return Decision::Refused("the request comes from a page of another site"),
+            _ => return Decision::Refuse("the request comes from a page of another site"),
         }
         let says = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let foreign = matches!(says("sec-fetch-site"), Some("cross-site" | "same-site"));
@@ -127,24 +127,28 @@ impl Guard {
             && says("sec-fetch-mode") == Some("navigate")
             && says("sec-fetch-dest") == Some("document");
         if foreign && !followed {
-            return Decision::Refused("the request comes from a page of another site");
+            return Decision::Refuse("the request comes from a page of another site");
         }
         match &self.token {
-            None => Decision::Welcome,
+            None => Decision::Allow,
             Some(token) => enter(token, uri, headers),
         }
     }
 
     /// Whether a `Host` header names this server. The port does not matter: it may have been forwarded.
     fn is_ours(&self, host: &str) -> bool {
-        let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-            Some((inner, _)) => inner,
-            None => host.split(':').next().unwrap_or_default(),
+        let (name, rest) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            Some(address) => address,
+            None => host.split_at(host.find(':').unwrap_or(host.len())),
         };
+        let is_port = |port: &str| port.bytes().all(|digit| digit.is_ascii_digit());
+        if !rest.is_empty() && !rest.strip_prefix(':').is_some_and(is_port) {
+            return false;
+        }
         let name = name.trim_end_matches('.').to_ascii_lowercase();
         let named = self.names.iter().any(|own| own.eq_ignore_ascii_case(&name));
         match name.parse::<IpAddr>() {
-            // Nobody else can own the name that an address is.
+            // Nobody else can own an address as a name.
             Ok(address) => !self.loopback || address.is_loopback() || named,
             Err(_) => name == "localhost" || named,
         }
@@ -161,19 +165,19 @@ fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Decision {
         own.is_some_and(|(name, value)| name == COOKIE_NAME && same(value, token))
     });
     if shown {
-        return Decision::Welcome;
+        return Decision::Allow;
     }
     let query = super::request::Fields::read(uri.query().unwrap_or_default());
     match query.get("token") {
-        Some(shown) if same(shown, token) => Decision::Enter {
+        Some(shown) if same(shown, token) => Decision::SetCookie {
             cookie: format!("{COOKIE_NAME}={token}; HttpOnly; SameSite=Strict; Path=/"),
             place: query.without("token").link(&local(uri.path())),
         },
-        _ => Decision::Refused("open the address that `retort ui` printed: it has the token"),
+        _ => Decision::Refuse("open the address that `retort ui` printed: it has the token"),
     }
 }
 
-/// A path that a browser takes for nothing but a path: `//host` would be another server.
+/// A path that a browser cannot mistake for anything else: `//host` would be another server.
 fn local(path: &str) -> String {
     format!("/{}", path.trim_start_matches(['/', '\\']))
 }
@@ -185,7 +189,7 @@ fn is_origin(origin: &str, host: &str) -> bool {
     rest.is_some_and(|rest| rest.eq_ignore_ascii_case(host))
 }
 
-/// Whether two secrets are the same, in a time that tells nothing about them.
+/// Compares two secrets in constant time.
 fn same(shown: &str, own: &str) -> bool {
     blake3::hash(shown.as_bytes()) == blake3::hash(own.as_bytes())
 }
@@ -213,7 +217,7 @@ mod tests {
     }
 
     fn is_welcome(guard: &Guard, method: Method, headers: &[(&str, &str)]) -> bool {
-        decide(guard, method, "/", headers) == Decision::Welcome
+        decide(guard, method, "/", headers) == Decision::Allow
     }
 
     #[test]
@@ -236,6 +240,10 @@ mod tests {
             "127.0.0.1.evil.example",
             "",
             "[evil]",
+            "[::1]evil.example",
+            "[::1].evil.example:80",
+            "[::1]:80.evil.example",
+            "localhost:evil.example",
         ] {
             assert!(
                 !is_welcome(&guard, Method::GET, &[("host", host)]),
@@ -254,7 +262,7 @@ mod tests {
             "http://evil.example/",
             &[("host", "localhost")],
         );
-        assert!(matches!(absolute, Decision::Refused(_)));
+        assert!(matches!(absolute, Decision::Refuse(_)));
     }
 
     #[test]
@@ -326,7 +334,7 @@ mod tests {
         let other = format!("/?token={}", "0".repeat(token.len()));
         assert!(matches!(
             decide(&guard, Method::GET, &other, &[host]),
-            Decision::Refused(_)
+            Decision::Refuse(_)
         ));
         let entered = decide(
             &guard,
@@ -334,7 +342,7 @@ mod tests {
             &format!("//evil.example/run/x?token={token}&a=b"),
             &[host],
         );
-        let Decision::Enter { cookie, place } = entered else {
+        let Decision::SetCookie { cookie, place } = entered else {
             panic!("{entered:?}")
         };
         assert_eq!(place, "/evil.example/run/x?a=b");

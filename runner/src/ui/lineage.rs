@@ -1,4 +1,4 @@
-//! An artifact: its files, what it was made from and what was made from it.
+//! An artifact: its files, the artifacts it was made from and those made from it.
 
 use maud::{Markup, html};
 
@@ -10,7 +10,7 @@ use super::{ServedStore, Site};
 use crate::store::{ArtifactRow, Lineage, StoreError};
 use crate::table;
 
-/// Most artifacts of a lineage, and most files that are listed.
+/// The most artifacts in a lineage, and the most files that are listed.
 const MOST: usize = 120;
 const FILES: usize = 500;
 
@@ -41,7 +41,7 @@ pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Rep
         }
         section {
             h2 { "Lineage" }
-            p.hint { "To the left what it was made from, to the right what was made from it." @if lineage.artifacts.len() >= MOST { " The nearest " (MOST) " are shown." } }
+            p.hint { "On the left: what it was made from. On the right: what was made from it." @if lineage.artifacts.len() >= MOST { " The nearest " (MOST) " are shown." } }
             (drawing(&lineage))
         }
         section {
@@ -77,7 +77,7 @@ async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, S
     ))
 }
 
-/// The files of an artifact, to be kept.
+/// The files of an artifact, for download.
 pub fn listing(hash: &str, files: &[crate::store::ArtifactFile]) -> Markup {
     html! {
         div.scroll { table {
@@ -103,7 +103,7 @@ fn drawing(lineage: &Lineage) -> Markup {
         .map(|one| Node {
             title: one.stage.clone().unwrap_or_else(|| one.kind.clone()),
             text: format!("{} {}", one.kind, table::bytes(one.size)),
-            tone: if one.depth == 0 { "now" } else { "old" },
+            style: if one.depth == 0 { "now" } else { "old" },
             link: Some(format!("/artifact/{}", one.hash)),
         })
         .collect();
@@ -119,7 +119,7 @@ fn drawing(lineage: &Lineage) -> Markup {
     )
 }
 
-/// The artifacts of a run, each with what it was made from.
+/// The artifacts of a run, each with its inputs.
 pub fn of_run(artifacts: &[ArtifactRow]) -> Markup {
     let mut hashes: Vec<&str> = Vec::new();
     let mut nodes = Vec::new();
@@ -135,7 +135,7 @@ pub fn of_run(artifacts: &[ArtifactRow]) -> Markup {
                 format!("{}/{}", row.stage, row.artifact.name)
             },
             text: format!("{} {}", row.artifact.kind, table::bytes(row.artifact.size)),
-            tone: if row.reused { "old" } else { "good" },
+            style: if row.reused { "old" } else { "good" },
             link: Some(format!("/artifact/{}", row.artifact.hash)),
         });
     }

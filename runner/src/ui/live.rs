@@ -1,4 +1,4 @@
-//! How far the stages of a run under way are.
+//! The progress of a running run's stages.
 
 use maud::{Markup, html};
 
@@ -7,7 +7,7 @@ use crate::executor::gauge;
 use crate::store::{RunDetail, RunState, StageState, Time};
 use crate::table;
 
-/// A bar for each stage under way; nothing when none is.
+/// A bar for each running stage; empty if none is running.
 pub fn progress(served: &ServedStore, detail: &RunDetail) -> Markup {
     if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
         return html! {};

@@ -1,5 +1,5 @@
-//! What all pages have in common, and the small pieces they are made of. Everything that is put into a page through these
-//! is escaped; texts from a store also lose what would hide or reorder what is around them ([`name`]).
+//! The frame of all pages, and their building blocks. Everything put into a page through these is escaped; in texts from a
+//! store, invisible and reordering characters are escaped too ([`name`]).
 
 use maud::{DOCTYPE, Markup, html};
 use serde_json::Value;
@@ -12,7 +12,7 @@ use crate::store::{RunId, RunState, RunSummary, StageState, StoreError, Time};
 use crate::table;
 use crate::terminal;
 
-/// Where a page stands among the others.
+/// A page's section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Section {
     /// The list of runs.
@@ -29,17 +29,17 @@ pub enum Section {
     Other,
 }
 
-/// What a page says of itself.
+/// A page's metadata.
 pub struct Page<'a> {
     /// The title, without the program's name.
     pub title: &'a str,
-    /// Where it stands.
+    /// Its section.
     pub place: Section,
-    /// The runs that it is about: links to other pages keep them.
+    /// The runs that it shows: links to other pages keep them.
     pub runs: &'a [String],
     /// Whether the first of them is the baseline.
     pub pinned: bool,
-    /// Whether it may change while it is looked at; with the run whose progress is of interest.
+    /// Whether it may change while it is open; with the run whose progress it shows.
     pub live: Option<&'a str>,
     /// The page.
     pub body: Markup,
@@ -100,7 +100,7 @@ impl Page<'_> {
                                 span.mono { (name(&served.label)) }
                             }
                         }
-                        span { (if site.write { "may be changed here" } else { "read-only" }) " · retort " (env!("CARGO_PKG_VERSION")) }
+                        span { (if site.write { "changes allowed" } else { "read-only" }) " · retort " (env!("CARGO_PKG_VERSION")) }
                     }
                     dialog #help aria-labelledby="help-title" {
                         h2 #help-title { "Keys" }
@@ -116,7 +116,7 @@ impl Page<'_> {
     }
 }
 
-/// The field of a query that names a run among those that are looked at together.
+/// The query field that names one of several runs.
 pub fn field(place: usize, pinned: bool) -> &'static str {
     match place == 0 && pinned {
         true => "baseline",
@@ -149,12 +149,12 @@ fn mark() -> Markup {
     }
 }
 
-/// A page that says what went wrong.
+/// An error page.
 pub fn problem(site: &Site, problem: &Problem) -> Reply {
     let status = problem.status();
     let body = html! {
         section.empty {
-            h1 { (if status == 404 { "Not here" } else { "This did not work" }) }
+            h1 { (if status == 404 { "Not here" } else { "This failed" }) }
             (explained(problem))
             p { a href="/" { "All runs" } }
         }
@@ -171,7 +171,7 @@ pub fn problem(site: &Site, problem: &Problem) -> Reply {
     .status(status)
 }
 
-/// What went wrong, in a box.
+/// An error message in a box.
 pub fn explained(problem: &Problem) -> Markup {
     match problem {
         Problem::Filter(error) => html! {
@@ -193,8 +193,8 @@ pub fn explained(problem: &Problem) -> Markup {
     }
 }
 
-/// A text from a store: marks of direction and what cannot be seen are written out, and what is left cannot reorder what is
-/// around it.
+/// A text from a store: direction marks and invisible characters are written out, and the rest cannot reorder the text around
+/// it.
 pub fn name(text: &str) -> Markup {
     html! { bdi { (terminal::clean(text)) } }
 }
@@ -209,30 +209,30 @@ pub fn run_link(id: &RunId) -> Markup {
     html! { a.mono href=(run_path(&id.0)) { (name(&id.0)) } }
 }
 
-/// The beginning of a hash.
+/// The first characters of a hash.
 pub fn hash(hash: &str) -> Markup {
     html! { span.mono title=(hash) { (name(hash.get(..12).unwrap_or(hash))) } }
 }
 
 /// The state of a run, as a mark and a word.
 pub fn run_state(state: RunState) -> Markup {
-    let tone = match state {
+    let style = match state {
         RunState::Succeeded => "good",
         RunState::Failed | RunState::Lost => "bad",
         RunState::Interrupted => "odd",
         RunState::Running => "now",
         RunState::Queued => "dim",
     };
-    pill(tone, state.name())
+    pill(style, state.name())
 }
 
 /// The state of a stage, as a mark and a word.
 pub fn stage_state(state: StageState) -> Markup {
-    pill(stage_tone(state), state.name())
+    pill(stage_style(state), state.name())
 }
 
-/// The class that colours a stage's state.
-pub fn stage_tone(state: StageState) -> &'static str {
+/// The class for the colour of a stage's state.
+pub fn stage_style(state: StageState) -> &'static str {
     match state {
         StageState::Succeeded => "good",
         StageState::Reused => "old",
@@ -243,17 +243,17 @@ pub fn stage_tone(state: StageState) -> &'static str {
     }
 }
 
-/// A word with a mark in a colour.
-pub fn pill(tone: &str, word: &str) -> Markup {
-    html! { span class=(format!("pill {tone}")) { span.dot aria-hidden="true" {} (word) } }
+/// A word with a coloured mark.
+pub fn pill(style: &str, word: &str) -> Markup {
+    html! { span class=(format!("pill {style}")) { span.dot aria-hidden="true" {} (word) } }
 }
 
-/// A moment, for people, and exactly.
+/// A time, readable and exact.
 pub fn ago(time: Time) -> Markup {
     html! { time datetime=(time.to_string()) title=(time.to_string()) { (table::ago(time.seconds_to(Time::now()))) } }
 }
 
-/// A number, aligned with others.
+/// A number, aligned in its column.
 pub fn number(value: f64) -> String {
     table::number(value)
 }
@@ -268,7 +268,7 @@ pub fn value(value: &Value) -> Markup {
     }
 }
 
-/// A value that a filter's column has: numbers that JSON does not know come as texts.
+/// A value in a filter's column: numbers that JSON cannot represent come as texts.
 pub fn as_number(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
@@ -282,7 +282,7 @@ pub fn as_number(value: &Value) -> Option<f64> {
     }
 }
 
-/// By how much a value differs from that of the baseline.
+/// The difference of a value from the baseline's.
 pub fn delta(value: f64, baseline: f64) -> Markup {
     let by = value - baseline;
     match by.is_finite() && by != 0.0 {
@@ -298,19 +298,19 @@ pub fn tags(run: &RunSummary) -> Markup {
     html! { @for tag in &run.tags { span.tag { (name(tag)) } " " } }
 }
 
-/// What a row of a comparison is about.
+/// The name of a row in a comparison.
 pub fn fact(fact: &Fact) -> Markup {
     html! { span.mono { (jointed(&fact.name)) } }
 }
 
-/// The same as [`name`], of a name that may have to break: it does so behind what joins its parts.
+/// Like [`name`], for a name that may have to wrap: it does so after the separators of its parts.
 pub fn jointed(text: &str) -> Markup {
     let text = terminal::clean(text);
     let joints = ['/', '.', '_', '-'];
     html! { bdi { @for part in text.split_inclusive(joints) { (part) @if part.ends_with(joints) { wbr; } } } }
 }
 
-/// Links to choose among the stores, where there are several.
+/// Links to choose a store, if there are several.
 pub fn stores(site: &Site, here: &ServedStore) -> Markup {
     html! {
         @if site.stores.len() > 1 {

@@ -1,13 +1,14 @@
 //! Pictures: grids, single samples of the same noise and class side by side, snapshots over training.
 //!
-//! Which noise a sample was made of is known: it is a function of the set's seed and the sample's number. Sets that share a
-//! seed are put side by side by number; others by class, and it is said that their noise is another.
+//! A sample's noise is a function of the set's seed and the sample's number. Sets that share a seed are matched by number;
+//! others are matched by class and marked as having other noise.
 
 use std::collections::HashSet;
 use std::io::Read;
 use std::sync::Arc;
 
 use maud::{Markup, html};
+use retort_checkpoint::json;
 use serde_json::Value;
 
 use super::files;
@@ -18,23 +19,23 @@ use super::samples::Set;
 use super::{ServedStore, Site};
 use crate::store::{ArtifactRow, RunDetail, RunId, StageDetail};
 
-/// Sets side by side, rows of samples, and runs on a page.
+/// The most sets side by side, rows of samples, and runs on a page.
 const SETS: usize = 12;
 const ROWS: usize = 16;
 const MOST_ROWS: usize = 100;
 const RUNS: usize = 12;
-/// Further pictures of an artifact that are shown.
+/// The most other pictures of an artifact that are shown.
 const FURTHER: usize = 24;
-/// What the picture is called that a tokenizer makes of real images and their reconstructions.
+/// The name of a tokenizer's picture of real images and their reconstructions.
 const RECONSTRUCTIONS: &str = "reconstructions.png";
-/// What its rows are.
+/// A description of its rows.
 pub const ROWS_OF_PAIRS: &str = "real above, reconstructed below";
-/// The file of a network in which classes have names, and how long it may be.
+/// The file with the class names of a network, and its size limit.
 const CONFIG: &str = "config.json";
 const LONGEST_CONFIG: u64 = 4 << 20;
-/// Classes that can be chosen from.
+/// The most classes to choose from.
 const CLASSES: usize = 1000;
-/// About so wide is a sample shown, in pixels.
+/// Approximate width of a shown sample, in pixels.
 const WIDE: usize = 72;
 
 /// A picture in an artifact.
@@ -46,7 +47,7 @@ pub struct Preview {
     caption: Option<String>,
 }
 
-/// A set of samples that a run has.
+/// A run's set of samples.
 struct Column {
     run: RunId,
     stage: String,
@@ -54,8 +55,8 @@ struct Column {
     set: Arc<Set>,
 }
 
-/// A student as it was at a step, and a picture of what it draws.
-struct Frame {
+/// A snapshot of a student at a step, and a picture of its samples.
+struct SnapshotPicture {
     step: u64,
     preview: Preview,
 }
@@ -142,7 +143,7 @@ async fn content(
         .iter()
         .flat_map(|(_, detail)| previews(detail))
         .collect();
-    let strips: Vec<(String, Vec<Frame>)> = details
+    let strips: Vec<(String, Vec<SnapshotPicture>)> = details
         .iter()
         .flat_map(|(_, detail)| strips(detail))
         .collect();
@@ -158,12 +159,12 @@ async fn content(
                 (SideBySide::of(request, &columns, &offered, &names, details.len() > 1).page())
             }
         }
-        @for (student, frames) in &strips { (strip(student, frames)) }
+        @for (student, pictures) in &strips { (strip(student, pictures)) }
         (grids(&previews))
     })
 }
 
-/// What sets side by side have in common.
+/// The data that sets side by side share.
 fn heading(columns: &[Column]) -> &'static str {
     let shared = |column: &Column| column.set.shares_noise(&columns[0].set);
     match columns.len() < 2 || columns.iter().skip(1).any(shared) {
@@ -172,7 +173,7 @@ fn heading(columns: &[Column]) -> &'static str {
     }
 }
 
-/// What the labels of a set mean: its captions, or the names that classes have in the network that drew it.
+/// The names of a set's labels: its captions, or the class names of the network that drew it.
 async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
     if !set.captions.is_empty() {
         return set.captions.clone();
@@ -187,8 +188,11 @@ async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
         let Some(Ok(file)) = config.map(|listed| files::open(served, hash, listed)) else {
             continue;
         };
-        let config: Value =
-            serde_json::from_reader(file.take(LONGEST_CONFIG)).unwrap_or(Value::Null);
+        let mut text = Vec::new();
+        let config: Value = match file.take(LONGEST_CONFIG).read_to_end(&mut text) {
+            Ok(_) => json::parse(&text).unwrap_or_default(),
+            Err(_) => continue,
+        };
         let classes = config["classes"].as_array().into_iter().flatten();
         let names: Vec<String> = classes
             .map(|name| name.as_str().unwrap_or_default().to_owned())
@@ -228,7 +232,7 @@ pub async fn sample(site: &Site, hash: &str, number: &str) -> Result<Reply, Prob
     Ok(Reply::new("image/png", png).forever())
 }
 
-/// The numbers of the samples of each column that stand in a row, by the first column's.
+/// The numbers of each column's samples in a row, by the first column's sample.
 fn aligned(
     columns: &[Column],
     class: Option<u32>,
@@ -254,7 +258,7 @@ fn aligned(
         let cell = |(column, own): (&Column, &Vec<usize>)| match column.set.shares_noise(&first.set)
         {
             true => fits(&column.set, number).then_some(number),
-            // As far down among its own of this class, or as near as one of the class is.
+            // The same position among its samples of this class, or the nearest one of the class.
             false => match own
                 .get(place)
                 .copied()
@@ -279,15 +283,15 @@ fn aligned(
 struct SideBySide<'a> {
     request: &'a PageRequest,
     columns: &'a [Column],
-    /// The sets that there are.
+    /// The available sets.
     offered: &'a [(&'a RunDetail, &'a ArtifactRow)],
     /// The names of classes.
     names: &'a [String],
-    /// Whether they are of several runs.
+    /// Whether they belong to several runs.
     several: bool,
-    /// The class that is shown; all without one.
+    /// The class that is shown; None for all.
     class: Option<u32>,
-    /// Where the first row stands, and how many there are at most.
+    /// The first row, and the most rows.
     skip: usize,
     rows: usize,
     zoom: usize,
@@ -338,7 +342,7 @@ impl<'a> SideBySide<'a> {
         }
     }
 
-    /// What a label is called.
+    /// The name of a label.
     fn title(&self, label: u32) -> String {
         match self.names.get(label as usize) {
             Some(name) => name.clone(),
@@ -346,7 +350,7 @@ impl<'a> SideBySide<'a> {
         }
     }
 
-    /// Where class, zoom and sets are chosen.
+    /// The form to choose class, zoom and sets.
     fn form(&self) -> Markup {
         let (columns, offered) = (self.columns, self.offered);
         let known = {
@@ -432,7 +436,7 @@ impl<'a> SideBySide<'a> {
         }
     }
 
-    /// Which rows are shown, and the ways to those before and after them.
+    /// Which rows are shown, and links to the previous and next ones.
     fn links(&self, count: usize) -> Markup {
         let at = |skip: usize| {
             let query = self.request.query.with("at", &skip.to_string());
@@ -449,7 +453,7 @@ impl<'a> SideBySide<'a> {
     }
 }
 
-/// The pictures of a run that are worth a look, each once.
+/// The interesting pictures of a run, each once.
 pub fn previews(detail: &RunDetail) -> Vec<Preview> {
     let mut previews: Vec<Preview> = Vec::new();
     for row in &detail.artifacts {
@@ -485,7 +489,7 @@ impl Preview {
         link(&format!("/file/{}", self.hash), &[("path", &self.path)])
     }
 
-    /// What it is, where it cannot be seen.
+    /// Its alternative text.
     pub fn said(&self) -> String {
         match (&self.caption, self.is_of_pairs()) {
             (_, true) => format!(
@@ -497,7 +501,7 @@ impl Preview {
         }
     }
 
-    /// Whether it shows what a tokenizer makes of images: rows of real ones, and below each what becomes of them.
+    /// Whether it shows a tokenizer's reconstructions: rows of real images, each with their reconstructions below.
     pub fn is_of_pairs(&self) -> bool {
         self.path == RECONSTRUCTIONS
     }
@@ -508,7 +512,7 @@ impl Preview {
     }
 }
 
-/// Pictures with their captions: samples, and what tokenizers make of real images.
+/// Pictures with their captions: samples, and tokenizers' reconstructions.
 pub fn grids(previews: &[Preview]) -> Markup {
     let (pairs, grids): (Vec<&Preview>, Vec<&Preview>) =
         previews.iter().partition(|preview| preview.is_of_pairs());
@@ -541,10 +545,10 @@ pub fn grid(preview: &Preview) -> Markup {
     }
 }
 
-/// What snapshots of students draw, by the student that was trained: frames in the order of steps.
-fn strips(detail: &RunDetail) -> Vec<(String, Vec<Frame>)> {
+/// Samples from students' snapshots, grouped by the trained student, in the order of steps.
+fn strips(detail: &RunDetail) -> Vec<(String, Vec<SnapshotPicture>)> {
     let stage = |name: &str| detail.stages.iter().find(|stage| stage.name == name);
-    let mut strips: Vec<(String, Vec<Frame>)> = Vec::new();
+    let mut strips: Vec<(String, Vec<SnapshotPicture>)> = Vec::new();
     let all = previews(detail);
     for sampled in &detail.stages {
         let Some(student) = sampled.options["sampler"]["student"]
@@ -572,20 +576,20 @@ fn strips(detail: &RunDetail) -> Vec<(String, Vec<Frame>)> {
             steps => format!("{trained}, t = {steps}"),
         };
         match strips.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, frames)) => frames.push(Frame { step, preview }),
-            None => strips.push((name, vec![Frame { step, preview }])),
+            Some((_, pictures)) => pictures.push(SnapshotPicture { step, preview }),
+            None => strips.push((name, vec![SnapshotPicture { step, preview }])),
         }
     }
-    for (_, frames) in &mut strips {
-        frames.sort_by_key(|frame| frame.step);
-        // Several samples of one snapshot are no time that passes.
-        frames.dedup_by_key(|frame| frame.step);
+    for (_, pictures) in &mut strips {
+        pictures.sort_by_key(|picture| picture.step);
+        // Several samples of one snapshot are not a sequence over time.
+        pictures.dedup_by_key(|picture| picture.step);
     }
-    strips.retain(|(_, frames)| frames.len() > 1);
+    strips.retain(|(_, pictures)| pictures.len() > 1);
     strips
 }
 
-/// The student that a stage is, or a snapshot of, and at which step.
+/// The student that a stage is, or is a snapshot of, and the step.
 fn trained(student: &StageDetail) -> Option<(String, u64)> {
     match student.kind.as_str() {
         "snapshot" => Some((
@@ -600,18 +604,18 @@ fn trained(student: &StageDetail) -> Option<(String, u64)> {
     }
 }
 
-fn strip(student: &str, frames: &[Frame]) -> Markup {
+fn strip(student: &str, pictures: &[SnapshotPicture]) -> Markup {
     html! {
         section.strip data-strip="" {
             h2 { "Over training: " (page::name(student)) }
             p.slide data-needs-script="" hidden {
-                label { "Step " input type="range" min="0" max=(frames.len() - 1) value=(frames.len() - 1) step="1"; " " output.num {} }
+                label { "Step " input type="range" min="0" max=(pictures.len() - 1) value=(pictures.len() - 1) step="1"; " " output.num {} }
             }
             div.frames tabindex="0" aria-label="Pictures by step" {
-                @for frame in frames {
-                    figure.grid data-step=(frame.step) {
-                        a.zoom href=(frame.preview.address()) { img.pixels src=(frame.preview.address()) loading="lazy" alt=(format!("{} at step {}", student, frame.step)); }
-                        figcaption.num { "step " (frame.step) }
+                @for picture in pictures {
+                    figure.grid data-step=(picture.step) {
+                        a.zoom href=(picture.preview.address()) { img.pixels src=(picture.preview.address()) loading="lazy" alt=(format!("{} at step {}", student, picture.step)); }
+                        figcaption.num { "step " (picture.step) }
                     }
                 }
             }

@@ -23,24 +23,24 @@ pub struct Reply {
     pub content: Content,
 }
 
-/// The content of an answer.
+/// The body of an answer.
 #[derive(Debug)]
 pub enum Content {
     /// All of it.
-    Whole(Bytes),
-    /// Pieces as they come.
-    Pieces(Receiver<io::Result<Bytes>>),
+    Buffered(Bytes),
+    /// A stream.
+    Streamed(Receiver<io::Result<Bytes>>),
 }
 
-/// Why there is no such page.
+/// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
-    /// There is nothing under this address, or nothing of this name.
+    /// Nothing has this address or name.
     #[error("{0}")]
     NotFound(String),
     /// The request is invalid.
     #[error("{0}")]
-    Bad(String),
+    BadRequest(String),
     /// It is not allowed.
     #[error("{0}")]
     Refused(String),
@@ -65,11 +65,11 @@ impl From<StoreError> for Problem {
 }
 
 impl Problem {
-    /// The HTTP status that says so.
+    /// Its HTTP status.
     pub fn status(&self) -> u16 {
         match self {
             Self::NotFound(_) => 404,
-            Self::Bad(_) | Self::Filter(_) => 400,
+            Self::BadRequest(_) | Self::Filter(_) => 400,
             Self::Refused(_) => 403,
             Self::Store(
                 StoreError::NoRun { .. }
@@ -77,28 +77,28 @@ impl Problem {
                 | StoreError::NoArtifact { .. }
                 | StoreError::AmbiguousArtifact { .. },
             ) => 404,
-            Self::Store(StoreError::Busy | StoreError::InUse) => 409,
+            Self::Store(StoreError::Busy | StoreError::InUse | StoreError::Elsewhere { .. }) => 409,
             Self::Store(_) | Self::File(_) => 500,
         }
     }
 }
 
-/// The type of pages.
+/// The content type of pages.
 pub const HTML: &str = "text/html; charset=utf-8";
-/// The type of plain texts.
+/// The content type of plain texts.
 pub const TEXT: &str = "text/plain; charset=utf-8";
-/// The type of data.
+/// The content type of data.
 pub const JSON: &str = "application/json";
 
 impl Reply {
-    /// Content of a type.
+    /// An answer with content of a type.
     pub fn new(kind: &'static str, content: impl Into<Bytes>) -> Self {
         Self {
             status: 200,
             kind,
             forever: false,
             headers: Vec::new(),
-            content: Content::Whole(content.into()),
+            content: Content::Buffered(content.into()),
         }
     }
 
@@ -108,7 +108,7 @@ impl Reply {
         self
     }
 
-    /// The same, to be kept by the browser.
+    /// The same, for download.
     pub fn forever(mut self) -> Self {
         self.forever = true;
         self
@@ -120,7 +120,7 @@ impl Reply {
         self
     }
 
-    /// Another page is to be looked at.
+    /// A redirection to another page.
     pub fn see(place: &str) -> Self {
         Self::new(TEXT, "").status(303).header("location", place)
     }
@@ -129,8 +129,8 @@ impl Reply {
     #[cfg(test)]
     pub fn text(&self) -> String {
         match &self.content {
-            Content::Whole(bytes) => String::from_utf8_lossy(bytes).into_owned(),
-            Content::Pieces(_) => String::new(),
+            Content::Buffered(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+            Content::Streamed(_) => String::new(),
         }
     }
 }

@@ -1,24 +1,24 @@
-//! What a browser asks for: path, query and form, decoded and bounded.
+//! A browser's request: path, query and form, decoded and bounded.
 
 use hyper::Method;
 
-/// Most fields of a query or a form that are looked at.
+/// The most fields of a query or a form; others are ignored.
 const FIELDS: usize = 4096;
 
 /// A request.
 #[derive(Debug, Clone)]
 pub struct PageRequest {
-    /// How.
+    /// The method.
     pub method: Method,
     /// The path, decoded, without its slashes.
     pub path: Vec<String>,
-    /// Behind the `?`.
+    /// The query, after the `?`.
     pub query: Fields,
-    /// What was posted.
+    /// The posted form.
     pub form: Fields,
 }
 
-/// Names with values, in their order; a name may come more than once.
+/// Names with values, in order; a name may occur more than once.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Fields(Vec<(String, String)>);
 
@@ -51,7 +51,7 @@ impl Fields {
         named.map(|(_, value)| value.as_str())
     }
 
-    /// A number, where there is one.
+    /// The value of a name as a number, if it is one.
     pub fn number<N: std::str::FromStr>(&self, name: &str) -> Option<N> {
         self.get(name)?.parse().ok()
     }
@@ -63,7 +63,7 @@ impl Fields {
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// The same with one value of a name; without the name, where that is empty.
+    /// The same with a single value of a name; without the name if the value is empty.
     pub fn with(&self, name: &str, value: &str) -> Self {
         let mut changed = self.without(name);
         changed.push(name, value);
@@ -99,7 +99,7 @@ impl Fields {
     }
 }
 
-/// A link to a path with some fields.
+/// A link to a path with these names and values.
 pub fn link(path: &str, fields: &[(&str, &str)]) -> String {
     let mut all = Fields::default();
     for (name, value) in fields {
@@ -108,13 +108,13 @@ pub fn link(path: &str, fields: &[(&str, &str)]) -> String {
     all.link(path)
 }
 
-/// A piece of a path, encoded.
+/// A path segment, encoded.
 pub fn segment(text: &str) -> String {
     let encoded: String = form_urlencoded::byte_serialize(text.as_bytes()).collect();
     encoded.replace('+', "%20")
 }
 
-/// The pieces of a path, decoded; none when it is no text, or would lead up.
+/// The segments of a path, decoded; None if it is not UTF-8, or has `..`.
 pub fn path(text: &str) -> Option<Vec<String>> {
     let pieces = text.split('/').filter(|piece| !piece.is_empty());
     let decoded = pieces.map(|piece| {

@@ -9,7 +9,7 @@ use super::{
     sweeps,
 };
 
-/// Answers a request that may be answered.
+/// Answers an allowed request.
 pub async fn answer(site: &Site, request: &PageRequest) -> Reply {
     match find(site, request).await {
         Ok(reply) => reply,
@@ -19,6 +19,12 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Reply {
 
 async fn find(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     let path: Vec<&str> = request.path.iter().map(String::as_str).collect();
+    // Checked at every request: another machine may have taken the store meanwhile.
+    if !matches!(path.as_slice(), ["assets" | "events", ..]) {
+        for served in &site.stores {
+            served.store.check_host().await?;
+        }
+    }
     if request.method == Method::POST {
         return match path.as_slice() {
             ["change", what] => changes::answer(site, request, what).await,

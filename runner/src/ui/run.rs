@@ -1,4 +1,4 @@
-//! One run: its stages, metrics, parameters, reasons, log, artifacts and environment, each under an address of its own.
+//! One run: its stages, metrics, parameters, reasons, log, artifacts and environment, each under a separate address.
 
 use maud::{Markup, html};
 
@@ -12,10 +12,10 @@ use crate::chart;
 use crate::store::{AttemptDetail, RunDetail, RunState, SeriesSummary, StageDetail};
 use crate::table;
 
-/// Most rows of a plugin's table, and columns.
+/// The most rows and columns of a plugin's table.
 const ROWS: usize = 200;
 const COLUMNS: usize = 40;
-/// Curves that are drawn beside the list of series.
+/// The most curves beside the list of series.
 const CURVES: usize = 6;
 
 const TABS: [(&str, &str); 7] = [
@@ -47,7 +47,7 @@ pub async fn tab(
     let (served, run) = site.find_run(reference).await?;
     let base = page::run_path(&run.0);
     if run.0 != reference {
-        // Another name means another run tomorrow; a link that is kept shows the same.
+        // A name like `latest` changes its meaning; a saved link keeps showing the same run.
         let path = match tab {
             "" => base,
             tab => format!("{base}/{}", segment(tab)),
@@ -142,7 +142,7 @@ fn forms(site: &Site, _: &ServedStore, detail: &RunDetail) -> Markup {
                     form.inline method="post" action="/change/untag" {
                         (hidden)
                         input type="hidden" name="tag" value=(tag);
-                        button.chip type="submit" title="Take this tag away" { (page::name(tag)) " ×" }
+                        button.chip type="submit" title="Remove this tag" { (page::name(tag)) " ×" }
                     }
                 }
                 form.inline method="post" action="/change/note" {
@@ -178,7 +178,7 @@ fn stages(served: &ServedStore, detail: &RunDetail) -> Markup {
     }
 }
 
-/// The graph of the stages, and of the artifacts that the recipe takes from the store.
+/// The graph of the stages, and of the given artifacts.
 fn drawing(detail: &RunDetail) -> Markup {
     let given = detail.resolved["given"].as_array();
     let given = given.into_iter().flatten().filter_map(|given| {
@@ -187,7 +187,7 @@ fn drawing(detail: &RunDetail) -> Markup {
         let node = Node {
             title: text("name")?.to_owned(),
             text: format!("{kind} in the store"),
-            tone: "old",
+            style: "old",
             link: Some(format!("/artifact/{}", segment(hash))),
         };
         Some(node)
@@ -198,7 +198,7 @@ fn drawing(detail: &RunDetail) -> Markup {
             Some(seconds) => format!("{} {}", stage.state, table::duration(seconds)),
             None => stage.state.to_string(),
         },
-        tone: page::stage_tone(stage.state),
+        style: page::stage_style(stage.state),
         link: Some(link(
             &format!("{}/log", page::run_path(&detail.summary.id.0)),
             &[("stage", &stage.name)],
@@ -261,7 +261,7 @@ fn ending(stage: &StageDetail, last: Option<&AttemptDetail>) -> Markup {
     }
 }
 
-/// A table that a plugin gave.
+/// A table from a plugin.
 pub fn given_table(given: &retort_abi::Table) -> Markup {
     let numeric = |place: usize| {
         given
@@ -340,7 +340,7 @@ fn params(detail: &RunDetail) -> Markup {
     }
 }
 
-/// A field that scripts make search a table's rows.
+/// A search field for a table's rows, which needs scripts.
 fn search(id: &str, label: &str, table: &str) -> Markup {
     html! {
         p.filter data-needs-script="" hidden {
@@ -360,7 +360,7 @@ async fn why(served: &ServedStore, detail: &RunDetail) -> Result<Markup, Problem
         }
     }
     Ok(html! {
-        p.hint { "Why each stage ran, or did not have to: what decides its result, beside its last turn in an earlier run of this recipe." }
+        p.hint { "Why each stage ran or was reused: the inputs and options that decide its result, compared with its last turn in an earlier run of this recipe." }
         div.scroll { table.reasons {
             thead { tr { th scope="col" { "Stage" } th scope="col" { "State" } th scope="col" { "Why" } th scope="col" { "Compared with" } } }
             tbody {

@@ -1,4 +1,4 @@
-//! The log of a run: the last lines, by level, stage and text; what comes is added while it is looked at.
+//! The log of a run: the last lines, by level, stage and text. New lines appear while the page is open.
 
 use maud::{Markup, html};
 
@@ -9,9 +9,9 @@ use super::request::{PageRequest, link};
 use crate::store::{LogQuery, LogSource, RunDetail, RunLine};
 use crate::terminal;
 
-/// Lines on a page.
+/// The most lines on a page.
 const LINES: u32 = 500;
-/// Characters of a line that are shown.
+/// The most characters of a line that are shown.
 const LONGEST: usize = 4000;
 
 const LEVELS: [(&str, u32); 5] = [
@@ -31,7 +31,8 @@ pub async fn content(
     let query = &request.query;
     let level = query.get("level").unwrap_or("trace");
     let known = LEVELS.iter().find(|(name, _)| *name == level);
-    let (_, number) = known.ok_or_else(|| Problem::Bad(format!("there is no level `{level}`")))?;
+    let (_, number) =
+        known.ok_or_else(|| Problem::BadRequest(format!("there is no level `{level}`")))?;
     let wish = LogQuery {
         level: *number,
         stage: query.get("stage"),
@@ -63,7 +64,7 @@ pub async fn content(
             @if query.pairs().next().is_some() { a.button href=(path) { "Clear" } }
         }
         @if lines.is_empty() {
-            section.empty { h2 { "No such lines" } p { @if query.pairs().next().is_some() { a href=(path) { "The whole log" } } @else { "Nothing has been said yet." } } }
+            section.empty { h2 { "No such lines" } p { @if query.pairs().next().is_some() { a href=(path) { "The whole log" } } @else { "There are no lines yet." } } }
         } @else {
             @if let Some(first) = first.filter(|_| more) {
                 p { a.button href=(query.with("before", &first).link(&path)) { "↑ Earlier lines" } }
@@ -78,7 +79,7 @@ pub async fn content(
 fn shown(line: &RunLine) -> Markup {
     let time = line.line.at.to_string();
     let clock = time.get(11..19).unwrap_or_default();
-    let tone = match (line.line.level, line.line.source) {
+    let style = match (line.line.level, line.line.source) {
         (1, _) => "error",
         (2, _) => "warn",
         (_, LogSource::Stdout | LogSource::Stderr) => "printed",
@@ -90,10 +91,10 @@ fn shown(line: &RunLine) -> Markup {
         None => line.line.text.clone(),
     };
     html! {
-        li class=(tone) {
+        li class=(style) {
             time datetime=(time) title=(time) { (clock) } " "
             span.who { (page::name(&line.stage)) } " "
-            @if matches!(line.line.level, 1 | 2) { strong { (tone) ": " } }
+            @if matches!(line.line.level, 1 | 2) { strong { (style) ": " } }
             span.text { (page::name(&terminal::clean_line(&text))) }
         }
     }

@@ -13,15 +13,15 @@ use crate::table;
 
 /// Runs on a page.
 const PAGE: u32 = 100;
-/// Groups on a page, and runs shown of each.
+/// Groups on a page, and runs shown per group.
 const GROUPS: u32 = 25;
 const OF_GROUP: u32 = 10;
-/// Names that are offered of parameters, and of metrics.
+/// The most parameters and metrics to choose from.
 const NAMES: u32 = 500;
-/// Columns that can be chosen.
+/// The most columns.
 const COLUMNS: usize = 24;
 
-/// What was asked for.
+/// The request's parameters.
 struct ListQuery {
     filter: Option<Filter>,
     sort: Vec<Sort>,
@@ -62,7 +62,7 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
     Ok(reply.status(status))
 }
 
-/// The columns that were chosen: one field may name several, as `--show` does.
+/// The chosen columns: one field may name several, as with `--show`.
 fn chosen(query: &Fields) -> impl Iterator<Item = &str> {
     query
         .all("show")
@@ -112,7 +112,11 @@ async fn content(
         Some(by @ ("tag" | "sweep")) => {
             groups(served, request, &query, baseline.as_ref(), by).await?
         }
-        Some(other) => return Err(Problem::Bad(format!("runs have no groups by {other}"))),
+        Some(other) => {
+            return Err(Problem::BadRequest(format!(
+                "runs have no groups by {other}"
+            )));
+        }
         None => whole(served, request, &query, baseline.as_ref()).await?,
     };
     let gone = request.query.get("baseline").filter(|_| baseline.is_none());
@@ -124,12 +128,12 @@ async fn content(
     })
 }
 
-/// Takes the pin away; for scripts alone, which remember it.
+/// The button to unpin; only for scripts, which remember the pin.
 fn unpin(id: &str) -> Markup {
     html! { button type="button" data-pin=(id) hidden { "Unpin" } }
 }
 
-/// The run that others are held against, whichever store has it. One that is gone is none.
+/// The baseline run, from any store; ignored if it no longer exists.
 async fn baseline(site: &Site, request: &PageRequest, query: &ListQuery) -> Option<RunSummary> {
     let id = request.query.get("baseline")?;
     let (served, run) = site.find_run(id).await.ok()?;
@@ -143,7 +147,7 @@ async fn baseline(site: &Site, request: &PageRequest, query: &ListQuery) -> Opti
         ..RunFilter::default()
     };
     let mut found = served.store.list_runs(&filter).await;
-    // A column that its store does not know is empty.
+    // A column unknown to its store is empty.
     if let Err(StoreError::Filter(_)) = found {
         let plain = RunFilter {
             columns: Vec::new(),
@@ -171,12 +175,12 @@ async fn whole(
     let listed = served.store.list_runs(&filter);
     let counted = served.store.count_matching(&filter);
     let (runs, count) = match query.sort.is_empty() {
-        // Both go through all runs, and do so beside each other.
+        // Both scan all runs, so they run concurrently.
         false => tokio::try_join!(listed, counted)?,
         true => {
             let runs = listed.await?;
             let count = match runs.len() {
-                // The list ends here: nothing is gone through once more to count it.
+                // The list ends here, so its length is known without counting.
                 found @ 1.. if found < PAGE as usize => u64::from(filter.skip) + found as u64,
                 0 if query.page == 1 => 0,
                 _ => counted.await?,
@@ -194,7 +198,7 @@ async fn whole(
         } @else {
             (table(&runs, query, request, baseline, "runs"))
             nav.pages aria-label="Parts of the list" {
-                span.num #count { @if runs.is_empty() { "nothing so far down of " } @else { (grouped(first)) "–" (grouped(last)) " of " } (grouped(count)) }
+                span.num #count { @if runs.is_empty() { "no more rows of " } @else { (grouped(first)) "–" (grouped(last)) " of " } (grouped(count)) }
                 @if query.page > 1 {
                     a.button href=(request.query.with("page", &(query.page - 1).to_string()).link("/")) rel="prev" { "← Newer" }
                 }
@@ -234,7 +238,7 @@ fn nothing(filtered: bool) -> Markup {
     }
 }
 
-/// The newest sweeps, with how many points they have.
+/// The newest sweeps, with their numbers of points.
 async fn sweeps(served: &ServedStore) -> Result<Vec<Group>, Problem> {
     let sweeps = served.store.list_sweeps().await?;
     let groups = sweeps.into_iter().take(GROUPS as usize).map(|sweep| Group {
@@ -259,7 +263,7 @@ async fn groups(
     for group in groups {
         let quote = if group.name.contains('"') { '\'' } else { '"' };
         let condition = format!("{by} = {quote}{}{quote}", group.name);
-        // A name with both quotes cannot be written in a filter.
+        // A name with both kinds of quotes cannot be written in a filter.
         let Ok(own) = filter::parse(&condition) else {
             continue;
         };
@@ -314,7 +318,7 @@ async fn groups(
     })
 }
 
-/// The filter, the columns and the groups, as a form that works without scripts.
+/// The form for filter, columns and groups; it works without scripts.
 fn controls(request: &PageRequest, names: &[String]) -> Markup {
     let query = &request.query;
     let kept = query.without("where").without("page").without("add");
@@ -342,7 +346,7 @@ fn controls(request: &PageRequest, names: &[String]) -> Markup {
                 @for column in &columns {
                     @let left = columns.iter().filter(|other| other != &column);
                     @let left = left.fold(query.without("show").without("page"), |mut fields, one| { fields.push("show", one); fields });
-                    a.chip href=(left.link("/")) title="Take this column away" { (page::name(column)) span aria-hidden="true" { " ×" } }
+                    a.chip href=(left.link("/")) title="Remove this column" { (page::name(column)) span aria-hidden="true" { " ×" } }
                 }
                 span.spacer {}
                 span.segments role="group" aria-label="Groups" {
@@ -406,7 +410,7 @@ fn table(
     }
 }
 
-/// The end of a field's name, which says most of it, and what it stands in.
+/// The last part of a field's name, which says most, and the part before it.
 fn short(field: &str) -> (&str, &str) {
     let statistics = [".last", ".min", ".max", ".points"];
     let cut = statistics.iter().find_map(|end| field.strip_suffix(end));

@@ -8,8 +8,8 @@ use std::collections::{HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use retort_checkpoint::pieces::{MANIFEST, Shard, read_manifest};
-use retort_checkpoint::{Checkpoint, Dtype};
+use retort_checkpoint::sample_shards::{MANIFEST, Shard, parameters, read_manifest};
+use retort_checkpoint::{Checkpoint, Dtype, json};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -19,24 +19,25 @@ use crate::store::ArtifactFile;
 
 /// Version of the layout.
 const FORMAT: u32 = 1;
-/// Samples of a set that can be looked at.
+/// The most samples of a set that can be shown.
 const MOST: usize = 200_000;
-/// Files of a set that are opened: samples in further ones cannot be looked at.
+/// The most files of a set that are opened; samples in other files cannot be shown.
 const MOST_SHARDS: usize = 4096;
-/// Most elements of an image, and most pixels of a side.
+/// The most elements of an image, and the most pixels of a side.
 const ELEMENTS: usize = 48 << 20;
 const SIDE: usize = 8192;
-/// Sets that are remembered.
+/// The number of cached sets.
 const REMEMBERED: usize = 24;
-/// The longest file of captions that is read.
+/// The largest file of captions.
 const CAPTIONS: u64 = 1 << 20;
 
-/// What a manifest says that matters here.
+/// The relevant part of a manifest.
 #[derive(Debug, Deserialize)]
 struct Manifest {
     format: u32,
     count: u64,
     seed: u64,
+    #[serde(deserialize_with = "parameters")]
     sampler: Value,
     image: [usize; 3],
     tokens: usize,
@@ -57,25 +58,25 @@ struct SampleFiles {
 pub struct Set {
     dir: PathBuf,
     manifest: Manifest,
-    /// The label of each sample that can be looked at.
+    /// The label of each sample that can be shown.
     pub labels: Vec<u32>,
-    /// What labels stand for, where they are captions.
+    /// The captions that labels stand for, if any.
     pub captions: Vec<String>,
 }
 
-/// Sets that were looked at last, by their hashes.
+/// The most recently shown sets, by hash.
 #[derive(Debug, Default)]
 pub struct Cache(Mutex<VecDeque<(String, Arc<Set>)>>);
 
 impl Cache {
-    /// A set that is remembered.
+    /// A cached set.
     pub fn get(&self, hash: &str) -> Option<Arc<Set>> {
         let sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let found = sets.iter().find(|(known, _)| known == hash);
         found.map(|(_, set)| Arc::clone(set))
     }
 
-    /// Remembers a set.
+    /// Caches a set.
     pub fn put(&self, hash: &str, set: &Arc<Set>) {
         let mut sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         sets.retain(|(known, _)| known != hash);
@@ -85,7 +86,7 @@ impl Cache {
 }
 
 impl Set {
-    /// Opens the set in an artifact's directory, of which the store lists these files.
+    /// Opens the set in an artifact's directory, with the files that the store lists.
     pub fn open(dir: PathBuf, files: &[ArtifactFile]) -> Result<Self, Problem> {
         let bad = |message: String| {
             Problem::File(format!("this set of samples cannot be read: {message}"))
@@ -145,7 +146,7 @@ impl Set {
         let captions = match check("captions.json") {
             Ok(()) => retort_checkpoint::regular::read(&dir.join("captions.json"), CAPTIONS)
                 .ok()
-                .and_then(|text| serde_json::from_slice(&text).ok())
+                .and_then(|text| json::parse(&text).ok())
                 .unwrap_or_default(),
             Err(_) => Vec::new(),
         };
@@ -157,12 +158,12 @@ impl Set {
         })
     }
 
-    /// How many samples the whole set has.
+    /// The number of samples in the whole set.
     pub fn count(&self) -> u64 {
         self.manifest.count
     }
 
-    /// Height and width of its images.
+    /// The height and width of its images.
     pub fn size(&self) -> (usize, usize) {
         (self.manifest.image[1], self.manifest.image[2])
     }
@@ -185,7 +186,7 @@ impl Set {
         }
     }
 
-    /// Whether samples of one number are made of the same noise here and there.
+    /// Whether samples with the same number were made from the same noise in both sets.
     pub fn shares_noise(&self, other: &Self) -> bool {
         let of = |set: &Self| (set.manifest.seed, set.manifest.tokens, set.manifest.dim);
         of(self) == of(other) && !self.manifest.kept.noise && !other.manifest.kept.noise
@@ -202,7 +203,7 @@ impl Set {
         let shard =
             shard.ok_or_else(|| Problem::NotFound(format!("there is no sample {sample}")))?;
         let [c, h, w] = self.manifest.image;
-        // It was looked at when the set was opened, and may be another file by now.
+        // It was checked when the set was opened, and may be another file by now.
         drop(artifact::open_inner(&self.dir, &shard.file).map_err(|error| bad(error.to_string()))?);
         let opened = Checkpoint::open(&self.dir.join(&shard.file))
             .map_err(|error| bad(error.to_string()))?;

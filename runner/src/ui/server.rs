@@ -1,4 +1,4 @@
-//! The server: HTTP/1 over TCP, a task for each connection. What is answered is [`route`](super::route)'s.
+//! The server: HTTP/1 over TCP, one task per connection. [`route`](super::route) makes the answers.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -22,11 +22,11 @@ use super::reply::{Content, Reply, TEXT};
 use super::request::{self, Fields, PageRequest};
 use super::{Site, route};
 
-/// Most connections at a time; further ones wait.
+/// The most connections at a time; others wait.
 const CONNECTIONS: usize = 256;
-/// How long the headers of a request may take.
+/// The time limit for a request's headers.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Most bytes of a form.
+/// The most bytes of a form.
 const FORM: usize = 64 << 10;
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -71,9 +71,11 @@ async fn answer(site: &Site, request: Request<Incoming>) -> Result<Response<Body
     let (head, body) = request.into_parts();
     let is_head = head.method == Method::HEAD;
     let reply = match site.guard.decide(&head.method, &head.uri, &head.headers) {
-        Decision::Refused(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
-        Decision::Enter { cookie, place } => Reply::see(&place).header(SET_COOKIE.as_str(), cookie),
-        Decision::Welcome => match form(&head.method, body).await {
+        Decision::Refuse(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
+        Decision::SetCookie { cookie, place } => {
+            Reply::see(&place).header(SET_COOKIE.as_str(), cookie)
+        }
+        Decision::Allow => match form(&head.method, body).await {
             Err(reply) => reply,
             Ok(form) => match request::path(head.uri.path()) {
                 None => Reply::new(TEXT, "there is no such page\n").status(404),
@@ -114,8 +116,8 @@ fn response(reply: Reply, is_head: bool) -> Response<Body> {
     };
     let content = match reply.content {
         _ if is_head => whole(Bytes::new()),
-        Content::Whole(bytes) => whole(bytes),
-        Content::Pieces(pieces) => {
+        Content::Buffered(bytes) => whole(bytes),
+        Content::Streamed(pieces) => {
             let frames = stream::unfold(pieces, |mut pieces| async {
                 let piece = pieces.recv().await?;
                 Some((piece.map(Frame::data), pieces))

@@ -1,4 +1,4 @@
-//! A sweep: its points with what they change and what came of them, as parallel coordinates and slices.
+//! A sweep: its points with their settings and results, as parallel coordinates and slices.
 
 use maud::{Markup, PreEscaped, html};
 
@@ -10,7 +10,7 @@ use crate::account::plot;
 use crate::account::results::Results;
 use crate::store::{RunState, StoreError, SweepPoint};
 
-/// Points that the table shows.
+/// The most points in the table.
 const MOST: usize = 2000;
 
 async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, Results), Problem> {
@@ -43,7 +43,7 @@ pub async fn svg(site: &Site, reference: &str) -> Result<Reply, Problem> {
     ))
 }
 
-/// Parallel coordinates and slices, which take the page's colours; points have their values as titles.
+/// Parallel coordinates and slices, in the page's colours; each point's title has its values.
 fn pictures(results: &Results, id: &str) -> Markup {
     let Some(objective) = &results.objective else {
         return html! {};
@@ -59,11 +59,11 @@ fn pictures(results: &Results, id: &str) -> Markup {
     }
 }
 
-/// What a point has come to.
+/// A point's result so far.
 fn state(point: &SweepPoint) -> Markup {
     match &point.run {
         None => page::pill("dim", "to come"),
-        // Where successive halving stopped it.
+        // The step at which successive halving stopped it.
         Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => page::pill("odd", "stopped"),
         Some((_, state)) => page::run_state(*state),
     }

@@ -41,8 +41,8 @@ pub enum Cause {
     Length,
 }
 
-/// What is written by those who abort, in the order in which it is to be looked for: the allocators of Rust and C++ and
-/// what people write, [`retort_abi`], the C++ library, Rust's and the C library under an exception, Rust's under a panic.
+/// Messages of aborting code, in the order of search: the allocators of Rust and C++ and what people write, [`retort_abi`],
+/// the C++ library, Rust's and the C library under an exception, Rust's under a panic.
 const LAST_WORDS: [(&str, Cause); 8] = [
     ("memory allocation of ", Cause::Memory),
     ("bad_alloc", Cause::Memory),
@@ -74,7 +74,7 @@ impl Death {
         Self { status, cause }
     }
 
-    /// Precisely, in few words; stable, to be searched for.
+    /// The precise reason: short, and stable for searches.
     pub fn reason(self) -> String {
         let signal = match self.status {
             ExitStatus::Code(code) => return format!("exited with code {code}"),
@@ -197,7 +197,7 @@ mod tests {
             );
         }
         check(libc::SIGABRT, "Assertion `x' failed.", "killed by SIGABRT");
-        // Whoever is killed otherwise may have written anything.
+        // After other signals the output is not evidence.
         check(libc::SIGSEGV, "out of memory", "killed by SIGSEGV");
     }
 

@@ -1,4 +1,4 @@
-//! The host's side of a plugin: loading a shared object, calling its table. Only ever used in a worker process.
+//! The host's side of a plugin: loading a shared object, calling its table. Used only in a worker process.
 //!
 //! In: a path. Out: the four calls of `retort_plugin.h` as functions over messages, or a precise reason why the file
 //! is no plugin for this host. Deliberately absent: searching for plugins; the services given to the plugin (the
@@ -303,7 +303,7 @@ fn call<T: DeserializeOwned>(
         let start: String = String::from_utf8_lossy(&out).chars().take(200).collect();
         Failure::new(
             FailureCode::Internal,
-            format!("the plugin's answer to `{name}` is not as it must be: {error}"),
+            format!("the plugin's answer to `{name}` is invalid: {error}"),
         )
         .hint(format!(
             "this is a bug of the plugin; its answer begins with: {start}"
@@ -320,7 +320,7 @@ fn job_text(job: &StageJob) -> Result<String, Failure> {
     })
 }
 
-/// Tells files that are no shared objects by their first bytes, because the linker's words for it differ.
+/// Recognises files that are not shared objects by their first bytes, because linkers' messages differ.
 fn check_magic(path: &Path, file: &File) -> Result<(), LoadError> {
     let mut magic = [0; 4];
     match file.read_exact_at(&mut magic, 0) {
@@ -369,7 +369,7 @@ fn needs_its_place(file: &File) -> io::Result<bool> {
     }
 }
 
-/// What the linker says, which libloading keeps as the source of its error.
+/// The linker's message, which libloading keeps as the source of its error.
 fn linker_says(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
 }

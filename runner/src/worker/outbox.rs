@@ -30,7 +30,7 @@ const LINES_OF_A_FRAME: usize = 4 << 20;
 /// Longest log line, in bytes.
 pub const LONGEST_LINE: usize = 16 << 10;
 
-/// What waits to be sent to the runner.
+/// The messages waiting to be sent to the runner.
 pub(super) struct Outbox {
     socket: Mutex<UnixStream>,
     pending: Mutex<Pending>,
@@ -92,7 +92,7 @@ impl Outbox {
         }
     }
 
-    /// Sends what is pending, at most every [`INTERVAL`]; for a thread of its own.
+    /// Sends pending messages, at most every [`INTERVAL`]; runs on its own thread.
     pub(super) fn pump(&self) -> ! {
         loop {
             let pending = lock(&self.pending);
@@ -238,7 +238,7 @@ fn write_frame(socket: &mut UnixStream, message: &FromWorker) {
         );
         frame::encode(&FromWorker::Failed(failure)).unwrap_or_default()
     });
-    // A runner that is gone is handled by the listener.
+    // The listener handles a runner that is gone.
     let _ = socket.write_all(&bytes);
 }
 

@@ -25,10 +25,10 @@ use crate::worker::death::{Death, ExitStatus};
 use crate::worker::remote::ElementEvent;
 use crate::worker::{LONGEST_LINE, shortened};
 
-/// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
+/// How long to wait for a dead worker's remaining output: processes that left its group may hold the pipes open.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// Lines of a dead worker that are told.
+/// Number of a dead worker's last lines to report.
 const LAST_LINES: usize = 8;
 
 /// Signals that a scheduler sends to every process of a job, and that a worker ignores: the process that watches over it
@@ -65,7 +65,7 @@ pub struct Worker {
 pub enum WorkerEvent {
     /// It sent a frame.
     Frame(FromWorker),
-    /// It sent an invalid frame; no further frames are read.
+    /// It sent an invalid frame; further frames are not read.
     Malformed(FrameError),
     /// It, or something it loaded or started, wrote a line.
     Line(LogSource, String),
@@ -121,7 +121,7 @@ pub enum AskError {
     #[error("the plugin cannot be asked: {0}")]
     Unsendable(FrameError),
     /// It sent something else.
-    #[error("the plugin's worker sent nonsense: {0}")]
+    #[error("the plugin's worker sent an invalid message: {0}")]
     Malformed(String),
 }
 
@@ -264,7 +264,7 @@ impl Worker {
         }
     }
 
-    /// What the worker does next. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
+    /// The worker's next event. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
     pub async fn next(&mut self) -> WorkerEvent {
         loop {
             match self.wire.take() {

@@ -1,6 +1,7 @@
-//! What a worker on a cluster does besides: the events that no local process has.
+//! Events that only a worker on a cluster has.
 
-use crate::store::{JobKey, LogLine};
+use crate::frame::FromWorker;
+use crate::store::{LogLine, ReadMark};
 
 /// An event of a remote worker only.
 #[derive(Debug)]
@@ -10,17 +11,12 @@ pub enum ElementEvent {
         /// Where.
         node: String,
     },
-    /// A line, from its own time.
-    Line(LogLine),
-    /// All its events up to this record have been read.
-    ReadTo {
-        /// The job.
-        job: JobKey,
-        /// Its element.
-        element: usize,
-        /// The number of the record.
-        number: u64,
-    },
+    /// A frame that is recorded, and the read position after it.
+    Frame(FromWorker, ReadMark),
+    /// A line, from its own time; the mark is recorded with it.
+    Line(LogLine, Option<ReadMark>),
+    /// All its events up to this position have been read, including those that are not recorded.
+    ReadTo(ReadMark),
     /// It ended, or never started, for a reason specific to clusters.
     Ended(ClusterEnd),
 }

@@ -1,4 +1,4 @@
-//! What a plugin may call while its function runs: the C table of the host, over the outbox and the artifacts' writer.
+//! The C table of the host, which a plugin may call while its function runs, on top of the outbox and the artifact writer.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -11,10 +11,10 @@ use super::outbox::Outbox;
 use super::writer::ArtifactWriter;
 use crate::frame::{FromWorker, Progress};
 
-/// What the C table's functions work on.
+/// The state of the C table's functions.
 pub(super) struct Services {
     pub(super) outbox: Arc<Outbox>,
-    pub(super) cancel: Arc<AtomicU32>,
+    pub(super) stop: Arc<AtomicU32>,
     /// Only in `run` of a whole stage.
     pub(super) writer: Option<ArtifactWriter>,
     /// Whether the plugin's function has returned.
@@ -103,7 +103,7 @@ unsafe extern "C" fn cancelled(ctx: *mut c_void) -> u32 {
     // SAFETY: see above.
     let services = unsafe { services(ctx) };
     services.map_or(Cancel::Now as u32, |services| {
-        services.cancel.load(Ordering::Relaxed)
+        services.stop.load(Ordering::Relaxed)
     })
 }
 

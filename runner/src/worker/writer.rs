@@ -1,4 +1,4 @@
-//! Artifacts that a stage is writing: each in a directory of its own, until it is committed or given up.
+//! Artifacts that a stage is writing: each in its own directory, until it is committed or aborted.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -57,7 +57,7 @@ pub(super) fn read(text: &str) -> Result<Document, YamlError> {
 struct Anchor {
     value: Value,
     pointer: String,
-    /// How much it counts towards [`MAX_VALUES`].
+    /// Its count towards [`MAX_VALUES`].
     values: usize,
 }
 
@@ -85,7 +85,7 @@ impl<'t> Reader<'t> {
         syntax::explain(self.text, error)
     }
 
-    /// Notes a mistake that leaves the rest readable. Beyond so many nobody reads on.
+    /// Records a mistake after which reading can go on, up to a limit.
     fn problem(&mut self, pointer: String, span: Span, message: String, hint: &str) {
         let position = Some(position(span));
         match self.problems.len() {
@@ -154,13 +154,13 @@ impl<'t> Reader<'t> {
         result
     }
 
-    /// Notes where the current value begins, unless that is known.
+    /// Records the start of the current value, unless it is known.
     fn begins(&mut self, at: Position) {
         let place = self.places.entry(self.pointer.clone()).or_default();
         place.value = place.value.or(Some(at));
     }
 
-    /// Reads the value that an event begins.
+    /// Reads the value that starts with an event.
     fn node(&mut self, event: Event<'t>, span: Span) -> Result<Value, YamlError> {
         let before = self.values;
         let (value, anchor) = match event {
@@ -183,7 +183,7 @@ impl<'t> Reader<'t> {
             _ => return Err(fault(span, "a value is expected here")),
         };
         if anchor > 0 {
-            // Kept once more, for what repeats it.
+            // Stored again, for its aliases.
             let values = self.values - before;
             self.count(values, span)?;
             let anchored = Anchor {
@@ -271,7 +271,7 @@ impl<'t> Reader<'t> {
         }
     }
 
-    /// A collection begins where its first child does.
+    /// A collection begins at its first child.
     fn begins_with_first(&mut self, child: &str) {
         if let Some(at) = self.places.get(child).and_then(|place| place.value) {
             self.begins(at);
@@ -310,7 +310,7 @@ impl<'t> Reader<'t> {
                 }
                 Entry::Occupied(first) => {
                     let first = first.get().line;
-                    // Read under a key that no recipe has, so that its places do not hide the first one's.
+                    // Read under a key that no recipe contains, so that its positions do not hide the first one's.
                     self.inside("\0", at, |reader| reader.node(event, value_at))?;
                     let message = match self.pointer.as_str() {
                         "/stages" => format!("a second stage `{key}` (first on line {first})"),
@@ -346,7 +346,7 @@ impl<'t> Reader<'t> {
                 Ok(key)
             }
             event => {
-                // Read aside: the key is no value of the document.
+                // Read separately: the key is not a value of the document.
                 self.inside("\0", span, |reader| reader.node(event, span))?;
                 let pointer = format!("{}/", self.pointer);
                 self.problem(
@@ -360,7 +360,7 @@ impl<'t> Reader<'t> {
         }
     }
 
-    /// Takes over what merge keys bring: entries that are not written out.
+    /// Adds the entries of merge keys, unless they are written out.
     fn merge(
         &mut self,
         target: &mut Map<String, Value>,
@@ -395,7 +395,7 @@ impl<'t> Reader<'t> {
         Ok(())
     }
 
-    /// What stands at one pointer also stands at another: of an alias, of what is merged.
+    /// Copies positions from one pointer to another, for aliases and merged entries.
     fn copy_places(&mut self, from: &str, to: &str, span: Span) -> Result<(), YamlError> {
         let below = format!("{from}/");
         let whole = self.places.get(from).cloned();
@@ -425,7 +425,7 @@ impl<'t> Reader<'t> {
     }
 }
 
-/// Levels of values inside a value; at most [`MAX_DEPTH`], as everything that was read.
+/// The depth of a value; at most [`MAX_DEPTH`], like everything that was read.
 fn depth_of(value: &Value) -> usize {
     match value {
         Value::Array(items) => items

@@ -1,14 +1,14 @@
-//! What a plain scalar means: YAML 1.2's core schema, and `0b` for binary numbers, as serde_yaml has them.
+//! The meaning of plain scalars: YAML 1.2's core schema, and `0b` for binary numbers, as in serde_yaml.
 
 use serde_json::{Number, Value};
 
-/// What a scalar without quotes means; `None` for the numbers that JSON does not have. What looks like a number and is
-/// none that can be held (`010`, `1e400`) stays a text: where a number is wanted, its writer is told.
+/// The value of an unquoted scalar; `None` for numbers that JSON does not have. A text that looks like a number but cannot be
+/// represented (`010`, `1e400`) stays a text, so that it is reported wherever a number is expected.
 pub(super) fn plain(text: &str) -> Option<Value> {
     let said = Value::String(text.to_owned());
     let value = match text {
         "" => return Some(Value::Null),
-        // Most numbers of a long list, which would take serde_yaml a while.
+        // Most numbers in a long list; serde_yaml would take a while for them.
         text if is_short_number(text) => return text.parse().ok().map(Value::Number),
         text if may_be_no_text(text) => serde_yaml::from_str(text),
         _ => return Some(said),
@@ -17,18 +17,18 @@ pub(super) fn plain(text: &str) -> Option<Value> {
         Ok(serde_yaml::Value::Null) => Value::Null,
         Ok(serde_yaml::Value::Bool(value)) => value.into(),
         Ok(serde_yaml::Value::Number(number)) => Value::Number(number_of(&number)?),
-        // A whole number that is too large, for one.
+        // For example an integer that is too large.
         _ => said,
     })
 }
 
-/// A few digits and nothing else.
+/// Only a few digits.
 fn is_short_number(text: &str) -> bool {
     let few = (1..=18).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
     few && (text == "0" || !text.starts_with('0'))
 }
 
-/// Whether serde_yaml has to be asked. What begins or ends as markup of a document is never read as such.
+/// Whether serde_yaml has to decide. Text that starts or ends like document markup is never read as markup.
 fn may_be_no_text(text: &str) -> bool {
     let is_word = text == "~"
         || (4..=5).contains(&text.len())

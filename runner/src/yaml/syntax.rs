@@ -27,7 +27,7 @@ pub(super) fn forbidden(text: &str) -> Option<YamlError> {
     })
 }
 
-/// A mistake in the syntax: what, where, what to do.
+/// A syntax error: what, where, and what to do.
 pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
     let marker = error.marker();
     let mut position = Position {
@@ -114,7 +114,7 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
     }
 }
 
-/// Of values inside values.
+/// The message for values that are nested too deeply.
 pub(super) const TOO_DEEP: &str = "nested too deeply";
 
 /// Names a character that looks like a space.
@@ -125,8 +125,8 @@ pub fn odd_space(odd: char) -> String {
     )
 }
 
-/// The first such character in the indentation of the line at `position`, or of one near it, since mistakes in
-/// indentation are noticed late, or where the text before them should have gone on.
+/// The first such character in the indentation of the line at `position` or of a nearby line: the parser reports indentation
+/// errors late, or where the previous text should have continued.
 fn in_indentation(
     text: &str,
     position: Position,
@@ -148,8 +148,8 @@ fn in_indentation(
     })
 }
 
-/// A `:` with something that looks like a space behind it, on the line at `position` or the one before: no `key: value`
-/// to YAML, but to people.
+/// A `:` followed by something that looks like a space, on the line at `position` or the one before: it looks like
+/// `key: value` to people, but not to YAML.
 fn behind_colon(text: &str, position: Position) -> Option<(Position, char)> {
     [0, 1].into_iter().find_map(|before| {
         let line = position.line.checked_sub(before)?;

@@ -1,9 +1,9 @@
 //! Runs of the real binary that are killed, stopped and starved of disk at random, while other commands use the store.
 //!
-//! In rounds. Each makes a recipe, runs it in peace in a store of its own, which says what results are right, and then
-//! in a store that has seen other rounds, in *lives*: a runner is started and disturbed until it has ended, and what it
-//! left is looked at; the next one takes it up; the last one is left in peace and must succeed. All choices follow from
-//! the seed; what they hit does not, so only hits are counted.
+//! It works in rounds. Each round makes a recipe and runs it undisturbed in a separate store, which gives the right results.
+//! Then it runs the recipe in a store that has seen other rounds, in *lives*: a runner is started and disturbed until it has
+//! ended, its remains are checked, and the next one resumes the run; the last one is undisturbed and must succeed. All
+//! choices follow from the seed, but not what they hit, so only hits are counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ mod truth;
 use disk::Disk;
 use process::{Ended, Runner, kill};
 
-/// Rounds that one store lives through: it grows.
+/// Rounds per store, which grows.
 const ROUNDS: usize = 12;
 /// Rounds after which every kind of disturbance has hit.
 const ENOUGH: u64 = 100;
@@ -29,7 +29,7 @@ const LIVES: usize = 4;
 /// How long anything may take, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// What disturbs.
+/// The kinds of disturbance.
 const DISTURBANCES: [Disturbance; 12] = [
     Disturbance::Signal("runner killed", Victim::Runner, libc::SIGKILL),
     Disturbance::Signal("runner killed", Victim::Runner, libc::SIGKILL),
@@ -62,7 +62,7 @@ enum Victim {
     Worker,
 }
 
-/// Where a soak works and with what.
+/// A soak's environment.
 pub struct Lab {
     /// The binary.
     pub retort: PathBuf,
@@ -147,7 +147,7 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
                 round.recipe.replace('\n', " | ")
             );
             report.violations.push(format!("{broken} ({place})"));
-            // What is broken stays so: the next round begins with another store.
+            // A broken store stays broken, so the next round starts with another one.
             number = (number / ROUNDS + 1) * ROUNDS - 1;
         }
         number += 1;
@@ -156,8 +156,8 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
     report.seconds += began.elapsed().as_secs_f64();
 }
 
-/// A soak that hits nothing shows nothing: after enough rounds every kind of disturbance must have hit, and every kind of
-/// end must have been seen.
+/// A soak without hits proves nothing: after enough rounds every kind of disturbance must have hit, and every kind of end must
+/// have occurred.
 pub fn check_variety(report: &mut Report) {
     if report
         .counts
@@ -202,7 +202,7 @@ struct Round<'a> {
     store: PathBuf,
     /// Whether the store's disk can be filled.
     small: bool,
-    /// Commands beside the runs.
+    /// Commands during the runs.
     beside: Vec<(&'static str, Runner)>,
     /// Right results: the hash of each stage's output.
     right: BTreeMap<String, String>,
@@ -265,7 +265,7 @@ impl<'a> Round<'a> {
         truth::nothing_is_left_over(&self.store)
     }
 
-    /// What the results are when nothing happens.
+    /// The results of an undisturbed run.
     fn in_peace(&mut self) -> Result<(), Broken> {
         let store = self.lab.at("peace");
         let _ = std::fs::remove_dir_all(&store);
@@ -292,7 +292,7 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// One life: a runner, and what happens to it. Returns whether everything is done.
+    /// One life: a runner and its disturbances. Returns whether everything is done.
     fn disturbed(&mut self, again: bool) -> Result<bool, Broken> {
         let arguments: &[&str] = match again {
             true => &["resume"],
@@ -340,7 +340,7 @@ impl<'a> Round<'a> {
         Ok(ended.code == Some(0))
     }
 
-    /// Disturbs, and counts it where it hit.
+    /// Disturbs, and counts hits.
     fn hit(&mut self, disturbance: Disturbance, runner: &mut Runner, life: &mut Life) {
         match disturbance {
             Disturbance::Signal(name, whom, signal) => {
@@ -434,11 +434,11 @@ impl<'a> Round<'a> {
         self.beside.push((name, command));
     }
 
-    /// Waits for the commands beside; they may be busy or find nothing, and nothing else.
+    /// Waits for the commands beside the run; the only errors allowed are a busy store and nothing found.
     fn settle_commands(&mut self) -> Result<(), Broken> {
         for (name, command) in self.beside.drain(..) {
             let ended = command.end(PATIENCE);
-            // A store that is just being made has no runs; a disk may be full.
+            // A new store has no runs yet; a disk may be full.
             let known = match ended.code {
                 Some(0 | 4 | 75) => true,
                 Some(1) => {
@@ -455,7 +455,7 @@ impl<'a> Round<'a> {
     }
 }
 
-/// What happened to a runner.
+/// The disturbances of a runner.
 #[derive(Debug, Default)]
 struct Life {
     /// Disturbances that may end it.
@@ -468,11 +468,11 @@ struct Life {
     stopped: bool,
     /// Whether the disk was full.
     filled: bool,
-    /// All workers that were seen.
+    /// All workers so far.
     workers: BTreeSet<u32>,
 }
 
-/// A recipe of a few stages, of which no other round has the like.
+/// A recipe of a few stages that is unique to this round.
 fn recipe(random: &mut Random, seed: u64, round: usize) -> String {
     let mut text = String::from("version: 1\nbackend: soak\nstages:\n");
     for stage in 0..random.between(1, 4) {

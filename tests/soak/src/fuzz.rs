@@ -1,9 +1,8 @@
 //! Hostile inputs, one [`Target`] for each format that retort reads from others.
 //!
-//! A target does with the bytes what retort does with such a file or message, through the functions that retort calls,
-//! and says what came of it. It panics where a promise is broken; to be slow or greedy is for [`driver`] to notice.
-//! Mutations are led by outcomes: an input that ends with a message not seen before is changed further. `make
-//! libfuzzer` runs the same targets led by coverage.
+//! A target processes the bytes like such a file or message, with the functions that retort uses, and returns the outcome. It
+//! panics if a promise is broken; [`driver`] detects excessive time and memory. Mutations are guided by outcomes: an input
+//! with a new message is mutated further. `make libfuzzer` runs the same targets guided by coverage.
 
 use std::path::{Path, PathBuf};
 
@@ -17,23 +16,23 @@ mod recipe;
 mod spool;
 mod statement;
 
-/// What is fed with hostile bytes.
+/// A reader that is fed hostile bytes.
 #[derive(Debug)]
 pub struct Target {
     /// Its name, and that of its folder in the corpus.
     pub name: &'static str,
-    /// Reads the bytes; returns what an attentive fuzzer wants to see vary.
+    /// Reads the bytes. Returns an outcome, whose variety guides the fuzzer.
     pub exercise: fn(&[u8]) -> String,
-    /// Pieces that the format is made of.
+    /// Tokens of the format.
     pub tokens: &'static [&'static [u8]],
-    /// Makes check sums fit again, or adds what means something, so that what lies behind is reached.
+    /// Repairs checksums, or adds meaningful content, so that mutations reach deeper code.
     pub mend: Option<fn(&mut Vec<u8>)>,
     /// A folder of further examples, from the repository's root.
     pub examples: Option<&'static str>,
 }
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 18] = [
     recipe::RECIPE,
     recipe::SWEEP,
     recipe::PROJECT,
@@ -50,6 +49,8 @@ pub const TARGETS: [Target; 16] = [
     files::IMAGE,
     files::TIFF,
     files::TRAJECTORIES,
+    files::TABLE,
+    files::INDEX,
 ];
 
 impl Target {
@@ -59,8 +60,7 @@ impl Target {
         all.find(|target| target.name == name)
     }
 
-    /// Its inputs that are kept in the repository, in the order of their names. Those that once broke something are
-    /// among them.
+    /// Its inputs in the repository, in the order of their names, including those that once broke something.
     pub fn corpus(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
         let own = root.join("tests/soak/corpus").join(self.name);
@@ -85,7 +85,7 @@ impl Target {
     }
 }
 
-/// A folder for what a target writes, in memory where the system has such a place.
+/// A folder for a target's files, in memory if the system has such a file system.
 fn folder() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     let made = tempfile::Builder::new()

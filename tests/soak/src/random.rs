@@ -5,7 +5,7 @@
 pub struct Random(u64);
 
 impl Random {
-    /// The stream of a seed and of what it is for.
+    /// The stream for a seed and a purpose.
     pub fn new(seed: u64, purpose: &str) -> Self {
         let mut stream = Self(seed);
         for byte in purpose.bytes() {
@@ -23,7 +23,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`; 0 where there is none.
+    /// A number below `n`; 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.number() % n.max(1) as u64) as usize
     }
@@ -33,7 +33,7 @@ impl Random {
         from + self.below(to + 1 - from)
     }
 
-    /// Whether something happens that happens once in `n` times.
+    /// True once in `n` times.
     pub fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }

@@ -1,35 +1,35 @@
-//! What a soak tried and what it found.
+//! A soak's tests and findings.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What was tried, and every promise that was seen broken.
+/// What was tested, and every broken promise.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Seed of all choices.
     pub seed: u64,
-    /// Seconds by the clock.
+    /// Wall-clock seconds.
     pub seconds: f64,
     /// Hostile inputs, by target.
     pub inputs: BTreeMap<String, Inputs>,
-    /// What was done to processes and the disk, by kind: only what hit.
+    /// Disturbances of processes and the disk that hit, by kind.
     pub disturbances: BTreeMap<String, u64>,
-    /// How often something else was done or seen, by name.
+    /// Counts of other events, by name.
     pub counts: BTreeMap<String, u64>,
-    /// What could not be tried here, and why.
+    /// What could not be tested here, and why.
     pub left_out: Vec<String>,
     /// Broken promises.
     pub violations: Vec<String>,
 }
 
-/// What one target was fed with.
+/// The inputs of one target.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Inputs {
-    /// So many inputs.
+    /// The number of inputs.
     pub count: u64,
-    /// With so many different outcomes.
+    /// The number of different outcomes.
     pub outcomes: u64,
     /// Processor time of the slowest, in seconds.
     pub slowest: f64,
@@ -38,7 +38,7 @@ pub struct Inputs {
 }
 
 impl Report {
-    /// Nothing yet.
+    /// An empty report.
     pub fn new(seed: u64) -> Self {
         Self {
             seed,
@@ -46,7 +46,7 @@ impl Report {
         }
     }
 
-    /// Adds what was done at the same time.
+    /// Adds the report of a concurrent soak.
     pub fn add(&mut self, other: Self) {
         self.seconds = self.seconds.max(other.seconds);
         self.inputs.extend(other.inputs);

@@ -1,4 +1,4 @@
-//! Every input that the repository keeps, those that once broke something among them, and some mutations of each.
+//! Every input in the repository, including those that once broke something, and some mutations of each.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! No file needs another that needs it, but for a module and the children that it declares; and no folder another.
+//! Files must not depend on each other in cycles, except a module and its children; nor must folders.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -32,7 +32,7 @@ fn files_do_not_need_each_other_in_circles() {
     }
 }
 
-/// A folder is what lies in it and the file of its name.
+/// A folder includes the file with its name.
 #[test]
 fn folders_do_not_need_each_other_in_circles() {
     for name in CRATES {
@@ -44,13 +44,13 @@ fn folders_do_not_need_each_other_in_circles() {
     }
 }
 
-/// What the entries of each folder need of each other.
+/// The dependencies between the entries of each folder.
 fn of_folders(needs: &BTreeMap<Module, BTreeSet<Module>>) -> BTreeMap<Module, BTreeSet<Module>> {
     let mut found: BTreeMap<Module, BTreeSet<Module>> = BTreeMap::new();
     for (from, targets) in needs {
         for to in targets {
             let same = from.iter().zip(to).take_while(|(a, b)| a == b).count();
-            // One holds the other.
+            // One contains the other.
             if same == from.len() || same == to.len() {
                 continue;
             }
@@ -76,7 +76,7 @@ fn a_circle_is_found() {
     assert!(circle(&needs(&[("a", "b"), ("b", "c"), ("a", "c")])).is_none());
     let found = circle(&needs(&[("a", "b"), ("b", "c/d"), ("c/d", "b")])).unwrap();
     assert_eq!(found.len(), 3, "{found:?}");
-    // Of files none, of folders one.
+    // No cycle of files, one of folders.
     let apart = needs(&[("a/x", "b/x"), ("b/y", "a/y"), ("a", "a/x"), ("a/x", "a/y")]);
     assert!(circle(&apart).is_none());
     assert_eq!(circle(&of_folders(&apart)).unwrap().len(), 3);
@@ -100,7 +100,7 @@ fn a_circle_is_found() {
     );
 }
 
-/// What each file of a crate needs of it, tests left out.
+/// The dependencies of each file within its crate, without tests.
 fn needs(source: &Path) -> BTreeMap<Module, BTreeSet<Module>> {
     let module_of = |path: &Path| -> Module {
         let path = path.strip_prefix(source).unwrap().with_extension("");
@@ -115,7 +115,13 @@ fn needs(source: &Path) -> BTreeMap<Module, BTreeSet<Module>> {
         .collect();
     let mut needs = BTreeMap::new();
     for (module, text) in &all {
-        let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let tests = ["mod tests {", "pub(super) mod tests {"];
+        let tests = tests.map(|module| format!("#[cfg(test)]\n{module}"));
+        let text = &text[..tests
+            .iter()
+            .filter_map(|tests| text.find(tests))
+            .min()
+            .unwrap_or(text.len())];
         let targets = paths(text).into_iter().filter_map(|path| {
             let mut parts: Vec<&str> = path.split("::").collect();
             let mut base: Module = match parts.remove(0) {
@@ -126,7 +132,7 @@ fn needs(source: &Path) -> BTreeMap<Module, BTreeSet<Module>> {
                 base.pop();
                 parts.remove(0);
             }
-            // As far as there are files; what is beyond is in the last.
+            // Up to the last file on the path, which contains the rest.
             let mut found = all.contains_key(&base).then(|| base.clone());
             for part in parts {
                 base.push(part.to_owned());
@@ -141,7 +147,7 @@ fn needs(source: &Path) -> BTreeMap<Module, BTreeSet<Module>> {
     needs
 }
 
-/// The paths of a text that begin with `crate` or `super`, without braces, in order of the alphabet.
+/// The paths in a text that begin with `crate` or `super`, without braces, in alphabetical order.
 fn paths(text: &str) -> Vec<String> {
     let code = text.lines().map(|line| line.split("//").next().unwrap());
     let code = code.collect::<Vec<_>>().join("\n");
@@ -160,7 +166,7 @@ fn paths(text: &str) -> Vec<String> {
     found
 }
 
-/// Adds the paths that a text begins with, and returns how many bytes they take.
+/// Adds the paths at the beginning of a text, and returns their length in bytes.
 fn expand(prefix: &str, text: &str, found: &mut BTreeSet<String>) -> usize {
     let name = text.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':');
     let name = name.unwrap_or(text.len());
@@ -185,7 +191,7 @@ fn expand(prefix: &str, text: &str, found: &mut BTreeSet<String>) -> usize {
     at
 }
 
-/// Files that need each other, from one to itself, if there are any.
+/// A cycle of files, if there is one.
 fn circle(needs: &BTreeMap<Module, BTreeSet<Module>>) -> Option<Vec<Module>> {
     fn visit<'a>(
         module: &'a Module,

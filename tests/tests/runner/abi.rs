@@ -1,7 +1,7 @@
-//! The rule of versions: a plugin keeps loading, whichever side is older.
+//! The version rule: a plugin keeps loading, whichever side is older.
 //!
-//! `fixtures/abi-1.0/retort_plugin.h` is the header as it was when version 1.0 was given out. It is never changed: a
-//! plugin built against it stands for all those that are out there.
+//! `fixtures/abi-1.0/retort_plugin.h` is the header of the released version 1.0. It is never changed: a plugin built against it
+//! represents all existing plugins.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +34,7 @@ fn a_plugin_of_version_1_0_keeps_running() {
 
 #[test]
 fn a_newer_plugin_runs_as_long_as_it_does_not_need_more() {
-    // Its table is longer, and says so.
+    // Its table is longer, as its size field says.
     check_runs(&["-DFAULTY_STRUCT_SIZE=(sizeof(retort_plugin)+64)"]);
 }
 

@@ -1,8 +1,8 @@
-//! What a student's training can be compared with: fewer pairs, earlier steps, another start, no cross-entropy.
+//! Ablations of a student's training: fewer pairs, earlier steps, another start, no cross-entropy.
 
 use serde_json::Value;
 
-use crate::training::{lab, output, points};
+use crate::training::{caught, interrupted, lab, output, points};
 
 /// The shared part of the students here.
 const STUDENT: &str = "kind: distill, teacher: teacher, seed: 5, timesteps: [0, 6]";
@@ -53,14 +53,14 @@ fn snapshots_are_students_and_students_are_starts() {
 "
     ));
     lab.retort(&["run", "r.yaml"]).expect(0);
-    // A snapshot is the student of a training that ends there.
+    // A snapshot equals the student of a training that ends there.
     assert_eq!(weights(&lab, "after-8"), weights(&lab, "part"));
     assert_ne!(weights(&lab, "after-4"), weights(&lab, "part"));
     assert_ne!(weights(&lab, "whole"), weights(&lab, "part"));
     let kept = std::fs::read_dir(output(&lab, "whole").1.join("snapshots")).unwrap();
     assert_eq!(kept.count(), 2);
     assert!(!output(&lab, "after-8").1.join("snapshots").exists());
-    // Whoever goes on from a student begins below one that starts anew.
+    // A training that continues a student starts with a lower loss than a fresh one.
     let [further, anew] =
         ["further", "anew"].map(|stage| points(&lab, stage, "distill/cross_entropy")[0]);
     assert!(further < anew, "{further}, {anew}");
@@ -101,10 +101,7 @@ fn snapshots_outlive_an_interruption() {
     );
     let undisturbed = lab(&recipe);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
-    let disturbed = lab(&recipe);
-    let running = crate::training::start_training(&disturbed);
-    running.signal(crate::training::INTERRUPT);
-    running.end().expect(130);
+    let disturbed = caught(|| interrupted(lab(&recipe), "student", "distill/loss", &[]));
     disturbed.retort(&["resume"]).expect(0);
     let [a, b] = [&undisturbed, &disturbed].map(|lab| output(lab, "student").0);
     assert_eq!(a, b);

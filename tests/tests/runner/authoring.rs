@@ -1,13 +1,15 @@
-//! The way of somebody who writes a plugin: from an empty directory to a run, and what the examination says of it.
+//! A plugin author's steps: from an empty directory to a run, and the examination's report.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use retort_tests::digits::Digits;
+
 use crate::lab::{Lab, compile};
 
-/// Where the plugins of the workspace lie that these tests depend on.
+/// The directory of the workspace plugins that these tests depend on.
 fn built() -> PathBuf {
     std::env::current_exe()
         .unwrap()
@@ -20,7 +22,7 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Builds a project, and shows what went wrong otherwise.
+/// Builds a project, or shows the errors.
 #[track_caller]
 fn build(command: &mut Command) {
     let output = command.output().unwrap();
@@ -43,7 +45,7 @@ fn failures(lab: &Lab, arguments: &[&str]) -> (BTreeSet<String>, String) {
     (failed, format!("{report:#}"))
 }
 
-/// The commands of the guide under these words.
+/// The guide's commands under this heading.
 fn guide(words: &str) -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/README.md");
     let text = std::fs::read_to_string(path).unwrap();
@@ -60,7 +62,7 @@ fn guide(words: &str) -> Vec<String> {
     block
 }
 
-/// Somebody at a shell in the lab's directory, who does what the guide says; returns where that leads.
+/// Follows the guide in a shell in the lab's directory. Returns the final directory.
 #[track_caller]
 fn follow(lab: &Lab, commands: &[String]) -> PathBuf {
     let mut dir = lab.dir.path().to_owned();
@@ -73,7 +75,7 @@ fn follow(lab: &Lab, commands: &[String]) -> PathBuf {
                 let (built, own) = (cargo(&dir, arguments), dir.join("target/release"));
                 let project = dir.file_name().unwrap().to_str().unwrap();
                 let file = format!("libretort_{project}.so");
-                // As if it had been built in the project.
+                // As if built in the project.
                 if arguments.contains(&"build") {
                     std::fs::create_dir_all(&own).unwrap();
                     std::fs::copy(built.join(&file), own.join(&file)).unwrap();
@@ -88,7 +90,7 @@ fn follow(lab: &Lab, commands: &[String]) -> PathBuf {
     dir
 }
 
-/// What the recipe of a project has left, and that nothing of its plugin is unexamined.
+/// Checks the results of a project's recipe, and that no part of its plugin is unexamined.
 #[track_caller]
 fn check_project(lab: &Lab) {
     let stage = &lab.latest().expect("a run").stages[0];
@@ -133,8 +135,7 @@ fn the_guide_leads_from_nothing_to_a_run_in_c_and_cpp() {
     }
 }
 
-/// Cargo in a new project, with the crates that this workspace has: nothing is downloaded. What it builds of them is
-/// kept for the next time.
+/// Cargo in a new project, with this workspace's crates: nothing is downloaded. Built crates are reused the next time.
 fn cargo(project: &Path, arguments: &[&str]) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     std::fs::copy(root.join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
@@ -156,7 +157,7 @@ fn the_guide_leads_from_nothing_to_a_run_in_rust() {
     let project = follow(&lab, &guide("In Rust"));
     check_project(&lab);
 
-    // The same plugin with a mistake: its panic has a reason of its own, and its place.
+    // The same plugin with a mistake: its panic has a specific reason, and its location.
     let source = project.join("src/lib.rs");
     let text = std::fs::read_to_string(&source).unwrap();
     let worse = text.replace("host.check_cancelled()?;", "panic!(\"on purpose\");");
@@ -217,34 +218,12 @@ fn a_backend_is_not_begun_in_c() {
         .saying(&["is written in Rust", "--kind stage"]);
     lab.retort(&["plugin", "new", "X"])
         .expect(2)
-        .saying(&["no name for a plugin"]);
+        .saying(&["not a valid plugin name"]);
 }
 
-/// A recipe of a small teacher on candle, its samples, and the example's metric of them; and samples that a plugin in C
-/// has made, which candle measures.
+/// Samples of a small teacher on candle, with the example's metric of them; and samples from a plugin in C, which candle
+/// measures.
 const MIXED: &str = "
-version: 1
-seed: 3
-backend: candle
-params:
-  data: {csv: DIGITS, height: 8, width: 8, max: 16}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    train: {steps: 4, batch: 8}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 16
-    depth: 1
-    heads: 2
-    train: {steps: 4, batch: 8}
   drawn:
     kind: sample
     sampler: {kind: teacher, teacher: teacher}
@@ -260,28 +239,33 @@ stages:
 #[test]
 fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
     let lab = Lab::new(&[]);
-    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
-    let text = MIXED.replace("DIGITS", path(&digits.canonicalize().unwrap()));
+    let small = Digits {
+        backend: "candle",
+        top: "seed: 3",
+        codes: "train: {steps: 4, batch: 8}",
+        teacher: "width: 16, depth: 1, heads: 2, train: {steps: 4, batch: 8}",
+    };
+    let text = small.recipe(MIXED);
     let recipe = lab.dir.path().join("r.yaml");
     let (dir, own) = (built(), lab.dir.path());
     let flags = ["-DFAULTY_NAME=\"copier\"", "-DFAULTY_KIND=\"samples\""];
     compile("faulty.c", &flags, &own.join("libretort_copier.so"));
     let dir = ["--plugin-dir", path(&dir), "--plugin-dir", path(own)];
 
-    // Its options are checked at their line, before anything runs.
+    // Its options are checked, with their line, before anything runs.
     let wrong = text.replace("teacher: drawn}", "teacher: drawn}\n    twin: 3");
     std::fs::write(&recipe, wrong).unwrap();
     lab.run(&dir)
         .expect(3)
-        .saying(&["r.yaml:32", "twin: 3", "at most 1"]);
+        .saying(&["r.yaml:17", "twin: 3", "at most 1"]);
     std::fs::write(&recipe, text.replace("teacher: drawn}", "teacher: codes}")).unwrap();
-    lab.run(&dir).expect(3).saying(&["r.yaml:31", "samples"]);
-    // What no schema can say comes from the plugin, at its place.
+    lab.run(&dir).expect(3).saying(&["r.yaml:16", "samples"]);
+    // Errors that no schema can express come from the plugin, with their location.
     let twice = "teacher: drawn, again: drawn}";
     std::fs::write(&recipe, text.replace("teacher: drawn}", twice)).unwrap();
     lab.retort(&[&["validate", "r.yaml"], &dir[..]].concat())
         .expect(0)
-        .saying(&["are the same set", "r.yaml:31"]);
+        .saying(&["are the same set", "r.yaml:16"]);
 
     std::fs::write(&recipe, text).unwrap();
     let said = lab.run(&dir).expect(0);
@@ -324,7 +308,7 @@ fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
         said.stdout
     );
 
-    // And the examination of it, on the same recipe.
+    // Its examination, on the same recipe.
     let plugin = built().join("libretort_diversity.so");
     let (failed, report) = failures(
         &lab,
@@ -333,7 +317,7 @@ fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
     assert!(failed.is_empty(), "{report}");
 }
 
-/// A lab with the fixture plugin in a directory of its own.
+/// A lab with the fixture plugin in a separate directory.
 fn with_plugin(flags: &[&str]) -> (Lab, PathBuf) {
     let lab = Lab::new(&["a: {kind: do}"]);
     let dir = lab.dir.path().join("own");
@@ -375,7 +359,7 @@ fn a_lock_gives_what_it_lists_and_nothing_else() {
         .expect(0)
         .saying(&["allows 1 plugin"]);
     run().expect(0);
-    // The same source with another symbol is another file.
+    // The same source with another symbol makes a different file.
     compile(
         "faulty.c",
         &["-DFAULTY_LEAKY"],
@@ -386,7 +370,7 @@ fn a_lock_gives_what_it_lists_and_nothing_else() {
         "allows it with the hash",
         "retort plugin lock",
     ]);
-    // Installing is allowing.
+    // Installing a plugin allows it.
     let other = lab.dir.path().join("libretort_faulty.so");
     compile("faulty.c", &[], &other);
     lab.retort(&["plugin", "install", path(&other), "--into", path(&dir)])
@@ -397,7 +381,7 @@ fn a_lock_gives_what_it_lists_and_nothing_else() {
     assert!(!dir.join("plugins.lock").exists());
 }
 
-/// A plugin built with these flags whose stage does this, examined: its report says exactly this of what failed.
+/// Examines a plugin built with these flags whose stage does this. The report has exactly these failures.
 #[track_caller]
 fn check_broken(flags: &[&str], act: &str, expected: &[&str]) {
     let (fixture, stage) = match act {
@@ -415,12 +399,16 @@ fn check_broken(flags: &[&str], act: &str, expected: &[&str]) {
     let plugin = dir.join(format!("libretort_{name}.so"));
     compile(fixture, flags, &plugin);
     let junit = lab.dir.path().join("report.xml");
-    // What never ends is ended soon, and nothing else.
-    let endless = flags.contains(&"-DFAULTY_SLOW") || act == "hang";
-    let limit = if endless { "3s" } else { "2min" };
+    // Only stages that never end or never stop are killed, and soon. Before a stage hangs, its plugin answers within the limit.
+    let limit = match act {
+        "hang" => "20s",
+        _ if flags.contains(&"-DFAULTY_SLOW") => "3s",
+        _ => "2min",
+    };
+    let grace = if act == "deaf" { "1500ms" } else { "2min" };
     let (plugin, junit_path) = (path(&plugin), path(&junit));
     let terms = [
-        "--recipe", "r.yaml", "--grace", "1500ms", "--limit", limit, "--junit", junit_path,
+        "--recipe", "r.yaml", "--grace", grace, "--limit", limit, "--junit", junit_path,
     ];
     let said = lab.retort(&[&["plugin", "test", "--json", plugin], &terms[..]].concat());
     let report = said.json();
@@ -462,7 +450,7 @@ fn text_that_is_no_utf8_is_repaired_and_no_fault() {
     check_broken(&[], "mangled", &[]);
 }
 
-/// Faults, each in a plugin of its own: how it is compiled, what its stage does, and all that fails in its report.
+/// Faults, each in a separate plugin: how it is compiled, what its stage does, and all failures in its report.
 macro_rules! faults {
     ($($name:ident: [$($flag:literal)*], $act:literal => [$($failed:literal),* $(,)?];)*) => {
         $(
@@ -489,7 +477,7 @@ faults! {
         "describes itself: it describes itself differently when it is asked twice",
     ];
     a_description_that_is_no_text: ["-DFAULTY_MANGLED"], "work" => [
-        "describes itself: the plugin's answer to `describe` is not as it must be: expected value at line 1 column \
+        "describes itself: the plugin's answer to `describe` is invalid: expected value at line 1 column \
          1",
     ];
     a_description_that_does_not_come: ["-DFAULTY_SLOW"], "work" => [
@@ -524,7 +512,7 @@ faults! {
         "runs: exited with code 3: the plugin, or a library it uses, left (exit) without a result",
     ];
     hanging: [], "hang" => [
-        "runs: it exceeded 3 s",
+        "runs: it exceeded 20 s",
     ];
     ending_the_thread_of_the_host: [], "thread_ends" => [
         "runs: killed by SIGABRT (exception): an exception left a function or a thread of the plugin, which must \
@@ -542,7 +530,7 @@ faults! {
          wrote: a text of N bytes crossed the plugin boundary, N are allowed",
     ];
     an_answer_that_is_none: [], "babble" => [
-        "runs: it failed: the plugin's answer to `run` is not as it must be: expected ident at line 1 column 2",
+        "runs: it failed: the plugin's answer to `run` is invalid: expected ident at line 1 column 2",
     ];
     an_error_that_is_none: [], "babble_error" => [
         "runs: it failed: the call ended with status 77, saying (no valid failure message): \u{fffd}\u{fffd} no JSON \

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use retort_engine::dataset::Dataset;
 use retort_engine::numpy;
-use retort_engine::weights::{self, Stored, Weights};
+use retort_engine::weights::{self, CheckpointWeights, Weights};
 use retort_tests::golden::procedural_weights;
 use retort_tests::torch::Archive;
 use serde_json::Value;
 
 use crate::images::every_format;
-use crate::lab::{Lab, wait_for};
-use crate::training::{INTERRUPT, output, points};
+use crate::lab::Lab;
+use crate::training::{caught, interrupted, output, points};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -20,8 +20,8 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn expected() -> Stored {
-    Stored::open(&golden("captions").join("expected.safetensors"), None).unwrap()
+fn expected() -> CheckpointWeights {
+    CheckpointWeights::open(&golden("captions").join("expected.safetensors"), None).unwrap()
 }
 
 /// Writes teacher, tokenizer, text encoder and features.
@@ -29,10 +29,10 @@ fn write_files(dir: &Path) {
     let parts = procedural_weights(&golden("captions").join("weights.json")).unwrap();
     let images = procedural_weights(&golden("llamagen").join("weights.json")).unwrap();
     write_torch(&dir.join("vq.pt"), "", &images["vq"]);
-    // As a network in `DataParallel` is saved.
+    // As saved from `DataParallel`.
     write_torch(&dir.join("t2i.pt"), "module.", &parts["gpt"]);
 
-    // One text encoder in a safetensors file, one in two files of torch.
+    // One text encoder in a safetensors file, one in two torch files.
     for folder in ["t5", "t5-parts"] {
         let folder = dir.join(folder);
         std::fs::create_dir(&folder).unwrap();
@@ -58,7 +58,7 @@ fn write_files(dir: &Path) {
     let path = dir.join("t5-parts/pytorch_model.bin.index.json");
     std::fs::write(path, index.to_string()).unwrap();
 
-    // Features as they come from a text encoder: padding behind.
+    // Features from a text encoder: with padding at the end.
     let stored = expected();
     let shape = stored.shape("features").unwrap().to_vec();
     let (features, mask) = (
@@ -73,7 +73,7 @@ fn write_files(dir: &Path) {
     {
         let before = mask.iter().filter(|&&x| x == 0.0).count();
         turned.extend(&features[before * width..]);
-        // What lies under the mask is not looked at.
+        // Masked values are not used.
         turned.extend(vec![7.0; before * width]);
         turned_mask.extend(mask.iter().rev());
     }
@@ -161,7 +161,7 @@ fn captions_become_the_expected_tokens() {
         ],
     );
     let said = lab.retort(&["run", "r.yaml"]).expect(0);
-    // What the pictures show stands under them.
+    // The captions are under the pictures.
     let shown = format!("{}{}", said.stdout, said.stderr);
     assert!(
         shown.contains("from the top: \u{201c}a red cat\u{201d}, \u{201c}two tables\u{201d}"),
@@ -171,7 +171,8 @@ fn captions_become_the_expected_tokens() {
     let expected = expected();
     for stage in ["greedy", "parts", "given"] {
         let samples =
-            Stored::open(&artifact(&lab, stage, "shard-000000000.safetensors"), None).unwrap();
+            CheckpointWeights::open(&artifact(&lab, stage, "shard-000000000.safetensors"), None)
+                .unwrap();
         assert_eq!(
             samples.indices("tokens").unwrap(),
             expected.indices("greedy.tokens").unwrap(),
@@ -181,7 +182,7 @@ fn captions_become_the_expected_tokens() {
     }
     let shard = artifact(&lab, "trajectories", "shard-000000000.safetensors");
     assert_eq!(
-        Stored::open(&shard, None)
+        CheckpointWeights::open(&shard, None)
             .unwrap()
             .indices("tokens")
             .unwrap(),
@@ -193,7 +194,7 @@ fn captions_become_the_expected_tokens() {
         tokens.collect::<Vec<u32>>(),
         expected.indices("trajectory.tokens").unwrap()
     );
-    let kept = Stored::open(
+    let kept = CheckpointWeights::open(
         &artifact(&lab, "trajectories", "captions.safetensors"),
         None,
     )
@@ -205,7 +206,7 @@ fn captions_become_the_expected_tokens() {
     let written = std::fs::read_to_string(artifact(&lab, "two-step", "captions.json")).unwrap();
     let written: Vec<String> = serde_json::from_str(&written).unwrap();
     assert_eq!(written, ["a red cat", "two tables"]);
-    let drawn = Stored::open(
+    let drawn = CheckpointWeights::open(
         &artifact(&lab, "two-step", "shard-000000000.safetensors"),
         None,
     )
@@ -264,12 +265,12 @@ fn captions_that_do_not_fit_are_refused() {
             &[place, expected],
         );
     }
-    // Files that are not there yet are spoken of, and missed when they are needed.
+    // Missing files are mentioned, and are an error once they are needed.
     let absent = format!("{sampler}, caption: a cat, text_encoder: flan-t5-xl");
     check("validate", 0, &absent, &["flan-t5-xl", "does not exist"]);
     check("run", 3, &absent, &["flan-t5-xl", "does not exist"]);
 
-    // What only the teacher tells.
+    // Properties that only the teacher has.
     for (options, expected) in [
         (
             "labels: [0, 1]",
@@ -339,7 +340,7 @@ fn captions_for_a_model_of_classes_are_refused() {
     ]);
 }
 
-/// A teacher of a few seconds that learns captions of pictures.
+/// A teacher that learns captions of pictures in a few seconds.
 const LEARNT: &str = "
 version: 1
 seed: 3
@@ -369,7 +370,7 @@ stages:
     train: {steps: STEPS, batch: 12, ema: 0.9}
 ";
 
-/// A folder of pictures with captions, and a lab to learn these in.
+/// A folder of pictures with captions, and a lab with a training on them.
 fn pictures(captions: &str, steps: u64) -> Lab {
     let lab = Lab::new(&[]);
     let dir = lab.dir.path();
@@ -382,7 +383,7 @@ fn pictures(captions: &str, steps: u64) -> Lab {
         files.sort();
         for (i, file) in files.iter().enumerate() {
             let file = format!("{class}/{}", file.to_str().unwrap());
-            // Some captions are those of several pictures.
+            // Some captions belong to several pictures.
             let caption = format!("one of {class} beside {}", i / 2);
             let row = serde_json::json!({ "file_name": file, "caption": caption });
             table.push_str(&format!("{row}\n"));
@@ -396,10 +397,10 @@ fn pictures(captions: &str, steps: u64) -> Lab {
     lab
 }
 
-/// The features that stand for no caption, of the newest teacher.
+/// The unconditional features of the newest teacher.
 fn unconditional(lab: &Lab) -> Vec<f32> {
     let path = output(lab, "teacher").1.join("model.safetensors");
-    let stored = Stored::open(&path, None).unwrap();
+    let stored = CheckpointWeights::open(&path, None).unwrap();
     stored.floats("cls_embedding.uncond_embedding").unwrap()
 }
 
@@ -411,7 +412,7 @@ fn a_teacher_learns_captions_of_pictures() {
     let (first, last) = (losses[0], losses[losses.len() - 1]);
     assert!(last < 0.9 * first, "{losses:?}");
 
-    // Sampled as a published one is.
+    // Sampled like a published one.
     let path = lab.dir.path().join("r.yaml");
     let drawn = "  drawn: {kind: sample, count: 2, tokens: true, text_encoder: t5, caption: [one of cats beside 0, one of dogs beside 2], \
                  sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0}}}\n";
@@ -421,7 +422,7 @@ fn a_teacher_learns_captions_of_pictures() {
     let shown = format!("{}{}", said.stdout, said.stderr);
     assert!(shown.contains("one of cats beside 0"), "{shown}");
 
-    // Training leaves the features that stand for no caption as they were drawn.
+    // Training does not change the unconditional features.
     let short = pictures("text_encoder: t5", 1);
     short.retort(&["run", "r.yaml"]).expect(0);
     assert_eq!(unconditional(&lab), unconditional(&short));
@@ -432,15 +433,8 @@ fn a_teacher_learns_captions_of_pictures() {
 fn a_training_on_captions_that_was_interrupted_ends_with_the_same_bits() {
     let undisturbed = pictures("text_encoder: t5", 400);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
-    let disturbed = pictures("text_encoder: t5", 400);
-    let running = disturbed.start(&[]);
-    disturbed.wait_for_worker("teacher");
-    wait_for("a point of the loss", || {
-        let said = disturbed.retort(&["metrics", "latest", "--stage", "teacher", "--json"]);
-        said.stdout.contains("pretrain/loss").then_some(())
-    });
-    running.signal(INTERRUPT);
-    running.end().expect(130);
+    let lab = || pictures("text_encoder: t5", 400);
+    let disturbed = caught(|| interrupted(lab(), "teacher", "pretrain/loss", &[]));
     disturbed
         .retort(&["resume", "-v"])
         .expect(0)
@@ -451,7 +445,7 @@ fn a_training_on_captions_that_was_interrupted_ends_with_the_same_bits() {
 
 #[test]
 fn captions_to_learn_come_from_somewhere_and_are_those_of_the_images() {
-    // Features that somebody made, one of each picture.
+    // Precomputed features, one per picture.
     let lab = pictures("features: {file: own.npy}", 5);
     let features: Vec<f32> = (0..12 * 12 * 6).map(|i| (i % 7) as f32 - 3.5).collect();
     write_npy(&lab.dir.path().join("own.npy"), &[12, 12, 6], &features);

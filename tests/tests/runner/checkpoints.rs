@@ -1,4 +1,4 @@
-//! What `inspect` says of checkpoint files.
+//! `inspect` on checkpoint files.
 
 use std::path::PathBuf;
 
@@ -117,7 +117,7 @@ fn what_a_file_claims_costs_nothing() {
     );
     write("ones.safetensors", &[&header(&ones)]);
     inspect(&lab, "ones.safetensors", 4, "more than 16 dimensions");
-    // An archive whose end tells the truth, and one whose end does not.
+    // An archive with a correct end record, and one with a wrong one.
     let mut entry = b"PK\x01\x02".to_vec();
     entry.resize(46, 0);
     for (count, told) in [(3_000_000usize, 0xfffeu16), (200_000, 2)] {

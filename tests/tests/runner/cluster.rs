@@ -1,10 +1,16 @@
-//! Stages as jobs of Slurm: against a real one, of two nodes on this machine, and at scale against one that is imagined.
+//! Stages as Slurm jobs: on a real Slurm with two nodes on this machine, and at scale on a simulated one.
 
 #[path = "cluster/broken.rs"]
 mod broken;
+#[path = "cluster/forgotten.rs"]
+mod forgotten;
 #[path = "cluster/imagined.rs"]
 mod imagined;
 #[path = "cluster/jobs.rs"]
 mod jobs;
+#[path = "cluster/profiles.rs"]
+mod profiles;
+#[path = "cluster/restarts.rs"]
+mod restarts;
 #[path = "cluster/site.rs"]
 mod site;

@@ -1,4 +1,4 @@
-//! What leaves a store: runs and artifacts, where they were asked to go and nowhere else.
+//! Exports from a store: runs and artifacts go to the requested place and nowhere else.
 
 use std::os::unix::fs::symlink;
 
@@ -39,12 +39,12 @@ fn an_export_takes_nothing_but_the_files_of_artifacts() {
         assert!(said.stdout.contains(&hashes[0]), "{}", said.stdout);
         let bytes = std::fs::read(&file).unwrap();
         assert!(!bytes.windows(11).any(|part| part == b"do not tell"));
-        // Of the artifact nothing is in it, and of the other everything.
+        // It contains nothing of the artifact, and all of the other.
         let fresh = Lab::new(&[]);
         fresh.retort(&["runs", "import", out]).expect(0);
         assert_eq!(fresh.entries("artifacts"), hashes[1..]);
     }
-    // A record that leads elsewhere, from a store that somebody else has written to.
+    // A record with a path to the outside, from a store that somebody else has written to.
     change(
         &lab.store_dir().join("history.db"),
         &format!(
@@ -113,7 +113,7 @@ fn an_export_takes_the_place_of_a_file_and_of_nothing_else() {
             .saying(&[name, kind, "not a regular file"]);
     }
     assert!(dir.join("device").is_symlink() && dir.join("folder").is_dir());
-    // Where a link leads a file is made, and the link stays.
+    // The file is made at the link's target, and the link stays.
     std::fs::write(dir.join("real.db"), "old").unwrap();
     symlink("real.db", dir.join("link.db")).unwrap();
     lab.retort(&["runs", "export", "--force", "-o", "link.db"])

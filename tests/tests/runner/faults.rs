@@ -1,10 +1,10 @@
-//! What goes wrong in a stage ends that stage, with a reason of its own, and nothing else.
+//! A fault in a stage ends only that stage, with a specific reason.
 
 use retort::store::{AttemptState, RunState};
 
 use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
 
-/// Runs a stage that goes wrong, and expects this reason, and these words about it, in the history and on stderr.
+/// Runs a failing stage, and expects this reason and these words in the history and on stderr.
 #[track_caller]
 fn check(act: &str, options: &str, reason: &str, words: &[&str]) {
     let lab = Lab::new(&[
@@ -35,7 +35,7 @@ fn check(act: &str, options: &str, reason: &str, words: &[&str]) {
         (vec![], vec![]),
         "half-made things"
     );
-    // The store is as good as before.
+    // The store is undamaged.
     lab.run(&["--set", "a.act=succeed"]).expect(0);
 }
 
@@ -146,7 +146,7 @@ fn answering_nonsense() {
         "babble",
         "",
         "failed: internal",
-        &["the plugin's answer to `run` is not as it must be"],
+        &["the plugin's answer to `run` is invalid"],
     );
 }
 
@@ -184,7 +184,7 @@ fn hanging_past_the_deadline() {
 fn hanging_whatever_is_sent() {
     check(
         "hang_hard",
-        // It has to be told to ignore SIGTERM before that comes, on a busy machine too.
+        // It has to ignore SIGTERM before the signal comes, on a busy machine too.
         ", timeout: 10s",
         "timeout",
         &["was ended with SIGKILL"],

@@ -1,5 +1,4 @@
-//! Images as people have them, through the real stages: of every format and size, prepared once or read in place,
-//! damaged, out of classes.
+//! Real-world images in the real stages: every format and size, prepared once or read in place, damaged, or with wrong classes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,10 +6,10 @@ use std::path::{Path, PathBuf};
 use crate::lab::Lab;
 use crate::training::{output, points};
 
-/// What every recipe here begins with.
+/// The start of every recipe here.
 const HEAD: &str = "version: 1\nseed: 3\nbackend: candle\nstages:\n";
 
-/// A tokenizer of a few steps on DATA.
+/// A tokenizer with a few steps on DATA.
 const CODES: &str = "
   codes:
     kind: tokenizer
@@ -129,14 +128,14 @@ fn prepared_once_or_read_in_place_images_train_the_same_networks() {
         "{described}"
     );
     assert!(!points(&prepared, "codes", "tokenizer/data_wait").is_empty());
-    // Another seed sees them otherwise.
+    // Another seed augments them differently.
     prepared
         .retort(&["run", "r.yaml", "--set", "eye.seed=9"])
         .expect(0);
     assert_ne!(output(&prepared, "eye").0, output(&in_place, "eye").0);
 }
 
-/// Everything on images of 12 x 20, and what cannot be had of them.
+/// All stages on images of 12 x 20, and what is impossible with them.
 #[test]
 fn images_need_not_be_squares() {
     let stages = "
@@ -189,7 +188,7 @@ fn images_need_not_be_squares() {
         serde_json::json!([12, 20])
     );
     assert_eq!(config["network"]["side"], serde_json::json!([6, 10]));
-    // The scales of VAR are squares.
+    // VAR's scales are square.
     let scales = codes.replace("z_channels: 8", "family: var\n    scales: [1, 2, 6]");
     write(&lab, &format!("{scales}{stages}"), "");
     let until = ["run", "r.yaml", "--until", "codes"];
@@ -253,7 +252,7 @@ fn what_cannot_be_meant_is_refused_with_what_to_do() {
     fs::remove_dir_all(mix.join("00")).unwrap();
     fs::create_dir(mix.join("2")).unwrap();
     set("codes.data.size=16").saying(&["mix/2: expected image files", "found none"]);
-    // An option of another source is not dropped in silence.
+    // An option of another source is not silently ignored.
     set("codes.data.max=3").saying(&["`max` belongs to `csv` or `arrays`, not to `folder`"]);
 }
 
@@ -290,7 +289,7 @@ fn what_is_no_image_beside_images_decides_nothing() {
         let ending = path.extension().unwrap_or_default();
         ending == "png"
     });
-    // An image by its content alone.
+    // The content alone identifies an image.
     fs::copy(some.unwrap(), folder.join("cats/one-more")).unwrap();
     assert_eq!(lab.outcomes(&[]), ["codes ran"]);
 }

@@ -1,4 +1,4 @@
-//! Files from elsewhere: what is wrong with one is said of it, and nothing of the store changes.
+//! Files from elsewhere: problems are reported, and the store does not change.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
@@ -7,12 +7,9 @@ use std::path::{Path, PathBuf};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-use crate::lab::{Lab, block_on, fifo, wait_for};
+use crate::lab::{Lab, block_on, fifo};
 
-const KILL: i32 = 9;
-const STOP: i32 = 19;
-
-/// A store with artifacts and metrics, and a file that it was exported into.
+/// A store with artifacts and metrics, and its export.
 pub struct Source {
     pub lab: Lab,
     pub file: PathBuf,
@@ -51,7 +48,7 @@ pub fn change(file: &Path, statements: &str) {
     });
 }
 
-async fn open(file: &Path) -> SqliteConnection {
+pub async fn open(file: &Path) -> SqliteConnection {
     SqliteConnectOptions::new()
         .filename(file)
         .foreign_keys(false)
@@ -60,7 +57,7 @@ async fn open(file: &Path) -> SqliteConnection {
         .unwrap()
 }
 
-/// Everything in a directory but what SQLite keeps beside the database while it works: paths, with the bytes of files.
+/// All paths and contents in a directory, except SQLite's temporary files beside the database.
 pub fn contents(dir: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
     let mut found = BTreeMap::new();
     let mut waiting = vec![dir.to_owned()];
@@ -68,7 +65,7 @@ pub fn contents(dir: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();
-            // Which machine has the store is no part of it.
+            // Without the record of the owning machine.
             let own = ["history.db", "hosts"].contains(&name);
             if name.ends_with("-wal") || name.ends_with("-shm") || own {
                 continue;
@@ -204,7 +201,7 @@ fn a_file_with_values_that_no_store_writes_is_refused() {
             "update outputs set meta = '{\"preview\": \"../../../etc/passwd\"}'",
             "`meta`",
         ),
-        ("update artifacts set size = size + 1", "not of its size"),
+        ("update artifacts set size = size + 1", "add up to"),
         (
             "update artifacts set files = '[]', size = 0",
             "not what its hash says",
@@ -240,7 +237,32 @@ fn a_file_with_values_that_no_store_writes_is_refused() {
             "`name` of its table `names`",
         ),
         ("insert into tags select key, char(27) from runs", "`tag`"),
+        ("update attempts set number = 9223372036854775807", "`number`"),
+        ("update attempts set paused = 9223372036854775807", "`paused`"),
+        (
+            "create temp table c as select * from stages limit 1;
+             with recursive n(i) as (select 1 union all select i + 1 from n where i < 1001)
+             insert into stages (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options,
+                                 inputs, state)
+             select c.run, 100 + i, 's' || i, c.kind, c.plugin, c.plugin_version, c.plugin_hash, c.device, c.dtype, c.seed,
+                    c.options, c.inputs, c.state from n, c",
+            "more than 1000 stages",
+        ),
         ("update runs set note = cast(x'ff' as text)", "UTF-8"),
+        (
+            "update documents set resolved = '{\"a\":[' || replace(printf('%.*c', 400000, '-'), '-', '[0],') || '0]}'",
+            "`resolved` of its table `documents`: it would take more than 96 MiB",
+        ),
+        (
+            "update params set type = 'array', value = '[' || replace(printf('%.*c', 900000, '-'), '-', '7,') || '0]'",
+            "`value` of its table `params`: it would take more than 96 MiB",
+        ),
+        // One value alone is small enough.
+        (
+            "update documents set (resolved, environment) =
+                 (select a, a from (select '{\"a\":[' || replace(printf('%.*c', 150000, '-'), '-', '[0],') || '0]}' as a))",
+            "so many values that they would take more than 96 MiB",
+        ),
     ] {
         check_refused(&source, &source.changed(statements), &[said]);
     }
@@ -249,7 +271,7 @@ fn a_file_with_values_that_no_store_writes_is_refused() {
 #[test]
 fn types_are_checked_again_where_a_file_lies_about_them() {
     let source = Source::new();
-    // What SQLite checks when it writes is not checked when it reads: a file may hold it all the same.
+    // SQLite checks constraints only when writing, so a file may violate them.
     let file = source.changed(
         "pragma writable_schema = on;
          update sqlite_schema set sql = replace(sql, ') strict', ')') where name = 'logs'",
@@ -286,15 +308,15 @@ fn values_that_share_their_pages_do_not_fill_the_disk() {
     check_refused(&source, &file, &["several times the file's size"]);
 }
 
-/// Lengths of two texts whose rows begin alike: they need whole further pages more or less.
+/// Lengths of two texts whose rows begin with the same bytes: they differ by whole overflow pages.
 const SHORT: usize = 16_400;
 const LONG: usize = SHORT + 252 * (4096 - 4);
 
-/// Has the rows with short texts claim to be as long as the one with a long text, and to go on in its pages; how many.
+/// Makes rows with short texts claim the length and the overflow pages of the row with a long text. Returns how many.
 fn share_pages(file: &Path) -> usize {
     const PAGE: usize = 4096;
     let mut bytes = std::fs::read(file).unwrap();
-    // (where the cell begins, where the row's payload does, how long that is)
+    // (start of the cell, start of the row's payload, its length)
     let mut cells = Vec::new();
     for at in (PAGE..bytes.len())
         .step_by(PAGE)
@@ -302,7 +324,7 @@ fn share_pages(file: &Path) -> usize {
     {
         let two = |place: usize| usize::from(u16::from_be_bytes([bytes[place], bytes[place + 1]]));
         let count = two(at + 3);
-        // Further pages may look like leaves of tables.
+        // Overflow pages may look like leaves of tables.
         if count > 100 || bytes[at + 7] != 0 {
             continue;
         }
@@ -343,7 +365,7 @@ fn share_pages(file: &Path) -> usize {
     let short: Vec<_> = of(SHORT).collect();
     for (cell, payload, length) in &short {
         bytes[*cell..][..3].copy_from_slice(&three(length - SHORT + LONG));
-        // The type of the last column ends the row's head: twice the length of the text, and 13.
+        // The type of the last column ends the row's header: twice the text's length, plus 13.
         let head = usize::from(bytes[*payload]);
         bytes[payload + head - 3..][..3].copy_from_slice(&three(2 * LONG + 13));
         bytes[payload + here..][..4].copy_from_slice(&pages);
@@ -356,7 +378,7 @@ fn share_pages(file: &Path) -> usize {
 fn files_that_are_not_what_their_hash_says_stay_out_and_touch_nothing() {
     let source = Source::new();
     for statements in [
-        // Files of an artifact that the store has, under a name that it has not.
+        // Files of an artifact in the store, under an unknown name.
         "update exported_files set artifact = '0000' || substr(artifact, 5)",
         "update exported_files set artifact = '../pwned' || artifact",
         "update exported_files set data = cast(data || 'x' as blob)",
@@ -410,7 +432,7 @@ fn a_run_that_had_not_ended_is_lost_when_it_comes_from_elsewhere() {
         .unwrap()
         .to_owned();
     let read = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
-    // A lease of a process that lives, here, and was heard of in the far future.
+    // A lease of a live process on this machine, with a heartbeat in the far future.
     let file = source.changed(&format!(
         "update runs set state = 'running', finished = null; update stages set state = 'running';
          update attempts set state = 'running', finished = null;
@@ -508,118 +530,6 @@ fn what_is_no_file_to_import_is_said_of_it() {
     );
 }
 
-#[test]
-fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
-    let source = Source::new();
-    let there = Lab::new(&["a: {kind: do, text: mine}"]);
-    there.run(&[]).expect(0);
-    let drafts = || -> Vec<String> {
-        let names = there.entries(".").into_iter();
-        names
-            .filter(|name| name.starts_with(".retort-import"))
-            .collect()
-    };
-    // Stopped in the middle: it is not always fast enough to be caught.
-    let mut import = wait_for("an import that is caught", || {
-        let mut import = there
-            .command(&["runs", "import", source.file.to_str().unwrap()])
-            .spawn()
-            .unwrap();
-        while import.try_wait().unwrap().is_none() {
-            if drafts().len() == 2 {
-                crate::lab::signal_process(import.id(), STOP);
-                return Some(import);
-            }
-        }
-        there.retort(&["runs", "rm", "latest"]);
-        None
-    });
-    let under_way = drafts();
-    if under_way.len() == 2 {
-        let listed = there.retort(&["gc", "--json"]).expect(0).stdout;
-        assert!(!listed.contains(".retort-import"), "{listed}");
-        there.retort(&["gc", "--remove"]);
-        assert_eq!(drafts(), under_way);
-    }
-    crate::lab::signal_process(import.id(), KILL);
-    import.wait().unwrap();
-    if !drafts().is_empty() {
-        let listed = there.retort(&["gc", "--json"]).expect(0).stdout;
-        assert!(listed.contains(".retort-import"), "{listed}");
-        there.retort(&["gc", "--remove"]).expect(0);
-    }
-    assert_eq!(drafts(), [""; 0]);
-}
-
-/// A file with so many runs that an import of it takes several pieces.
-fn many(source: &Source, runs: usize) -> PathBuf {
-    source.changed(&format!(
-        "insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
-         with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
-         select printf('z%09d', i), 'r', '/r.yaml', i, '[]', 'succeeded', 1700000000000 + i, 1700000005000 + i from n;
-         insert into documents select key, 'recipe', '{{}}', '{{}}' from runs where id > 'z';
-         insert into tags select key, 'many' from runs where id > 'z'"
-    ))
-}
-
-/// A killed import leaves whole runs, and a later one takes the others over. Meanwhile others write.
-#[test]
-fn a_killed_import_leaves_whole_runs_and_goes_on_when_it_is_repeated() {
-    const RUNS: i64 = 12_000;
-    let source = Source::new();
-    let file = many(&source, RUNS as usize);
-    let there = Lab::new(&["a: {kind: do, text: mine}"]);
-    there.run(&[]).expect(0);
-    let history = there.store_dir().join("history.db");
-    let count = |sql: &'static str| -> i64 {
-        block_on(async {
-            let mut connection = open(&history).await;
-            let found = sqlx::query_scalar(sql).fetch_one(&mut connection).await;
-            connection.close().await.unwrap();
-            found.unwrap()
-        })
-    };
-    let imported = "select count(*) from runs where id > 'z'";
-    let mut import = there
-        .command(&["runs", "import", file.to_str().unwrap()])
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut ended = false;
-    wait_for("the first piece", || {
-        ended = import.try_wait().unwrap().is_some();
-        (ended || count(imported) > 0).then_some(())
-    });
-    // It goes on, and another command has its turn.
-    there
-        .retort(&["runs", "tag", "latest", "meanwhile"])
-        .expect(0);
-    import.kill().unwrap();
-    import.wait().unwrap();
-    let left = count(imported);
-    assert!(left > 0 && !ended, "{left} runs; ended by itself: {ended}");
-    for sql in [
-        "select count(*) from documents d join runs r on r.key = d.run where r.id > 'z'",
-        "select count(*) from tags t join runs r on r.key = t.run where r.id > 'z' and t.tag = 'many'",
-    ] {
-        assert_eq!(count(sql), left, "{sql}");
-    }
-    there.retort(&["doctor"]).expect(0);
-
-    let again = there.retort(&["runs", "import", file.to_str().unwrap(), "--json"]);
-    let again = again.expect(0).json();
-    let done = |what: &str| {
-        let rows = again.as_array().unwrap().iter();
-        rows.filter(|row| row["what"] == "run" && row["done"] == what)
-            .count() as i64
-    };
-    assert_eq!(count(imported), RUNS);
-    assert!(done("known already") >= left, "{left}");
-    // And the one run that the file had before.
-    assert_eq!(done("known already") + done("copied"), RUNS + 1);
-    there.retort(&["artifacts", "verify"]).expect(0);
-}
-
 /// What an import costs follows from what is in the file. Counted in bytes that are written, because a machine's time is
 /// shared: each of a few hundred statements about a run would otherwise note dozens of pages down.
 #[test]
@@ -659,7 +569,7 @@ fn many_runs_are_imported_in_proportion() {
         .find_map(|line| line.strip_prefix("wchar: ")?.parse().ok())
         .unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)));
     let size = std::fs::metadata(&file).unwrap().len();
-    // A draft, the log, and the database; twice as much for what a page holds beside the rows.
+    // A draft, the log, and the database; doubled for the overhead of pages.
     assert!(written < 8 * size, "{written} bytes for a file of {size}");
     let asked = "select count(*) runs, (select count(*) from v_params) params,
          (select sum(value) from v_params where path = 'option7' and run = 'z000001000') one,
@@ -682,13 +592,37 @@ fn many_runs_are_imported_in_proportion() {
 }
 
 #[test]
+fn an_imported_tag_takes_nothing_from_the_runs_that_were_there() {
+    let lab = Lab::new(&["a: {kind: do, text: mine}"]);
+    lab.run(&[]).expect(0);
+    let own = lab.latest().unwrap().summary.id.0;
+    lab.retort(&["runs", "tag", &own, "best"]).expect(0);
+    let source = Source::new();
+    let file = source.changed(&format!(
+        "insert into tags select key, '{own}' from runs; insert into tags select key, 'best' from runs"
+    ));
+    lab.retort(&["runs", "import", file.to_str().unwrap()])
+        .expect(0);
+    for reference in [own.as_str(), "best"] {
+        let shown = lab.retort(&["runs", "show", reference, "--json"]).json();
+        assert_eq!(shown["id"], own.as_str(), "{reference}");
+    }
+    for tag in ["0123456789", "latest", "latest~1", " "] {
+        lab.retort(&["runs", "tag", &own, tag])
+            .expect(2)
+            .saying(&["cannot be a tag"]);
+    }
+    lab.retort(&["runs", "tag", &own, "production"]).expect(0);
+}
+
+#[test]
 fn an_imported_run_is_resumed_by_name_only() {
     let other = Lab::new(&["a: {kind: do, act: fail_unless_flag, flag: there}"]);
     other.run(&[]).expect(100);
     let file = other.dir.path().join("theirs.db");
     let export = ["runs", "export", "-o", file.to_str().unwrap()];
     other.retort(&export).expect(0);
-    // As it is recorded where it ran in Slurm.
+    // As recorded by a run in Slurm.
     change(
         &file,
         "update documents set resolved = json_set(resolved, '$.executor', 'slurm', '$.slurm',
@@ -703,7 +637,7 @@ fn an_imported_run_is_resumed_by_name_only() {
         "no run to resume: 1 run(s) here come from another store",
         "retort resume RUN",
     ]);
-    // One of its own, older than what is imported next. An older one was made up for.
+    // A local run, older than the next imported one.
     lab.run(&[]).expect(100);
     lab.run(&["--set", "a.act=succeed"]).expect(0);
     let done = lab.latest().unwrap().summary.id.0;
@@ -720,15 +654,21 @@ fn an_imported_run_is_resumed_by_name_only() {
         .expect(0);
     lab.retort(&["runs", "import", last.to_str().unwrap()])
         .expect(0);
+    for relative in ["latest", "latest~0"] {
+        lab.retort(&["resume", relative]).expect(2).saying(&[
+            "which comes from another store",
+            "continues it, if you trust its recipe",
+        ]);
+    }
     std::fs::write(lab.dir.path().join("there"), "").unwrap();
     let said = lab.retort(&["resume"]).expect(0);
     said.saying(&[&format!("resuming run {own}")]);
-    // It has been continued: the latest is meant.
+    // It has been continued, so the latest counts.
     let latest = lab.latest().unwrap().summary.id.0;
     lab.retort(&["resume"])
         .expect(0)
         .saying(&[&format!("resuming run {latest}")]);
-    // By its name, and without what its owner told Slurm.
+    // By its name, and without its owner's Slurm settings.
     lab.retort(&["resume", &theirs])
         .saying(&[&format!("resuming run {theirs}")]);
     let resumed = lab.latest().unwrap();
@@ -758,12 +698,13 @@ fn what_is_named_often_costs_what_it_costs_once_or_is_refused() {
          select s.run, 10 + i, 'x' || i, s.kind, s.plugin, s.plugin_version, s.plugin_hash, s.device, s.dtype, s.seed, '{}',
              '[]', 'reused', (select max(key) from attempts) from n, (select * from stages limit 1) s",
     );
-    for statements in [outputs, stages] {
+    let named = "names so many artifacts and series, or so often";
+    for (statements, said) in [(outputs, named), (stages, "more than 1000 stages")] {
         let file = source.changed(&statements);
         let lab = Lab::new(&[]);
         lab.retort(&["runs", "import", file.to_str().unwrap()])
             .expect(2)
-            .saying(&["names so many artifacts and series, or so often"]);
+            .saying(&[said]);
     }
 }
 

@@ -1,24 +1,24 @@
-//! A directory with a recipe, a store and the fixture plugins, and the binary to try on them.
+//! A directory with a recipe, a store and the fixture plugins, and the binary to run on them.
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, RunId, Store};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// How long something that must happen is waited for, on a machine that may be very busy.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long to wait for something that must happen, on a machine that may be very busy.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 pub struct Lab {
     pub dir: TempDir,
 }
 
-/// What a command said and did.
+/// A command's output and exit.
 pub struct CommandOutput {
     pub code: Option<i32>,
     pub stdout: String,
@@ -26,7 +26,7 @@ pub struct CommandOutput {
 }
 
 impl CommandOutput {
-    /// Expects an exit code, and shows everything otherwise.
+    /// Expects an exit code, and shows all output otherwise.
     #[track_caller]
     pub fn expect(self, code: i32) -> Self {
         assert_eq!(
@@ -40,7 +40,7 @@ impl CommandOutput {
         self
     }
 
-    /// Expects all of these in what was said on stderr.
+    /// Expects all of these on stderr.
     #[track_caller]
     pub fn saying(self, texts: &[&str]) -> Self {
         for text in texts {
@@ -98,7 +98,7 @@ impl Lab {
             .stdin(Stdio::null());
         // SAFETY: between fork and exec only an async-signal-safe function is called.
         unsafe {
-            // Whoever runs the tests in the background has Ctrl-C and hang-ups ignored, and retort would respect that.
+            // Tests in the background have Ctrl-C and hang-ups ignored, and retort would respect that.
             command.pre_exec(|| {
                 libc::signal(libc::SIGINT, libc::SIG_DFL);
                 libc::signal(libc::SIGHUP, libc::SIG_DFL);
@@ -108,7 +108,20 @@ impl Lab {
         command
     }
 
-    /// Lets the stages end that wait: those with `act: wait, flag: released`.
+    /// Claims the store as the runner of another machine would. Returns the file of the claim.
+    pub fn claim_elsewhere(&self) -> PathBuf {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let claim = serde_json::json!({
+            "host": "login2", "boot": "another", "pid": 4711, "at": now.as_millis() as u64, "free": false,
+        });
+        let hosts = self.store_dir().join("hosts");
+        std::fs::create_dir_all(&hosts).unwrap();
+        let file = hosts.join("100");
+        std::fs::write(&file, claim.to_string()).unwrap();
+        file
+    }
+
+    /// Lets waiting stages end: those with `act: wait, flag: released`.
     pub fn release(&self) {
         std::fs::write(self.dir.path().join("released"), "").unwrap();
     }
@@ -157,7 +170,7 @@ impl Lab {
             .collect()
     }
 
-    /// Everything about the newest run; none while there is none.
+    /// All data about the newest run; None if there is no run.
     pub fn latest(&self) -> Option<RunDetail> {
         block_on(async {
             let store = Store::open(&self.store_dir(), Access::ReadOnly)
@@ -174,7 +187,7 @@ impl Lab {
         })
     }
 
-    /// The only attempt at a stage in the newest run.
+    /// The only attempt of a stage in the newest run.
     #[track_caller]
     pub fn attempt(&self, stage: &str) -> AttemptDetail {
         let detail = self.latest().expect("a run");
@@ -189,7 +202,7 @@ impl Lab {
         attempt.clone()
     }
 
-    /// Waits for a stage of the newest run to be worked on; returns the worker's process id.
+    /// Waits until a stage of the newest run is running. Returns the worker's process id.
     pub fn wait_for_worker(&self, stage: &str) -> u32 {
         wait_for("the worker", || {
             let detail = self.latest()?;
@@ -198,7 +211,7 @@ impl Lab {
         })
     }
 
-    /// Waits until the newest run is another one than this, and has all its stages; returns its id.
+    /// Waits until the newest run differs from this one, and has all its stages. Returns its id.
     pub fn wait_for_run_after(&self, earlier: &RunId) -> RunId {
         wait_for("another run", || {
             let run = self.latest()?;
@@ -206,7 +219,7 @@ impl Lab {
         })
     }
 
-    /// Names of the entries of a directory of the store; none when it is not there.
+    /// The names of the entries of a directory in the store; empty if it does not exist.
     pub fn entries(&self, dir: &str) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.store_dir().join(dir)) else {
             return Vec::new();
@@ -217,10 +230,10 @@ impl Lab {
     }
 }
 
-/// A runner under way; killed when the test ends early.
+/// A running runner; killed if the test ends early.
 pub struct Running {
     pub child: Child,
-    /// What it has said so far, as far as that was waited for.
+    /// Its output so far, as far as it was awaited.
     heard: String,
 }
 
@@ -236,7 +249,7 @@ impl Running {
         signal_process(self.child.id(), signal);
     }
 
-    /// Waits until it says this on stderr.
+    /// Waits until it prints this to stderr.
     #[track_caller]
     pub fn wait_for_words(&mut self, words: &str) {
         let stderr = self.child.stderr.as_mut().unwrap();
@@ -270,7 +283,21 @@ impl Drop for Running {
     }
 }
 
-/// Polls until there is something; the test fails when it takes absurdly long.
+/// Waits for a process to end. Returns its exit code and its usage. Linux includes in the peak the memory that this process had
+/// when it started the other, so the figure is never too small.
+pub fn ended(child: Child) -> (Option<i32>, libc::rusage) {
+    let id = libc::pid_t::try_from(child.id()).unwrap();
+    // SAFETY: the child is ours and nobody else waits for it; the structures are filled by the call.
+    let (status, usage) = unsafe {
+        let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+        assert_eq!(libc::wait4(id, &mut status, 0, &mut usage), id);
+        (status, usage)
+    };
+    let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+    (code, usage)
+}
+
+/// Polls until there is a value; the test fails if it takes absurdly long.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -282,7 +309,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Waits until a process is gone (or only its remains are left).
+/// Waits until a process is gone (or a zombie).
 pub fn wait_until_gone(pid: u32) {
     wait_for("the end of a process", || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -293,12 +320,16 @@ pub fn wait_until_gone(pid: u32) {
     });
 }
 
+#[track_caller]
 pub fn signal_process(pid: u32, signal: i32) {
-    let status = Command::new("kill")
-        .args([format!("-{signal}"), pid.to_string()])
-        .status()
-        .unwrap();
-    assert!(status.success());
+    assert!(try_signal(pid, signal), "there is no process {pid}");
+}
+
+/// The same for a process that may be gone by then. Returns whether it existed.
+pub fn try_signal(pid: u32, signal: i32) -> bool {
+    let pid = libc::pid_t::try_from(pid).unwrap();
+    // SAFETY: a plain system call.
+    unsafe { libc::kill(pid, signal) == 0 }
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
@@ -309,8 +340,7 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
-/// The binary, in a directory where it finds the candle plugin and no other: what else was built here must not change
-/// what is tested.
+/// The binary, in a directory where it finds only the candle plugin: other builds here must not affect the tests.
 pub fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(install).clone()
@@ -328,11 +358,13 @@ fn install() -> PathBuf {
             "{} is not built: `make test` builds it",
             file.display()
         );
-        // Another process of these tests may be using it: it is replaced in one step.
+        // Another process of these tests may be using it, so it is replaced atomically.
         let fresh = dir.join(format!("fresh-{name}-{}", std::process::id()));
+        // An earlier process with this id may have been killed before its end.
+        let _ = std::fs::remove_file(&fresh);
         std::fs::hard_link(&file, &fresh).unwrap();
         std::fs::rename(&fresh, dir.join(name)).unwrap();
-        // Nothing was renamed where both are links to one file.
+        // If both are links to one file, nothing was renamed.
         let _ = std::fs::remove_file(&fresh);
     }
     dir.join("retort")
@@ -344,7 +376,7 @@ pub fn plugins() -> &'static Path {
     DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("plugins");
         std::fs::create_dir_all(&dir).unwrap();
-        // Another process of these tests may be using it: it is replaced in one step.
+        // Another process of these tests may be using it, so it is replaced atomically.
         let fresh = dir.join(format!("fresh-{}", std::process::id()));
         compile("faulty.c", &[], &fresh);
         std::fs::rename(fresh, dir.join("libretort_faulty.so")).unwrap();

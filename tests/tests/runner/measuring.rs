@@ -4,7 +4,7 @@ use std::path::Path;
 
 use retort_engine::arrays::Arrays;
 use retort_engine::weights;
-use retort_tests::golden;
+use retort_tests::{digits, golden};
 use serde_json::Value;
 
 use crate::lab::Lab;
@@ -44,8 +44,7 @@ fn inception_measures_against_images_and_against_their_statistics() {
     samples: {drawn: drawn}
 ");
     network(&lab, "inception");
-    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
-    let digits = std::fs::read_to_string(digits).unwrap();
+    let digits = std::fs::read_to_string(digits::file()).unwrap();
     let few: String = digits.split_inclusive('\n').take(30).collect();
     std::fs::write(lab.dir.path().join("few.csv"), few).unwrap();
     let said = lab.retort(&["run", "r.yaml"]).expect(0);
@@ -64,7 +63,7 @@ fn inception_measures_against_images_and_against_their_statistics() {
         assert!(value.is_some_and(|x| x >= 0.0), "{figure} in {first:#}");
     }
 
-    // The statistics alone give the same distances, and nothing that needs the images.
+    // The statistics give the same distances, but no figure that needs the images.
     let statistics = lab.dir.path().join("statistics.npz");
     std::fs::copy(judged.join("statistics.npz"), statistics).unwrap();
     add(
@@ -88,7 +87,7 @@ fn inception_measures_against_images_and_against_their_statistics() {
     assert_eq!(again["inception_score"], first["inception_score"]);
     assert_eq!(again["precision"], Value::Null);
 
-    // Of other features than the network's, and of another preparation: known before anything runs.
+    // With other features than the network's, and with another preparation: detected before anything runs.
     for (setting, expected) in [
         ("again.dims=192", "of shape [64], expected [192]"),
         (
@@ -102,7 +101,7 @@ fn inception_measures_against_images_and_against_their_statistics() {
     }
 }
 
-/// Of two classifiers with as many features.
+/// From two classifiers with the same number of features.
 #[test]
 fn statistics_are_those_of_one_network() {
     let lab = lab("
@@ -150,9 +149,8 @@ fn lpips_moves_the_continuous_head() {
         .expect(100)
         .saying(&["LPIPS needs images of at least 16 x 16 pixels, the tokenizer decodes to 8"]);
 
-    // The same digits at 16 x 16, each pixel four times; a level more keeps the 16 tokens.
-    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
-    let digits = std::fs::read_to_string(digits).unwrap();
+    // The same digits at 16 x 16, each pixel four times; another level keeps the 16 tokens.
+    let digits = std::fs::read_to_string(digits::file()).unwrap();
     let mut large = String::new();
     for line in digits.lines().take(600) {
         let cells: Vec<&str> = line.split(',').collect();
@@ -173,7 +171,7 @@ fn lpips_moves_the_continuous_head() {
         &recipe[..start],
         &recipe[end..]
     );
-    let recipe = recipe.replace("z_channels: 8", "z_channels: 8\n    multipliers: [1, 1, 1]");
+    let recipe = recipe.replace("z_channels: 8", "z_channels: 8, multipliers: [1, 1, 1]");
     std::fs::write(&path, recipe).unwrap();
     lab.retort(&["run", "r.yaml"]).expect(0);
     let values = points(&lab, "student", "distill/perceptual");
@@ -183,7 +181,7 @@ fn lpips_moves_the_continuous_head() {
     );
 }
 
-/// An array as NumPy pickles it for `torch.save`, protocol 2: bytes go as the text of as many characters.
+/// An array as NumPy pickles it for `torch.save`, protocol 2: bytes are written as text with one character per byte.
 fn pickled(data: &[f64], shape: &[usize]) -> Vec<u8> {
     let text: String = data
         .iter()
@@ -205,7 +203,7 @@ fn pickled(data: &[f64], shape: &[usize]) -> Vec<u8> {
     out
 }
 
-/// A file as the paper's authors published their statistics: `m` and `s`.
+/// A file in the format of the paper authors' statistics: `m` and `s`.
 fn write_statistic(path: &Path, from: &Path, dim: usize) {
     use std::io::Write;
     let arrays = Arrays::open(from).unwrap();
@@ -225,7 +223,7 @@ fn write_statistic(path: &Path, from: &Path, dim: usize) {
     zip.finish().unwrap();
 }
 
-/// What stands for the real images: images in a folder, ADM's array, the authors' statistics, another set of samples.
+/// The reference: images in a folder, ADM's array, the authors' statistics, another set of samples.
 #[test]
 fn real_images_are_read_as_people_have_them() {
     let lab = lab("
@@ -263,20 +261,20 @@ fn real_images_are_read_as_people_have_them() {
         let found = row(name)[figure].as_f64();
         found.unwrap_or_else(|| panic!("{figure} of {name} in {report:#}"))
     };
-    // The very same images, and others.
+    // The same images, and different ones.
     assert!(value("drawn/pytorch", "frechet_distance") < 1e-6);
     assert!(value("other/pytorch", "frechet_distance") > 1e-3);
     let ways = ["other/pytorch", "other/tensorflow"].map(|name| value(name, "frechet_distance"));
     assert!(ways[0] != ways[1], "{ways:?}");
     assert!(value("other/pytorch", "kernel_distance") > value("drawn/pytorch", "kernel_distance"));
-    // Only what samplers make of the same noise belongs together, image by image.
+    // Only samples from the same noise can be compared image by image.
     assert!(value("sure/pytorch", "lpips") > 0.0);
     for (name, figure, expected) in [
         ("other/pytorch", "lpips", "it is the set"),
         (
             "drawn/pytorch",
             "lpips",
-            "no noise is behind the images of drawn: a sampler of kind `teacher`",
+            "the images of drawn were not made from noise: a sampler of kind `teacher`",
         ),
         ("apart/pytorch", "lpips", "made from other noise than other"),
         ("other/pytorch", "inception_score", "at least 100"),
@@ -323,7 +321,7 @@ fn real_images_are_read_as_people_have_them() {
         ),
     );
     add(&lab, &own("adm", "statistics: adm.npz"));
-    // Each preparation of images alone.
+    // Each preparation of images separately.
     add(
         &lab,
         &own(
@@ -344,7 +342,7 @@ fn real_images_are_read_as_people_have_them() {
         serde_json::from_str(&text).unwrap()
     };
     let (folder, both, smaller) = (read("folder"), read("both"), read("smaller"));
-    // All samples at once are one estimate.
+    // All samples together are one estimate.
     let other = &folder["sets"]["other"];
     assert_eq!(
         other["kernel"],
@@ -378,7 +376,7 @@ fn real_images_are_read_as_people_have_them() {
             "{stage}: {distance} and {}",
             ways[0]
         );
-        // Those of single images are not to be had from statistics.
+        // Figures of single images cannot be computed from statistics.
         let precision = other["precision"].is_number();
         assert_eq!(precision, stage != "authors", "{stage}: {other:#}");
         let spatial = other["spatial_frechet_distance"].is_number();

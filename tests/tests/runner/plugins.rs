@@ -1,4 +1,4 @@
-//! Plugins that are missing or broken, and files that are none.
+//! Missing or broken plugins, and files that are not plugins.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::lab::{Lab, compile, plugins};
 
-/// Compiles a fixture under the name of a plugin, in a directory of its own.
+/// Compiles a fixture under the name of a plugin, in a separate directory.
 fn build(lab: &Lab, name: &str, fixture: &str, flags: &[&str]) -> PathBuf {
     let path = lab.dir.path().join(format!("libretort_{name}.so"));
     compile(fixture, flags, &path);
@@ -136,7 +136,7 @@ fn shadowing_is_told() {
     lab.run(&["--plugin-dir", dir])
         .expect(0)
         .saying(&["libretort_faulty.so is not"]);
-    // A copy of the same file is no other plugin.
+    // A copy of the same file is the same plugin.
     let file = "libretort_faulty.so";
     std::fs::copy(plugins().join(file), lab.dir.path().join(file)).unwrap();
     let said = lab.run(&["--plugin-dir", dir, "--force"]).expect(0);

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use retort_engine::weights::Stored;
+use retort_engine::weights::CheckpointWeights;
 use retort_tests::golden::{TOLERANCE, procedural_weights};
 use retort_tests::torch::Archive;
 use serde_json::Value;
@@ -19,9 +19,9 @@ struct Family {
     student: (&'static str, &'static [&'static str]),
     /// A second dictionary in the student's file: weights that are not the average.
     beside: &'static [&'static str],
-    /// Options that a network of no published size needs.
+    /// Options for a network without a published size.
     hints: &'static str,
-    /// Guidance of the trajectories, as the tensor's name says it.
+    /// Guidance of the trajectories, as in the tensor's name.
     guidance: &'static str,
 }
 
@@ -63,7 +63,7 @@ impl Family {
             let mut archive = Archive::create(&dir.join(file));
             place.iter().for_each(|name| archive.open(name));
             archive.weights(&weights[part]);
-            // A buffer, and a weight that no network has.
+            // A buffer, and an unknown weight.
             archive.tensor("freqs_cis", &[2], &[0.0; 2]);
             archive.tensor("stranger.weight", &[1], &[1.0]);
             if file == "student.pth" {
@@ -84,7 +84,7 @@ impl Family {
         }
     }
 
-    /// A recipe that does with the files what the published code did.
+    /// A recipe that processes the files like the published code.
     fn recipe(&self) -> String {
         let folder = self.golden();
         let expected = folder.join("expected.safetensors");
@@ -92,7 +92,7 @@ impl Family {
         let config: Value = serde_json::from_str(&config).unwrap();
         let (middle, split) = (&config["t_mid"], &config["split_t"]);
         let start = &config["t_teacher_start"];
-        let stored = Stored::open(&expected, None).unwrap();
+        let stored = CheckpointWeights::open(&expected, None).unwrap();
         let greedy = stored.floats("greedy.cfg").unwrap()[0];
         let count = stored.shape("labels").unwrap()[0];
         let Self {
@@ -129,7 +129,7 @@ stages:
     }
 }
 
-/// What the history says of a stage's artifact in the latest run.
+/// The history's record of a stage's artifact in the latest run.
 fn row(lab: &Lab, stage: &str) -> Value {
     let list = lab.retort(&["artifacts", "list", "latest", "--json"]);
     let list = list.expect(0).json();
@@ -169,11 +169,12 @@ fn agrees(family: &Family) {
     assert_eq!(source["file"], "student.pth");
     assert_eq!(source["dictionary"], family.student.1.join("."));
     assert_eq!(source["blake3"].as_str().unwrap().len(), 64);
-    let expected = Stored::open(&family.golden().join("expected.safetensors"), None).unwrap();
+    let expected =
+        CheckpointWeights::open(&family.golden().join("expected.safetensors"), None).unwrap();
 
     let shard = artifact(&lab, "trajectories").join("shard-000000000.safetensors");
     let name = format!("trajectory.cfg{}.tokens", family.guidance);
-    let tokens = Stored::open(&shard, None)
+    let tokens = CheckpointWeights::open(&shard, None)
         .unwrap()
         .indices("tokens")
         .unwrap();
@@ -181,7 +182,7 @@ fn agrees(family: &Family) {
 
     for stage in ["greedy", "one_step", "two_step", "assisted"] {
         let samples = artifact(&lab, stage).join("shard-000000000.safetensors");
-        let samples = Stored::open(&samples, None).unwrap();
+        let samples = CheckpointWeights::open(&samples, None).unwrap();
         if stage == "greedy" {
             let tokens = samples.indices("tokens").unwrap();
             assert_eq!(
@@ -224,7 +225,7 @@ fn var_files_give_the_published_results() {
     agrees(&VAR);
 }
 
-/// Networks written for the published scripts, and taken in again: the same artifacts.
+/// Networks exported for the published scripts, and loaded again: the same artifacts.
 fn exports(family: &Family, buffers: [&[&str]; 3]) {
     let lab = Lab::new(&[]);
     let dir = lab.dir.path();
@@ -259,7 +260,7 @@ stages:
     lab.retort(&["run", "out.yaml"]).expect(0);
     assert_eq!(hashes(), before);
 
-    // Every weight that the published network has, and the buffers without which its scripts refuse the file.
+    // Every weight of the published network, and the buffers that its scripts require.
     let weights = procedural_weights(&family.golden().join("weights.json")).unwrap();
     let places = [family.teacher.1, family.student.1, family.tokenizer.1];
     let parts = [family.teacher.0, family.student.0, family.tokenizer.0];
@@ -269,7 +270,7 @@ stages:
     };
     for (i, file) in ["t.pth", "s.pth", "k.pth"].into_iter().enumerate() {
         let place = published[i].join(".");
-        let stored = Stored::open(&dir.join(file), Some(&place)).unwrap();
+        let stored = CheckpointWeights::open(&dir.join(file), Some(&place)).unwrap();
         let mut found: Vec<&str> = stored.shapes().map(|(name, _)| name).collect();
         let mut expected: Vec<&str> = weights[parts[i]].keys().map(String::as_str).collect();
         expected.extend(buffers[i]);
@@ -277,9 +278,11 @@ stages:
         expected.sort_unstable();
         assert_eq!(found, expected, "{file}");
     }
-    // The average stands where the other weights would.
-    let beside = Stored::open(&dir.join("s.pth"), Some(&family.beside.join("."))).unwrap();
-    let own = Stored::open(&dir.join("s.pth"), Some(&family.student.1.join("."))).unwrap();
+    // The average takes the place of the other weights.
+    let beside =
+        CheckpointWeights::open(&dir.join("s.pth"), Some(&family.beside.join("."))).unwrap();
+    let own =
+        CheckpointWeights::open(&dir.join("s.pth"), Some(&family.student.1.join("."))).unwrap();
     let name = "final_layer_conti.linear.bias";
     assert_eq!(beside.floats(name).unwrap(), own.floats(name).unwrap());
 
@@ -290,7 +293,7 @@ stages:
     export(&["latest/nothing", "-o", "n.pth"]).expect(4);
     assert!(!dir.join("n.pth").exists());
 
-    // Without -o the stage gives the name, and somebody else may have named it.
+    // Without -o the stage's name is used, which may be somebody else's.
     change(
         &lab.store_dir().join("history.db"),
         "update stages set name = '../deeper/outside' where name = 'teacher'",
@@ -414,7 +417,7 @@ fn weights_that_do_not_fit_are_named() {
         .saying(&["changed.pth", "does not exist"]);
 }
 
-/// One class of a student gives no numbers: its samples do not either, and no others.
+/// One class of a student gives NaN: so do its samples, and no others.
 #[test]
 fn a_student_that_overflows_names_the_sample() {
     let lab = Lab::new(&[]);
@@ -472,7 +475,7 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
     let distill =
         |options: &str| format!("kind: distill, teacher: teacher, trajectories: pairs, {options}");
 
-    // What no network is needed for.
+    // Errors that need no network.
     for (stage, expected) in [
         (
             student("timesteps: [6, 0]"),
@@ -495,7 +498,7 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
     ] {
         check("validate", 3, &stage, expected);
     }
-    // What the network tells, before any work.
+    // Errors from the network, before any work.
     for (stage, expected) in [
         (
             sample(&format!("{teacher}, labels: [0, 10]")),
@@ -530,7 +533,7 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
     }
 }
 
-/// Hash of the artifact of stage `t`, a LlamaGen teacher with weights from `model`, and what was said.
+/// The hash of the artifact of stage `t`, a LlamaGen teacher with weights from `model`, and the output.
 fn teacher(lab: &Lab, model: &str) -> (Value, String) {
     let text = format!(
         "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  t: {{kind: teacher, family: llamagen, model: {model}, \
@@ -598,7 +601,7 @@ fn a_network_in_several_files_is_one() {
     LLAMAGEN.write_files(dir);
     let weights = procedural_weights(&LLAMAGEN.golden().join("weights.json")).unwrap();
     let (plain, _) = teacher(&lab, "teacher.pth");
-    // As in a cache: a folder of links.
+    // As in a cache, a folder of links.
     let (blobs, folder) = (dir.join("blobs"), dir.join("snapshot"));
     std::fs::create_dir(&blobs).unwrap();
     std::fs::create_dir(&folder).unwrap();
@@ -624,7 +627,7 @@ fn a_network_in_several_files_is_one() {
     lab.retort(&["inspect", "snapshot"])
         .expect(0)
         .saying(&["safetensors in 2 files"]);
-    // What a shard holds decides, though nobody named the shard.
+    // The content of a shard counts, even if nobody named the shard.
     let changed = blobs.join("1");
     let mut bytes = std::fs::read(&changed).unwrap();
     let last = bytes.len() - 4;

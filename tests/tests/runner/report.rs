@@ -1,8 +1,8 @@
-//! Runs as one page: whole, without anything beside it, and whatever names are in it.
+//! Runs as one page: complete, self-contained, and safe with any names.
 
 use crate::lab::Lab;
 
-/// A page without what is in pictures, and with the tags of its text.
+/// A page's text with its tags, without the content of pictures.
 fn tags(page: &str) -> Vec<String> {
     page.split('<')
         .skip(1)
@@ -40,7 +40,7 @@ fn a_page_has_everything_of_its_runs() {
         assert!(page.contains(part), "{part} is missing");
     }
     assert_eq!(page.matches("<svg").count(), 8);
-    // What came of it is looked at first, then the curves that people look at most.
+    // Results come first, then the most important curves.
     let place = |what: &str| page.find(what).unwrap();
     assert!(place("data:image/png") < place("<svg") && place("<svg") < place("Stages and metrics"));
     assert!(!tags(&page).contains(&"script".to_owned()));
@@ -87,7 +87,7 @@ fn what_the_store_says_is_text() {
         !tags.iter().any(|tag| tag.eq_ignore_ascii_case("script")),
         "{tags:?}"
     );
-    // The one picture; the table's preview is no PNG, and is left out in words.
+    // The only picture; the table's preview is not a PNG, and a text says so.
     assert_eq!(tags.iter().filter(|tag| *tag == "img").count(), 1);
     assert!(page.contains("This picture is no PNG file."));
     assert!(page.contains("&lt;script&gt;alert(1)"));

@@ -1,4 +1,4 @@
-//! Runs that go well, and what is reused afterwards.
+//! Successful runs, and what is reused afterwards.
 
 use retort::store::{Access, RunState, Store};
 
@@ -127,7 +127,7 @@ fn independent_stages_run_side_by_side() {
         "c: {kind: do, input: a, other: b}",
     ]);
     let running = lab.start(&["--jobs", "2"]);
-    // Neither ends before both have begun.
+    // Neither ends before both have started.
     lab.wait_for_worker("a");
     lab.wait_for_worker("b");
     lab.release();

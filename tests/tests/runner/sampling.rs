@@ -1,15 +1,15 @@
-//! Sampling in shards: the same bytes however the work is cut, what an interruption leaves, parts of several machines, and
-//! memory that does not grow with the number of images, neither of those that are made nor of those that are measured.
+//! Sampling in shards: the same bytes however the work is divided, the remains of an interruption, parts from several machines,
+//! and memory that does not grow with the number of sampled or evaluated images.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use retort_engine::samples::Samples;
-use retort_engine::weights::Stored;
+use retort_engine::weights::CheckpointWeights;
 
-use crate::lab::{Lab, Running, signal_process, wait_for, wait_until_gone};
-use crate::training::{lab, output, shards};
+use crate::lab::{Lab, Running, signal_process, wait_until_gone};
+use crate::training::{killed_among_shards, lab, output, shards};
 
 const KILL: i32 = 9;
 
@@ -25,8 +25,8 @@ fn everything(dir: &Path) -> (Vec<u32>, Vec<f32>) {
     (samples.labels, images)
 }
 
-fn shard(dir: &Path) -> Stored {
-    Stored::open(&dir.join("shard-000000000.safetensors"), None).unwrap()
+fn shard(dir: &Path) -> CheckpointWeights {
+    CheckpointWeights::open(&dir.join("shard-000000000.safetensors"), None).unwrap()
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn workers_batches_and_shards_do_not_change_a_sample() {
     );
     assert!(dir("wide").join("png/000300-0.png").is_file());
 
-    // Workers decide nothing: not the digest, not a byte.
+    // The number of workers changes neither the digest nor the bytes.
     let alone = output(&lab, "narrow").0;
     let divided = ["--set", "narrow.workers=3"];
     assert!(lab.outcomes(&divided).contains(&"narrow reused".to_owned()));
@@ -64,23 +64,13 @@ fn workers_batches_and_shards_do_not_change_a_sample() {
 fn a_killed_run_loses_the_open_shard_at_most() {
     let undisturbed = lab(MANY);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
-    let disturbed = lab(MANY);
-    let running = disturbed.start(&[]);
-    let worker = disturbed.wait_for_worker("pairs");
-    wait_for("some shards", || {
-        (shards(&disturbed).len() >= 4).then_some(())
-    });
-    signal_process(running.child.id(), KILL);
-    assert_eq!(running.end().code, None);
-    wait_until_gone(worker);
-    let before = shards(&disturbed);
-    assert!(before.len() < 80, "it came too late to show anything");
+    let (disturbed, before) = killed_among_shards(MANY, 4);
     disturbed.retort(&["resume"]).expect(0);
     let hash = crate::training::output_with(&disturbed, &before);
     assert_eq!(hash, output(&undisturbed, "pairs").0);
     assert_eq!(disturbed.entries("work"), [""; 0]);
 
-    // Bytes on the disk: the images, and the archive that was asked for.
+    // Bytes on the disk: the images, and the requested archive.
     let dir = output(&disturbed, "pairs").1;
     let shards = std::fs::read_dir(&dir).unwrap().flatten();
     let bytes: u64 = shards
@@ -132,7 +122,7 @@ fn parts_of_several_machines_make_the_whole() {
     assert_eq!(everything(&place("joined")), everything(&whole));
     with(&[&head, &other])
         .expect(100)
-        .saying(&["this is no part of the same set: kept"]);
+        .saying(&["this part belongs to another set: kept"]);
     with(&[&head, &head.join("..")])
         .expect(100)
         .saying(&["manifest.json"]);
@@ -178,17 +168,14 @@ fn what_is_kept_is_an_option() {
     refused(&["bytes.range=[30, 41]"], "range [30, 41]");
 }
 
-/// The most memory that the worker of `many` had, in kB, for so many images of 64 x 64.
+/// The peak memory of the worker of `many`, in kB, for this many images of 64 x 64.
 fn peak(lab: &Lab, count: usize) -> u64 {
-    let count = format!("many.count={count}");
-    let running = lab.start(&["--set", &count]);
-    let worker = lab.wait_for_worker("many");
-    let peak = peak_while(worker, || true);
-    assert_eq!(running.end().code, Some(0));
-    peak
+    lab.run(&["--set", &format!("many.count={count}")])
+        .expect(0);
+    lab.attempt("many").usage.max_rss.unwrap() / 1024
 }
 
-/// The most memory that a worker had, in kB, until it ended or there was no more reason to look.
+/// A worker's peak memory, in kB, until it ended or the check was over.
 fn peak_while(worker: u32, mut looks: impl FnMut() -> bool) -> u64 {
     let mut peak = 0;
     while let Ok(status) = std::fs::read_to_string(format!("/proc/{worker}/status")) {
@@ -202,10 +189,14 @@ fn peak_while(worker: u32, mut looks: impl FnMut() -> bool) -> u64 {
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
+    assert!(
+        peak > 10_000,
+        "{peak} KiB is no worker that was seen at work"
+    );
     peak
 }
 
-/// A network for images of 64 x 64, as good as random, and a stage that samples from it.
+/// A practically random network for images of 64 x 64, and a stage that samples from it.
 fn large_images() -> Lab {
     let lab = Lab::new(&[]);
     let pixel = |i: usize| ((i * 2_654_435_761) >> 7) & 255;
@@ -260,11 +251,14 @@ fn memory_does_not_grow_with_the_number_of_images() {
     // 3,000 images are 37 MB as bytes and 147 MB as floats.
     let (few, many) = (peak(&lab, 600), peak(&lab, 3000));
     println!("600 images: {few} kB; 3,000: {many} kB");
-    // The images themselves would be 73 MB more. Threads that read ahead hold batches, how many is a matter of timing.
-    assert!(few > 10_000 && many < few + 8_000, "{few} kB and {many} kB");
+    // The images themselves would be 73 MB more. Prefetching threads hold batches; how many depends on timing.
+    assert!(
+        few > 10_000 && many < few + 24_000,
+        "{few} kB and {many} kB"
+    );
 }
 
-/// The count of published evaluations: made at once, and by a run that is killed after some 30,000 and taken up again.
+/// The number of published evaluations: made at once, and by a run that is killed after some 30,000 and resumed.
 #[test]
 #[ignore = "many minutes: make test-long"]
 fn memory_of_50000_images_is_that_of_2000() {
@@ -339,11 +333,12 @@ stages:
     let few = peak(&[]);
     let many = peak(&["--set", "judged.data.arrays=3000.npy"]);
     println!("600 images: {few} kB; 3,000: {many} kB");
+    // The images themselves would be 74 MB more. How many threads work at the same time depends on timing.
     assert!(
-        few > 10_000 && many * 10 <= few * 11,
+        few > 10_000 && many < few + 24_000,
         "{few} kB and {many} kB"
     );
-    // What it wrote for itself is gone, and is what an `images` stage writes.
+    // Its temporary copy is gone, and had the content of an `images` stage's output.
     assert_eq!(lab.entries("work"), [""; 0]);
     let judged = output(&lab, "judged").1;
     lab.run(&["--until", "prepared"]).expect(0);
@@ -354,7 +349,7 @@ stages:
     }
 }
 
-/// In six gigabytes of address space, which is plenty for these networks, but not for such batches.
+/// In six gigabytes of address space: plenty for these networks, but not for such batches.
 #[test]
 fn batches_that_do_not_fit_are_named_before_they_are_tried() {
     let most = "batch: 400000000, count: 400000000, shard_size: 400000000";

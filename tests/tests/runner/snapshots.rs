@@ -1,7 +1,7 @@
-//! What users see, word for word: tables, plans, and every kind of error with a marked line.
+//! Exact outputs: tables, plans, and every kind of error with a marked line.
 //!
-//! The texts are in `snapshots/`. `INSTA_UPDATE=always cargo test --release -p retort-tests --test runner snapshots` writes
-//! them anew; the difference is then read like that of any other file.
+//! The texts are in `snapshots/`. `INSTA_UPDATE=always cargo test --release -p retort-tests --test runner snapshots` rewrites
+//! them; review the difference like that of any other file.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::lab::{Lab, block_on};
 
-/// What differs between machines and days, and what stands for it.
+/// Variable parts of outputs, and their placeholders.
 const VARYING: [(&str, &str); 9] = [
     (r"/[^\s`'\x22]*/\.tmp[A-Za-z0-9]{6}", "LAB"),
     (r"/[^\s`'\x22]*/tmp/(installed/retort|plugins)", "BUILD"),
@@ -40,7 +40,7 @@ fn check(name: &str, text: &str) {
     settings.bind(|| insta::assert_snapshot!(name, text));
 }
 
-/// Appends a command, as a person types it, what it said, and the code that it ended with.
+/// Appends a command as typed, its output, and its exit code.
 fn tell(text: &mut String, lab: &Lab, arguments: &[&str]) {
     let said = lab.retort(arguments);
     assert!(!said.stderr.contains("panicked at"), "{}", said.stderr);
@@ -71,7 +71,7 @@ fn verdicts(recipes: &[&str]) -> String {
     text
 }
 
-/// A recipe of the fixture plugin with these lines after its head.
+/// A recipe for the fixture plugin with these lines after its head.
 macro_rules! recipe {
     ($($line:literal),* $(,)?) => {
         concat!("version: 1\nbackend: faulty\n", $($line, "\n"),*)
@@ -206,6 +206,10 @@ fn faults_of_settings() {
         "first.amount=[",
         "seed=1.5",
         "first.text={a: b}",
+        "first.text=",
+        "first.text=null",
+        "first.amount=~",
+        "first.text=\"\"",
         "params.wdth=1",
         "paths.x=1",
     ] {
@@ -304,7 +308,7 @@ fn faults_of_project_files() {
     check("project-files", &text);
 }
 
-/// Two runs: one of three stages, and one that took one of them over and failed. Ids, times and sizes are always the same.
+/// Two runs: one of three stages, and one that reused one of them and failed. Ids, times and sizes are fixed.
 fn history() -> Lab {
     let lab = Lab::new(&[
         "codes: {kind: do, text: one}",
@@ -319,7 +323,7 @@ fn history() -> Lab {
     lab
 }
 
-/// Has ids, times and sizes be always the same.
+/// Replaces ids, times and sizes with fixed ones.
 fn settle(lab: &Lab) {
     block_on(async {
         let options = SqliteConnectOptions::new().filename(lab.store_dir().join("history.db"));
@@ -412,7 +416,7 @@ fn tables() {
     ] {
         tell(&mut text, &lab, arguments);
     }
-    // They depend on the compiler that made the plugin.
+    // They depend on the plugin's compiler.
     let digests = lab.retort(&[
         "query",
         "select digest from v_attempts order by stage, run",

@@ -1,4 +1,4 @@
-//! Sweeps: grids, points drawn by seed, what points share, failures, interruptions, successive halving, other stores.
+//! Sweeps: grids, random points, shared stages, failures, interruptions, successive halving, other stores.
 
 use serde_json::Value;
 use sqlx::sqlite::SqliteConnectOptions;
@@ -8,7 +8,7 @@ use crate::lab::{CommandOutput, Lab, block_on, wait_for};
 
 const INTERRUPT: i32 = 2;
 
-/// Two stages that all points share, and one that they do not.
+/// Two stages that all points share, and one that differs.
 const SHARED: [&str; 3] = [
     "base: {kind: do, text: base}",
     "work: {kind: do, act: work, amount: 2, input: base}",
@@ -19,13 +19,13 @@ fn sweep(lab: &Lab) -> Value {
     lab.retort(&["sweep", "show", "--json"]).expect(0).json()
 }
 
-/// What a sweep says of each of its points.
+/// A sweep's records of its points.
 fn of_points(sweep: &Value, key: &str) -> Vec<Value> {
     let points = sweep["points"].as_array().unwrap();
     points.iter().map(|point| point[key].clone()).collect()
 }
 
-/// How many attempts at a stage there have been in the store.
+/// The number of attempts of a stage in the store.
 fn attempts(lab: &Lab, stage: &str) -> u64 {
     let sql = format!("select count(*) as n from v_attempts where stage = '{stage}'");
     lab.retort(&["query", &sql, "--json"]).expect(0).json()[0]["n"]
@@ -90,7 +90,7 @@ fn a_grid_runs_every_combination_and_shared_stages_once() {
         assert_eq!(row[column], 6, "{column}");
     }
 
-    // Again there is nothing to do, and no other sweep.
+    // The second time there is nothing to do, and no new sweep.
     lab.run(&axes)
         .expect(0)
         .saying(&["nothing to do: 6 of 6 points done"]);
@@ -117,10 +117,15 @@ fn a_grid_runs_every_combination_and_shared_stages_once() {
 
 #[test]
 fn concurrent_points_do_not_make_a_stage_twice() {
-    let lab = Lab::new(&SHARED);
-    lab.run(&["--sweep", "end.rate=1..4", "--jobs", "3"])
-        .expect(0)
-        .saying(&["another run works on the same stage"]);
+    let lab = Lab::new(&[
+        "base: {kind: do, text: base}",
+        "work: {kind: do, act: wait, flag: released, input: base}",
+        "end: {kind: do, input: work}",
+    ]);
+    let mut running = lab.start(&["--sweep", "end.rate=1..4", "--jobs", "3"]);
+    running.wait_for_words("another run works on the same stage");
+    lab.release();
+    running.end().expect(0);
     assert_eq!((attempts(&lab, "base"), attempts(&lab, "work")), (1, 1));
     assert_eq!(attempts(&lab, "end"), 4);
 }
@@ -168,7 +173,7 @@ fn a_failed_point_does_not_end_the_others_and_is_made_up_for() {
     let states = |lab: &Lab| of_points(&sweep(lab), "state");
     assert_eq!(states(&lab), ["succeeded", "failed", "succeeded"]);
     std::fs::write(&flag, "").unwrap();
-    // By its id, by the command that began it, or as the latest.
+    // By its id, by the command that started it, or as the latest.
     let id = sweep(&lab)["id"].as_str().unwrap().to_owned();
     lab.retort(&["resume", &id[..8]]).expect(0).saying(&[
         "2 of 3 points done",
@@ -220,33 +225,50 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
     );
 }
 
-/// A recipe whose section says everything, and whose work takes 1.2 s.
+/// A recipe with a complete sweep section and 1.2 s of work.
 fn lab_with_section(section: &str) -> Lab {
-    lab_that_works(section, 12)
+    lab_that_works(section, "act: work, amount: 12")
 }
 
-/// Whose work takes far longer than a runner needs to stop it at a rung, on a busy machine too.
+/// Its work goes on until it is released: it is stopped at a rung, however long the runner takes for that.
 fn lab_with_rungs() -> Lab {
-    lab_that_works(ASHA, 60)
+    lab_that_works(ASHA, HELD)
 }
 
-fn lab_that_works(section: &str, ticks: u32) -> Lab {
+const HELD: &str = "act: wait, flag: released";
+
+fn lab_that_works(section: &str, act: &str) -> Lab {
     let lab = Lab::new(&[]);
     let text = format!(
         "version: 1\nbackend: faulty\nsweep:\n{section}stages:\n  base: {{kind: do, text: base}}\n  \
-         work: {{kind: do, act: work, amount: {ticks}, input: base}}\n  end: {{kind: do, input: work}}\n"
+         work: {{kind: do, {act}, input: base}}\n  end: {{kind: do, input: work}}\n"
     );
     std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
     lab
 }
 
-const ASHA: &str = "  parameters:\n    work.rate: [4, 1, 3, 2]\n  objective: {metric: tick, goal: min}\n  \
+/// Runs the sweep of a lab with rungs. Only its best point finally runs without a rung: its work may end once it has a value.
+#[track_caller]
+fn halve(lab: &Lab) -> CommandOutput {
+    let mut running = lab.start(&["--sweep"]);
+    running.wait_for_words("point 2 of 4: run ");
+    let sql = "select count(*) as n from v_metrics where stage = 'work' and run = (select id from v_runs order by started desc limit 1)";
+    wait_for("a value", || {
+        let said = lab.retort(&["query", sql, "--json"]).expect(0);
+        (said.json()[0]["n"].as_u64()? > 0).then_some(())
+    });
+    lab.release();
+    running.end().expect(0)
+}
+
+/// So far apart that the lead of a point that was stopped later does not matter.
+const ASHA: &str = "  parameters:\n    work.rate: [4000, 1000, 3000, 2000]\n  objective: {metric: tick, goal: min}\n  \
      asha: {metric: work/tick, rungs: [1, 3]}\n";
 
 #[test]
 fn halving_stops_the_worse_half_and_resumes_the_better() {
     let lab = lab_with_rungs();
-    lab.run(&["--sweep"]).expect(0).saying(&[
+    halve(&lab).saying(&[
         "up to step 1",
         "continuing from a checkpoint",
         "3 stopped early",
@@ -256,7 +278,7 @@ fn halving_stops_the_worse_half_and_resumes_the_better() {
         .iter()
         .map(|rungs| rungs.as_array().unwrap().len())
         .collect();
-    // Rate 1 is the best, rate 2 the next; the others never see the second rung.
+    // Rate 1000 is the best, rate 2000 the next; the others never see the second rung.
     assert_eq!(rungs, [1, 2, 1, 2]);
     assert_eq!(shown["best"], 2);
     let states = of_points(&shown, "state");
@@ -264,26 +286,27 @@ fn halving_stops_the_worse_half_and_resumes_the_better() {
         states,
         ["interrupted", "succeeded", "interrupted", "interrupted"]
     );
-    // What they were judged by is the series at the rung: rate + step / 2.
+    // They were judged by the series at the rung: rate + step / 2.
     let first = |point: usize| of_points(&shown, "rungs")[point][0].as_f64().unwrap();
     assert_eq!(
         [first(0), first(1), first(2), first(3)],
-        [4.5, 1.5, 3.5, 2.5]
+        [4000.5, 1000.5, 3000.5, 2000.5]
     );
     let best = lab.retort(&["sweep", "best", "--command"]).expect(0);
-    assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1\n");
-    // Nothing is left to be decided.
+    assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1000\n");
+    // Nothing is left to decide.
     lab.run(&["--sweep"]).expect(0).saying(&["nothing to do"]);
-    // Points that are judged on the way need no objective beside that.
+    // Points that are judged at rungs need no separate objective.
     let section = ASHA.replace("  objective: {metric: tick, goal: min}\n", "");
-    let judged = lab_that_works(&section, 60);
-    judged.run(&["--sweep"]).expect(0);
+    let judged = lab_that_works(&section, HELD);
+    halve(&judged);
     let best = judged.retort(&["sweep", "best", "--command"]).expect(0);
-    assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1\n");
+    assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1000\n");
 
     // Without an interruption the best point's run has the same bytes.
     let other = lab_with_rungs();
-    other.run(&["--set", "work.rate=1"]).expect(0);
+    other.release();
+    other.run(&["--set", "work.rate=1000"]).expect(0);
     for hash in other.entries("artifacts") {
         assert!(lab.entries("artifacts").contains(&hash), "{hash}");
     }
@@ -329,7 +352,7 @@ fn the_best_point_is_found_shown_and_drawn() {
     assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
     assert_eq!(svg.matches("<circle").count(), 12);
     assert!(!svg.contains("a<b"));
-    // The command runs the point again, and finds all of it.
+    // The command runs the point again, and reuses everything.
     let command = lab.retort(&["sweep", "best", "--command"]).expect(0).stdout;
     assert_eq!(
         command,
@@ -420,10 +443,22 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
     check_refused(&lab, &[], 3, &["3 is not less than 1"]);
 }
 
+#[test]
+fn a_sweep_cannot_be_left_to_a_cluster() {
+    let lab = Lab::new(&SHARED);
+    let said = ["--detach and a sweep exclude each other", "tmux"];
+    check_refused(&lab, &["--sweep", "end.rate=1,2", "--detach"], 2, &said);
+    lab.run(&["--sweep", "end.rate=1,2"]).expect(0);
+    let id = sweep(&lab)["id"].as_str().unwrap().to_owned();
+    lab.retort(&["resume", &id, "--detach"])
+        .expect(2)
+        .saying(&said);
+}
+
 /// A store with a sweep of two points, exported.
 fn exported() -> (Lab, String) {
     let lab = lab_with_rungs();
-    lab.run(&["--sweep"]).expect(0);
+    halve(&lab);
     let file = lab.dir.path().join("runs.db").to_str().unwrap().to_owned();
     lab.retort(&["runs", "export", "-o", &file]).expect(0);
     (lab, file)
@@ -443,7 +478,7 @@ fn another_store_takes_a_sweep_over() {
             assert_eq!(of_points(&ours, key), of_points(&theirs, key), "{key}");
         }
     }
-    // One run alone takes its sweep along, whose other points are to come.
+    // A single run brings its sweep, whose other points have no runs yet.
     let one = Lab::new(&[]);
     let file = lab.dir.path().join("one.db").to_str().unwrap().to_owned();
     lab.retort(&["runs", "export", "latest", "-o", &file])
@@ -517,7 +552,7 @@ fn a_file_cannot_change_a_sweep_or_bring_a_wrong_one() {
             .expect(2)
             .saying(&[said, "nothing was imported"]);
     }
-    // A sweep of the same name that is made of something else stays what it is.
+    // An existing sweep with the same name and other content does not change.
     let other = changed(
         "update sweeps set recipe_text = 'other'; update runs set id = substr(id, 1, 9) || 'z'",
     );
@@ -533,7 +568,7 @@ fn a_file_cannot_change_a_sweep_or_bring_a_wrong_one() {
 #[test]
 fn a_run_of_a_sweep_that_is_taken_up_alone_stays_its_point() {
     let lab = lab_with_rungs();
-    lab.run(&["--sweep"]).expect(0);
+    halve(&lab);
     let stopped = of_points(&sweep(&lab), "run")[3]
         .as_str()
         .unwrap()

@@ -1,14 +1,14 @@
-//! Tokenizers as one would use them: trained against an adversary, gone on from, and classes that keep their names.
+//! Tokenizers in practice: trained against an adversary, continued, and with class names.
 
 use std::fs;
 
 use serde_json::Value;
 
 use crate::images::every_format;
-use crate::lab::{Lab, wait_for};
-use crate::training::{INTERRUPT, lab, output, points};
+use crate::lab::Lab;
+use crate::training::{caught, interrupted, lab, output, points};
 
-/// Two networks and two optimisers, codes that are averages, restarts: all that a checkpoint has to hold.
+/// Two networks and two optimisers, averaged codes, restarts: everything that a checkpoint has to contain.
 const ADVERSARY: &str = "
   against:
     kind: tokenizer
@@ -31,17 +31,9 @@ fn an_adversary_that_was_interrupted_ends_with_the_same_bits() {
     undisturbed
         .retort(&["run", "r.yaml", "--until", "against"])
         .expect(0);
-    let disturbed = lab(ADVERSARY);
-    let running = disturbed.start(&["--until", "against"]);
-    disturbed.wait_for_worker("against");
-    wait_for("a loss of the adversary", || {
-        let said = disturbed.retort(&["metrics", "latest", "--stage", "against", "--json"]);
-        said.stdout
-            .contains("tokenizer/discriminator")
-            .then_some(())
-    });
-    running.signal(INTERRUPT);
-    running.end().expect(130);
+    let loss = "tokenizer/discriminator";
+    let until = ["--until", "against"];
+    let disturbed = caught(|| interrupted(lab(ADVERSARY), "against", loss, &until));
     disturbed
         .retort(&["resume", "-v"])
         .expect(0)
@@ -49,7 +41,7 @@ fn an_adversary_that_was_interrupted_ends_with_the_same_bits() {
     let [a, b] = [&undisturbed, &disturbed].map(|lab| output(lab, "against"));
     assert_eq!(a.0, b.0);
 
-    // What is kept is the tokenizer alone, and what its training was like is in the history.
+    // Only the tokenizer is kept; its training is in the history.
     let file = fs::read(a.1.join("tokenizer.safetensors")).unwrap();
     let header = String::from_utf8_lossy(&file[..1 << 14]).into_owned();
     assert!(header.contains("quantize.embedding.weight") && !header.contains("discriminator"));
@@ -84,7 +76,7 @@ fn losses_that_cannot_be_are_refused_before_anything_runs() {
             .expect(3)
             .saying(&[said]);
     }
-    // What depends on the images, once these are known.
+    // Errors that depend on the images, once these are known.
     lab(ADVERSARY)
         .retort(&[
             "run",
@@ -144,8 +136,8 @@ fn trainings_go_on_from_others() {
     lab.retort(&["run", "r.yaml", "-v"])
         .expect(0)
         .saying(&["the embedding of the 3 here is made anew"]);
-    // A step that moves nothing: what came out is what was gone on from. Nothing is held out, which each stage does by a seed
-    // of its own.
+    // A step without any change gives the network that it started from. Nothing is held out, because each stage would do that
+    // by a different seed.
     let figure = |stage: &str, series: &str| *points(&lab, stage, series).last().unwrap();
     for (first, second, series) in [
         ("codes", "longer", "tokenizer/held_out_error"),
@@ -162,13 +154,13 @@ fn trainings_go_on_from_others() {
             .expect(100)
             .saying(&[said]);
     }
-    // A teacher that sees mirror images too is another one.
+    // A teacher that also sees mirror images is a different one.
     let before = output(&lab, "teacher").0;
     let flipped = "teacher.data={images: pictures, flip: true}";
     lab.retort(&["run", "r.yaml", "--until", "teacher", "--set", flipped])
         .expect(0);
     assert_ne!(output(&lab, "teacher").0, before);
-    // The same shape with other codes.
+    // The same shape with different codes.
     let text = fs::read_to_string(lab.dir.path().join("r.yaml")).unwrap();
     let text = text.replace(
         "from: teacher, tokenizer: codes, data: pictures",
@@ -213,7 +205,7 @@ fn classes_keep_the_names_of_their_folders() {
     assert_eq!(report["sets"]["reconstruction"]["samples"], 12);
     assert!(report["sets"]["reconstruction"]["frechet_distance"].is_number());
 
-    // Without a recipe they are named as well.
+    // They have names without a recipe as well.
     lab.retort(&[
         "sample",
         "latest/teacher",

@@ -1,42 +1,26 @@
-//! The real stages on the real plugin, in small: what an interruption leaves, what batches and threads may not change,
-//! and which samplers and losses run to their end.
+//! Small runs of the real stages and plugin: the remains of interruptions, results independent of batches and threads, and
+//! which samplers and losses run to their end.
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use retort::store::AttemptState;
 use retort_engine::dataset::Dataset;
+use retort_tests::digits::Digits;
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, Running, wait_for};
+use crate::lab::{Lab, wait_for, wait_until_gone};
 
-pub const INTERRUPT: i32 = 2;
+const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
-/// A tokenizer and a teacher of a few seconds: what the tests below build on.
-const TEACHER: &str = "
-version: 1
-seed: 3
-backend: candle
-params:
-  data: {csv: DIGITS, height: 8, width: 8, max: 16}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    train: {steps: 40, batch: 32}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 32
-    depth: 2
-    heads: 2
-    train: {steps: 60, batch: 32, ema: 0.9}
-";
+/// A tokenizer and a teacher that train in seconds, the basis of the tests below.
+const TEACHER: Digits<'_> = Digits {
+    backend: "candle",
+    top: "seed: 3",
+    codes: "train: {steps: 40, batch: 32}",
+    teacher: "width: 32, depth: 2, heads: 2, train: {steps: 60, batch: 32, ema: 0.9}",
+};
 
 /// A dataset and a student on top of it.
 pub const STUDENT: &str = "
@@ -58,14 +42,12 @@ pub const STUDENT: &str = "
 
 pub fn lab(stages: &str) -> Lab {
     let lab = Lab::new(&[]);
-    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
-    let digits = digits.canonicalize().unwrap();
-    let text = format!("{TEACHER}{stages}").replace("DIGITS", digits.to_str().unwrap());
+    let text = TEACHER.recipe(stages);
     std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
     lab
 }
 
-/// Hash and place of the output of a stage of the newest run.
+/// The hash and path of a stage's output in the newest run.
 pub fn output(lab: &Lab, stage: &str) -> (String, PathBuf) {
     let said = lab
         .retort(&["artifacts", "list", "latest", "--json"])
@@ -83,7 +65,7 @@ pub fn output(lab: &Lab, stage: &str) -> (String, PathBuf) {
     )
 }
 
-/// The last value of a series of the newest run; none before its first point.
+/// The last value of a series in the newest run; None before its first point.
 fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
     let said = lab.retort(&["metrics", "latest", "--stage", stage, "--json"]);
     let all: Value = serde_json::from_str(&said.stdout).ok()?;
@@ -94,14 +76,25 @@ fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
     Some(found["last"].clone())
 }
 
-/// Starts the recipe and waits until the student's training is under way.
-pub fn start_training(lab: &Lab) -> Running {
-    let running = lab.start(&[]);
-    lab.wait_for_worker("student");
-    wait_for("a point of the loss", || {
-        last(lab, "student", "distill/loss")
-    });
-    running
+/// The result of disturbing a running stage. On a busy machine the stage may end before that; then everything is tried again
+/// from the beginning.
+pub fn caught<T>(disturb: impl Fn() -> Option<T>) -> T {
+    let found = (0..10).find_map(|_| disturb());
+    found.expect("a stage that is disturbed before it ends")
+}
+
+/// Runs a lab's recipe and interrupts it once a training has a point of this series; None if the training had ended.
+pub fn interrupted(lab: Lab, stage: &str, series: &str, arguments: &[&str]) -> Option<Lab> {
+    let running = lab.start(arguments);
+    lab.wait_for_worker(stage);
+    wait_for("a point of the series", || last(&lab, stage, series));
+    running.signal(INTERRUPT);
+    let said = running.end();
+    if lab.attempt(stage).state == AttemptState::Succeeded {
+        return None;
+    }
+    said.expect(130).saying(&["retort resume"]);
+    Some(lab)
 }
 
 #[test]
@@ -109,10 +102,7 @@ fn a_training_that_was_interrupted_ends_with_the_same_bits() {
     let undisturbed = lab(STUDENT);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
 
-    let disturbed = lab(STUDENT);
-    let running = start_training(&disturbed);
-    running.signal(INTERRUPT);
-    running.end().expect(130).saying(&["retort resume"]);
+    let disturbed = caught(|| interrupted(lab(STUDENT), "student", "distill/loss", &[]));
     disturbed
         .retort(&["resume", "-v"])
         .expect(0)
@@ -164,17 +154,7 @@ fn trajectories_lose_at_most_the_open_shard() {
     let undisturbed = lab(&recipe);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
 
-    let disturbed = lab(&recipe);
-    let running = disturbed.start(&[]);
-    disturbed.wait_for_worker("pairs");
-    wait_for("two shards", || {
-        (shards(&disturbed).len() >= 2).then_some(())
-    });
-    running.signal(KILL);
-    assert_eq!(running.end().code, None);
-    let before = shards(&disturbed);
-    assert!(before.len() < 80, "the kill came too late to show anything");
-
+    let (disturbed, before) = killed_among_shards(&recipe, 2);
     disturbed
         .retort(&["run", "r.yaml", "--until", "pairs"])
         .expect(0);
@@ -182,7 +162,31 @@ fn trajectories_lose_at_most_the_open_shard() {
     assert_eq!(hash, output(&undisturbed, "pairs").0);
 }
 
-/// The shards that the stages under way have made so far, and when.
+/// Whether the stage `pairs` is still running when it has made this many shards.
+pub fn makes_shards(lab: &Lab, count: usize) -> bool {
+    wait_for("some shards", || {
+        let works = lab.attempt("pairs").state == AttemptState::Running;
+        let enough = shards(lab).len() >= count;
+        (enough || !works).then_some(enough)
+    })
+}
+
+/// Runs a recipe whose stage `pairs` makes eighty shards, and kills the runner at this many. Returns the remaining shards.
+pub fn killed_among_shards(recipe: &str, count: usize) -> (Lab, Vec<(PathBuf, SystemTime)>) {
+    caught(|| {
+        let lab = lab(recipe);
+        let running = lab.start(&[]);
+        let worker = lab.wait_for_worker("pairs");
+        makes_shards(&lab, count).then_some(())?;
+        running.signal(KILL);
+        let code = running.end().code;
+        wait_until_gone(worker);
+        let left = shards(&lab);
+        (code.is_none() && (1..80).contains(&left.len())).then_some((lab, left))
+    })
+}
+
+/// The shards that the running stages have made so far, with their times.
 pub fn shards(lab: &Lab) -> Vec<(PathBuf, SystemTime)> {
     let work = lab.store_dir().join("work");
     let dirs = std::fs::read_dir(work).into_iter().flatten().flatten();
@@ -206,7 +210,7 @@ fn written(path: &Path) -> SystemTime {
     std::fs::metadata(path).unwrap().modified().unwrap()
 }
 
-/// Hash of the output of `pairs`, which holds these very shards.
+/// The hash of the output of `pairs`, which contains exactly these shards.
 #[track_caller]
 pub fn output_with(lab: &Lab, shards: &[(PathBuf, SystemTime)]) -> String {
     let (hash, dir) = output(lab, "pairs");
@@ -288,7 +292,7 @@ fn datasets_are_shown_checked_and_merged() {
             "25..60 of 60 are missing here",
         ]);
 
-    // Whole only where every sample is there once, made by one teacher in one way.
+    // Complete only if every sample occurs once, from one teacher and the same settings.
     for (parts, saying) in [
         (vec!["latest/head"], "samples 25..60 are missing of 60"),
         (
@@ -308,7 +312,7 @@ fn datasets_are_shown_checked_and_merged() {
         lab.retort(&arguments).expect(2).saying(&[saying]);
         assert!(!dir.join("whole").exists());
     }
-    // What somebody keeps beside it is none of ours, whatever its name.
+    // Foreign files beside it do not count, whatever their names.
     let kept = ["whole.partial", ".whole", "whole.damaged"].map(|name| dir.join(name));
     for kept in &kept {
         std::fs::create_dir(kept).unwrap();
@@ -338,7 +342,7 @@ fn datasets_are_shown_checked_and_merged() {
     assert_eq!(told("whole")["missing"], json!([]));
     lab.retort(&["dataset", "verify", "whole"]).expect(0);
 
-    // A stage takes the merged folder over without making anything.
+    // A stage adopts the merged folder without new work.
     let recipe = dir.join("r.yaml");
     let text = std::fs::read_to_string(&recipe).unwrap();
     let joined = format!("  joined: {{{OPTIONS}, parts: [whole]}}\n");
@@ -347,7 +351,7 @@ fn datasets_are_shown_checked_and_merged() {
     let joined = Dataset::open(&output(&lab, "joined").1).unwrap();
     assert_eq!(joined.len(), 60);
 
-    // What is damaged is named, with what to do.
+    // The damaged file is named, with what to do.
     let shard = dir.join("whole/shard-000000010.safetensors");
     let mut bytes = std::fs::read(&shard).unwrap();
     let last = bytes.len() - 1;
@@ -420,7 +424,7 @@ fn parts_of_a_batch_and_recomputation_change_no_student() {
         .saying(&["a batch of 13 has no more parts than samples"]);
 }
 
-/// The same of tokenizers and teachers, of both families.
+/// The same for tokenizers and teachers, of both families.
 #[test]
 fn parts_of_a_batch_and_recomputation_change_no_tokenizer_and_no_teacher() {
     const CODES: &str = "kind: tokenizer, data: '${params.data}', seed: 5, codebook_size: 16, codebook_dim: 4, channels: 8, \
@@ -687,7 +691,7 @@ fn a_teacher_and_its_tokenizer_are_of_one_family() {
         .saying(&["family var, but the tokenizer codes is one of family llamagen"]);
 }
 
-/// The image that the perceptual term decodes holds X_t's tokens, as the one that sampling decodes.
+/// The image that the perceptual term decodes contains X_t's tokens, like the one that sampling decodes.
 #[test]
 fn a_single_unknown_token_is_a_small_part_of_the_perceptual_term() {
     const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, seed: 5, timesteps: [0, 15], split: 15, \

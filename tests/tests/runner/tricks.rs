@@ -1,10 +1,10 @@
-//! Nothing that a plugin, a file or an argument says reaches the terminal as anything but visible text.
+//! Text from plugins, files and arguments reaches the terminal only as visible text.
 
 use std::fs;
 
 use crate::lab::{CommandOutput, Lab};
 
-/// What none of these outputs may hold. `colors`: sequences of our own are allowed.
+/// What no output may contain. `colors`: retort's own sequences are allowed.
 #[track_caller]
 fn check_clean(said: &CommandOutput, colors: bool) {
     for text in [&said.stdout, &said.stderr] {
@@ -23,7 +23,7 @@ fn check_clean(said: &CommandOutput, colors: bool) {
     }
 }
 
-/// Takes off the sequences that retort itself writes: `ESC [ numbers m`.
+/// Removes retort's own sequences: `ESC [ numbers m`.
 fn without_own_colors(text: &str) -> String {
     let mut pieces = text.split("\x1b[");
     let mut rest = pieces.next().unwrap_or_default().to_owned();
@@ -91,7 +91,7 @@ fn what_a_plugin_says() {
     for command in commands {
         for color in ["never", "always"] {
             let said = lab.retort(&[command, &["--color", color][..]].concat());
-            // What the machine is like is not the matter here.
+            // The machine's properties do not matter here.
             let said = match command[0] {
                 "doctor" => said,
                 _ => said.expect(0),
@@ -102,7 +102,7 @@ fn what_a_plugin_says() {
             }
         }
     }
-    // JSON keeps what was said.
+    // JSON keeps the original text.
     let log = lab.retort(&["log", "--json"]).expect(0).json().to_string();
     assert!(
         log.contains("evil\\u001b[2J") && log.contains('\u{202e}'),

@@ -1,20 +1,20 @@
-//! A browser, driven through chromedriver: the few commands of the WebDriver protocol that these tests need, over plain HTTP.
+//! A browser, driven through chromedriver: the WebDriver commands that these tests need, over plain HTTP.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long something that must appear is waited for, on a machine that may be very busy.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// What elements are called in answers.
+/// How long to wait for something that must appear, on a machine that may be very busy.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// The key of elements in answers.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 
-/// Finds what somebody could not use or read.
+/// Finds parts that somebody could not use or read.
 const AUDIT: &str = r#"
 const wrong = [];
 const shown = element => element.checkVisibility({visibilityProperty: true}) && !element.closest('[hidden], noscript, .visually-hidden, .skip');
@@ -64,6 +64,8 @@ return wrong;
 /// A browser with one window.
 pub struct Browser {
     driver: Child,
+    /// The file to which it keeps writing.
+    _said: BufReader<ChildStdout>,
     port: u16,
     session: String,
     _profile: TempDir,
@@ -73,7 +75,7 @@ pub struct Browser {
 pub struct Element(String);
 
 impl Browser {
-    /// Starts a browser; none, and loudly, where there is none here.
+    /// Starts a browser; None, with a loud message, if there is none here.
     pub fn start() -> Option<Self> {
         let found = |name: &str| {
             let path = std::env::var_os("PATH").unwrap_or_default();
@@ -87,32 +89,33 @@ impl Browser {
             );
             return None;
         };
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
         let profile = tempfile::tempdir().unwrap();
-        let driver = Command::new(driver)
-            .arg(format!("--port={port}"))
+        let mut driver = Command::new(driver)
+            .arg("--port=0")
             .env("HOME", profile.path())
             .env("TMPDIR", profile.path())
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        // It prints its port once it listens.
+        let mut said = BufReader::new(driver.stdout.take().unwrap());
+        let port = said
+            .by_ref()
+            .lines()
+            .map_while(Result::ok)
+            .find_map(|line| {
+                let (_, port) = line.split_once(" started successfully on port ")?;
+                port.trim_end_matches('.').parse().ok()
+            });
         let mut browser = Self {
             driver,
-            port,
+            _said: said,
+            port: port.expect("chromedriver starts"),
             session: String::new(),
             _profile: profile,
         };
-        let until = Instant::now() + PATIENCE;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < until, "chromedriver did not start");
-            std::thread::sleep(Duration::from_millis(20));
-        }
         let data = browser._profile.path().join("data");
         let arguments = [
             "--headless=new",
@@ -143,9 +146,9 @@ impl Browser {
         Some(browser)
     }
 
-    /// The size of what pages are drawn in.
+    /// The size of the viewport.
     pub fn resize(&self, width: u32, height: u32) {
-        // A window cannot be as narrow as a telephone: the page is told that it is.
+        // A window cannot be as narrow as a phone's, so the page's metrics are overridden.
         let params = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500});
         self.devtools("Emulation.setDeviceMetricsOverride", params);
     }
@@ -178,7 +181,7 @@ impl Browser {
         self.post("/url", json!({"url": address}));
     }
 
-    /// Opens a tab more, in which all further steps are taken.
+    /// Opens another tab, for all further steps.
     pub fn tab(&self) {
         let made = self.post("/window/new", json!({"type": "tab"}));
         self.post("/window", json!({"handle": made["handle"]}));
@@ -197,7 +200,7 @@ impl Browser {
         self.post("/execute/sync", json!({"script": script, "args": []}))
     }
 
-    /// What is read on the page.
+    /// The text of the page.
     pub fn text(&self) -> String {
         let text = self.script("return document.body.innerText");
         text.as_str().unwrap_or_default().to_owned()
@@ -221,7 +224,7 @@ impl Browser {
         found.as_array().map_or(0, Vec::len)
     }
 
-    /// Clicks on an element, which may just be being replaced by a newer one.
+    /// Clicks on an element, which may just be replaced by a newer one.
     #[track_caller]
     pub fn click(&self, selector: &str) {
         self.wait(&format!("a click on {selector}"), || {
@@ -248,7 +251,7 @@ impl Browser {
         );
     }
 
-    /// Presses keys where nothing is being typed.
+    /// Presses keys outside of any input field.
     pub fn keys(&self, keys: &str) {
         self.wait_until("document.documentElement.classList.contains('js')");
         let actions: Vec<Value> = keys
@@ -277,7 +280,7 @@ impl Browser {
         self.wait(selector, || self.find(selector))
     }
 
-    /// Waits until a script returns something that counts as true.
+    /// Waits until a script returns a truthy value.
     #[track_caller]
     pub fn wait_until(&self, script: &str) {
         self.wait(script, || {
@@ -308,7 +311,7 @@ impl Browser {
         }
     }
 
-    /// Nothing is wrong with the page: no error, no refusal by its policy, nothing wider than the window.
+    /// Expects a sound page: no error, no violation of its policy, nothing wider than the window.
     #[track_caller]
     pub fn expect_sound(&self) {
         let log = self.post("/se/log", json!({"type": "browser"}));
@@ -329,20 +332,20 @@ impl Browser {
         );
     }
 
-    /// Everybody can use the page: controls and pictures have names, texts stand out from what is behind them (4.5 to 1;
-    /// 3 to 1 where they are large), tables have heads.
+    /// Expects an accessible page: controls and pictures have names, texts have enough contrast (4.5 to 1; 3 to 1 for large
+    /// ones), tables have heads.
     #[track_caller]
     pub fn expect_accessible(&self) {
         let found = self.script(AUDIT);
         assert_eq!(found, json!([]), "{}", self.address());
     }
 
-    /// What the browser has complained about is forgotten: it was expected.
+    /// Drops the browser's complaints so far, which were expected.
     pub fn forgive(&self) {
         self.post("/se/log", json!({"type": "browser"}));
     }
 
-    /// Keeps a picture of the whole page.
+    /// Saves a picture of the whole page.
     pub fn keep(&self, name: &str) {
         let taken = self.post(
             "/goog/cdp/execute",
@@ -393,7 +396,7 @@ impl Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         if !self.session.is_empty() {
-            // It ends the browser; without an answer, killing its driver does.
+            // This ends the browser; if it does not answer, killing its driver does.
             let path = self.session.clone();
             let port = self.port;
             let _ = std::panic::catch_unwind(|| request(port, "DELETE", &path, &[], ""));
@@ -403,7 +406,7 @@ impl Drop for Browser {
     }
 }
 
-/// Where pictures of pages are kept.
+/// The directory of saved pictures.
 pub fn screenshots() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
@@ -411,7 +414,7 @@ pub fn screenshots() -> PathBuf {
         .join("ui-screenshots")
 }
 
-/// Asks a server of this machine; returns the status and the content.
+/// Sends a request to a server on this machine. Returns the status and the content.
 pub fn request(
     port: u16,
     method: &str,
@@ -423,7 +426,7 @@ pub fn request(
     (status, content)
 }
 
-/// The same with the headers of the answer, in lower case.
+/// The same with the answer's headers, in lower case.
 pub fn answer(
     port: u16,
     method: &str,

@@ -1,19 +1,19 @@
-//! The server as a process, and what it answers and refuses without a browser.
+//! The server as a process: what it answers and refuses, without a browser.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
 
 use super::browser::{answer, request};
+use super::fixture;
 use super::lab::{Lab, block_on, signal_process};
-use super::shelf;
 
-/// A server under way.
+/// A running server.
 pub struct Server {
     child: Child,
-    /// Where it listens.
+    /// Its address.
     pub port: u16,
-    /// What it printed.
+    /// Its output.
     pub printed: String,
 }
 
@@ -71,9 +71,9 @@ impl Drop for Server {
     }
 }
 
-fn served(arguments: &[&str]) -> (Lab, shelf::ShelfContents, Server) {
+fn served(arguments: &[&str]) -> (Lab, fixture::FixtureRuns, Server) {
     let lab = Lab::new(&[]);
-    let made = block_on(shelf::make(&lab.store_dir()));
+    let made = block_on(fixture::make(&lab.store_dir()));
     let server = Server::start(&lab, arguments);
     (lab, made, server)
 }
@@ -88,7 +88,7 @@ fn ctrl_c_ends_it_cleanly_and_others_are_told_of_a_taken_port() {
     lab.retort(&["runs", "list", "--store", "another"])
         .expect(2)
         .saying(&["only `retort ui`"]);
-    // Somebody is listening to what happens.
+    // A client listens for events.
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", server.port)).unwrap();
     std::io::Write::write_all(
         &mut stream,
@@ -105,6 +105,18 @@ fn ctrl_c_ends_it_cleanly_and_others_are_told_of_a_taken_port() {
         .retort(&["ui", "--port", "0"])
         .expect(4)
         .saying(&["retort run RECIPE"]);
+}
+
+#[test]
+fn a_store_that_another_machine_has_taken_up_is_shown_no_more() {
+    let (lab, made, server) = served(&[]);
+    let run = format!("/run/{}", made.first);
+    assert_eq!(server.get(&run).0, 200);
+    let claim = lab.claim_elsewhere();
+    let (status, text) = server.get(&run);
+    assert!(status == 409 && text.contains("login2"), "{status}: {text}");
+    std::fs::remove_file(claim).unwrap();
+    assert_eq!(server.get(&run).0, 200);
 }
 
 #[test]
@@ -206,7 +218,7 @@ fn nothing_outside_of_artifacts_is_served() {
         status == 500 && text.contains("symbolic link"),
         "{status} {text}"
     );
-    // A history whose artifact lists a way out.
+    // A history with an artifact that lists a path to the outside.
     block_on(async {
         let store = retort::store::Store::open(&lab.store_dir(), retort::store::Access::ReadWrite)
             .await
@@ -263,11 +275,11 @@ fn hostile_samples_are_refused_within_bounds() {
     check(&|manifest| manifest["shards"][0]["file"] = "grid.png".into());
     check(&|manifest| manifest["shards"][0]["end"] = serde_json::json!(1_u64 << 60));
     check(&|manifest| *manifest = serde_json::json!([]));
-    // This one is remembered: its header is sound.
+    // This one is cached: its header is valid.
     check(&|manifest| manifest["image"] = serde_json::json!([1, 16, 16]));
 }
 
-/// The seal of changes that a run's page holds.
+/// The token for changes in a run's page.
 fn seal(server: &Server, cookie: &str, run: &str) -> String {
     let path = format!("/run/{run}");
     let page = request(server.port, "GET", &path, &[("cookie", cookie)], "").1;
@@ -369,7 +381,7 @@ fn changes_need_the_option_the_token_and_the_seal() {
 
 #[test]
 fn a_run_that_is_under_way_is_not_removed() {
-    let lab = Lab::new(&["a: {kind: do, act: work, amount: 600}"]);
+    let lab = Lab::new(&["a: {kind: do, act: hang}"]);
     let running = lab.start(&[]);
     lab.wait_for_worker("a");
     let server = Server::start(&lab, &["--write"]);
@@ -395,15 +407,15 @@ fn a_run_that_is_under_way_is_not_removed() {
 fn several_stores_are_looked_at_together() {
     let (lab, made, _) = served(&[]);
     let other = Lab::new(&[]);
-    let others = block_on(shelf::make(&other.store_dir()));
+    let others = block_on(fixture::make(&other.store_dir()));
     let store = other.store_dir();
     let server = Server::start(&lab, &["--store", store.to_str().unwrap()]);
-    // The lab names its own store last.
+    // The lab's own store comes last.
     assert!(server.get("/").1.contains(&others.first.0));
     let second = server.get("/?store=2").1;
     assert!(second.contains(&made.first.0) && !second.contains(&others.first.0));
     assert_eq!(server.get("/?store=3").0, 404);
-    // A baseline stays pinned from store to store; one that is gone can be let go of.
+    // A baseline stays pinned across stores; one that no longer exists can be unpinned.
     let pinned = |place: &str| server.get(place).1.contains("class=\"pinned\"");
     for store in ["1", "2"] {
         for run in [&made.first, &others.first] {
@@ -416,7 +428,7 @@ fn several_stores_are_looked_at_together() {
         "/compare?run={}&run={}",
         made.first, others.second
     ));
-    // Where a name may break does not matter here.
+    // Line breaks within names do not matter here.
     let both = both.replace("<wbr>", "");
     assert!(
         status == 200 && both.contains("stages.student.train.steps"),

@@ -1,13 +1,14 @@
-//! What people have chosen stays with them from page to page: the baseline, how curves are drawn, which run a link means;
-//! and what they change in a browser is changed.
+//! Choices persist from page to page: the baseline, how curves are drawn, which run a link means. Changes from a browser are
+//! applied.
 
-use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
+
+use retort_tests::program::script;
 
 use super::browser::{Browser, answer};
 use super::lab::{Lab, block_on};
 use super::serving::Server;
-use super::{open, shelf};
+use super::{fixture, open};
 
 #[test]
 fn a_run_is_tagged_noted_and_removed_in_a_browser() {
@@ -15,7 +16,7 @@ fn a_run_is_tagged_noted_and_removed_in_a_browser() {
         return;
     };
     let lab = Lab::new(&[]);
-    let made = block_on(shelf::make(&lab.store_dir()));
+    let made = block_on(fixture::make(&lab.store_dir()));
     let server = Server::start(&lab, &["--write"]);
     browser.open(&server.printed);
     browser.wait_until("document.querySelectorAll('tr[data-run]').length === 3");
@@ -82,7 +83,7 @@ fn curves_are_drawn_as_before_when_others_are_chosen() {
         "{address}"
     );
     browser.wait_until("document.querySelector('[data-knob=logy]').checked && document.querySelectorAll('.plot .raw').length >= 2");
-    // What was taken away is away.
+    // The removed run is gone.
     browser.click("[data-knob=logy]");
     browser.click("#choice button.primary");
     browser
@@ -104,7 +105,7 @@ fn a_baseline_goes_along_to_every_page() {
         assert!(browser.address().ends_with(&pair), "{}", browser.address());
     }
     browser.wait_until("document.querySelector('.delta')");
-    // A run is compared with what was pinned elsewhere.
+    // A run is compared with the baseline from another page.
     browser.open(&server.at(&format!("/run/{}", made.first)));
     browser.click("#pin");
     browser.wait_until("document.querySelector('#pin').getAttribute('aria-pressed') === 'true'");
@@ -142,7 +143,7 @@ fn many_tabs_can_be_open() {
     let Some((_lab, _, server, browser)) = open() else {
         return;
     };
-    // More than a browser has connections to one server. Here every tab counts as seen, so they are told that they are not.
+    // More tabs than a browser's connections to one server. Here every tab counts as visible, so the test hides them.
     for number in 0..8 {
         if number > 0 {
             browser.tab();
@@ -158,7 +159,7 @@ fn many_tabs_can_be_open() {
             browser.wait_until("!document.querySelector('#pulse.on')");
         }
     }
-    // Who comes back is told again.
+    // A tab that becomes visible gets events again.
     browser.script(
         "Object.defineProperty(document, 'hidden', {value: true, configurable: true}); \
          document.dispatchEvent(new Event('visibilitychange')); delete document.hidden; \
@@ -171,7 +172,7 @@ fn many_tabs_can_be_open() {
 #[test]
 fn a_link_means_the_same_run_tomorrow() {
     let lab = Lab::new(&[]);
-    let made = block_on(shelf::make(&lab.store_dir()));
+    let made = block_on(fixture::make(&lab.store_dir()));
     let server = Server::start(&lab, &[]);
     let (first, second) = (&made.first, &made.second);
     let settled = |path: &str, expected: &str| {
@@ -199,7 +200,7 @@ fn a_link_means_the_same_run_tomorrow() {
         "/pictures?class=3&run=baseline",
         &format!("/pictures?class=3&run={first}"),
     );
-    // A baseline that is gone is none.
+    // A baseline that no longer exists is ignored.
     settled(
         &format!("/compare?baseline=gone&run={second}"),
         &format!("/compare?run={second}"),
@@ -211,16 +212,15 @@ fn a_link_means_the_same_run_tomorrow() {
 #[test]
 fn who_asks_for_a_browser_is_told_that_there_is_none() {
     let lab = Lab::new(&[]);
-    block_on(shelf::make(&lab.store_dir()));
+    block_on(fixture::make(&lab.store_dir()));
     let bin = lab.dir.path().join("bin");
     std::fs::create_dir(&bin).unwrap();
     let program = |name: &str, text: &str| {
         let path = bin.join(name);
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        script(&path, &format!("#!/bin/sh\n{text}\n"));
         path
     };
-    // What is said until a word of it has come.
+    // The text until the first event.
     let until = |browser: &str, word: &str| {
         let mut child = lab
             .command(&["ui", "--port", "0", "--open"])
@@ -237,7 +237,7 @@ fn who_asks_for_a_browser_is_told_that_there_is_none() {
         found.unwrap()
     };
     until("", "no browser could be opened (xdg-open:");
-    // Without a desktop, the browser that somebody has named.
+    // Without a desktop, the configured browser.
     let opened = bin.join("opened");
     let named = program(
         "named",

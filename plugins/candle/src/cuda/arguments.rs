@@ -1,4 +1,4 @@
-//! What kernels are given: shapes that must agree, rows, and whether pointers allow four elements at a time.
+//! Checks arguments of kernels: shapes that must agree, rows, and whether pointers allow reading four elements at a time.
 
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
@@ -36,7 +36,10 @@ pub fn rows(x: &T) -> Result<(Raw, usize, u32)> {
     let from = x.single()?;
     let (n, last) = (from.elem_count(), from.dims().last().copied().unwrap_or(0));
     if n == 0 {
-        return Err(Error::Backend(format!("{:?}: no rows", from.dims())));
+        return Err(Error::Backend(format!(
+            "a tensor of the shape {:?} has no elements; this operation needs at least one row",
+            from.dims()
+        )));
     }
     counted(n)?;
     Ok((from, n / last, last as u32))
@@ -77,7 +80,7 @@ pub fn same(a: &Raw, b: &Raw) -> Result<()> {
     )))
 }
 
-/// Elements of tensors that are written in place beside one that is read.
+/// The number of elements of tensors written in place and of one that is read.
 pub fn in_place(written: &[&T], read: &T) -> Result<usize> {
     for x in written {
         same(&x.raw, &read.raw)?;

@@ -1,5 +1,5 @@
-//! Attention: a few queries against a cache in one kernel; many in bf16 tile by tile; many in f32 as products with the
-//! scores in memory, a few sequences at a time.
+//! Attention, in three ways: a few queries against a cache in one kernel; many queries in bf16 tile by tile; many in f32 as
+//! products, with the scores of a few sequences in memory at a time.
 
 use candle_core::{CudaDevice, DType};
 use retort_engine::backend::Mask;
@@ -8,18 +8,18 @@ use retort_engine::error::{Error, Result};
 use crate::cuda::CAPABILITY;
 use crate::cuda::kernels::{self, Kernel};
 use crate::cuda::launch::{SHARED, counted, launch, warps};
-use crate::cuda::product::{Single, product, product_into};
+use crate::cuda::product::{F32Products, product, product_into};
 use crate::cuda::structures::{Heads, Steps, VisibleKeys};
 use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
 use crate::failed;
 
-/// Queries of a sequence that the kernel for few takes.
+/// Maximum queries of a sequence for the few-queries kernel.
 const FEW: usize = 4;
-/// Scores that are in memory at once.
+/// Maximum scores in memory at once.
 const SCORES: usize = 1 << 28;
-/// Rows that stay in a block of the kernels for tiles.
+/// Rows that stay in a block of the tile kernels.
 const STAY: usize = 128;
-/// Queries, and keys, whose part of a mask is of one kind.
+/// Side of the squares of queries and keys by which masks are classified.
 const GROUP: usize = 16;
 
 /// Sizes of an attention.
@@ -49,7 +49,12 @@ impl Masked {
                 causal: 1,
                 bias: None,
             },
-            Mask::Causal => return Err(Error::Backend("more queries than keys".into())),
+            Mask::Causal => {
+                return Err(Error::Backend(format!(
+                    "causal attention of {} queries to {} keys: expected no more queries than keys",
+                    s.lq, s.lk
+                )));
+            }
             Mask::Bias(bias) => {
                 let bias = bias.floats()?;
                 let bias = bias.broadcast_as((s.b, s.h, s.lq, s.lk)).map_err(failed)?;
@@ -61,7 +66,7 @@ impl Masked {
         })
     }
 
-    /// Steps and start of the bias from a sequence on; null without one.
+    /// Strides of the bias, and its start for a sequence; null without a bias.
     fn arguments(&self, first: usize) -> Result<(Steps, u64)> {
         match &self.bias {
             None => Ok((Steps::default(), 0)),
@@ -161,8 +166,8 @@ pub fn attention_backward(
     }
 }
 
-/// Kernels for heads of up to so many dimensions. They take heads, their dimensions, the scale, q, k and v, and what is seen;
-/// then what they read and write.
+/// Kernels for heads of up to so many dimensions. Their arguments are the heads, their dimensions, the scale, q, k, v and the
+/// mask, then the other inputs and outputs.
 struct Kernels {
     forward: Kernel<(u32, u32, f32, Heads, Heads, Heads, VisibleKeys, u64)>,
     /// The gradient for q. The result and its gradient lie beside q, k and v.
@@ -207,8 +212,7 @@ struct Tiled {
     shared: usize,
 }
 
-/// No model has heads of more than 128 dimensions; those become products in f32. So does everything on a GPU whose tensor
-/// cores do not know bf16.
+/// Heads of more than 128 dimensions, which no model has, use products in f32. So does a GPU without bf16 tensor cores.
 fn tiled(q: &Tensor, s: Sizes) -> Option<Tiled> {
     let able = CAPABILITY.parse().is_ok_and(|least: u32| least >= 80);
     if !q.half || !able {
@@ -323,7 +327,7 @@ impl Tiled {
             &device,
             self.kernels.dkv,
             self.blocks(s.lk)?,
-            // Two numbers of each query besides.
+            // Plus two numbers for each query.
             self.shared + 2 * 2 * 4 * self.tile,
             (
                 s.h as u32,
@@ -344,7 +348,7 @@ impl Tiled {
     }
 }
 
-/// Tensors as the kernels walk them, each with what keeps it in memory.
+/// Tensors with their strides for the kernels; each keeps its memory alive.
 fn heads<const N: usize>(x: [&Tensor; N]) -> Result<[(Raw, Heads); N]> {
     let one = |x: &Tensor| {
         let x = dense_last(&x.raw)?;
@@ -363,7 +367,7 @@ fn heads<const N: usize>(x: [&Tensor; N]) -> Result<[(Raw, Heads); N]> {
     };
     let all: Vec<_> = x.into_iter().map(one).collect::<Result<_>>()?;
     all.try_into()
-        .map_err(|_| Error::Internal("as many as there were".into()))
+        .map_err(|_| Error::Internal("heads: their number has changed".into()))
 }
 
 fn products(
@@ -379,7 +383,7 @@ fn products(
         let own = |x: &Tensor| heads_first(x, first, count);
         let p = weights(&own(q)?, &own(k)?, first, s, masked, scale)?;
         let part = to.narrow(0, first, count).map_err(failed)?;
-        product_into(&p, &own(v)?, false, false, &part, 0.0, Single::Exact)?;
+        product_into(&p, &own(v)?, false, false, &part, 0.0, F32Products::Exact)?;
     }
     to.permute((0, 2, 1, 3)).map_err(failed)
 }
@@ -393,7 +397,7 @@ fn products_backward(x: [&Tensor; 4], s: Sizes, masked: &Masked, scale: f32) -> 
         let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
         let (q, k, v, g) = (own(x[0])?, own(x[1])?, own(x[2])?, own(x[3])?);
         let into = |a: &Raw, b: &Raw, turned: bool, to: &Raw| {
-            product_into(a, b, turned, false, &part(to)?, 0.0, Single::Exact)
+            product_into(a, b, turned, false, &part(to)?, 0.0, F32Products::Exact)
         };
         let p = weights(&q, &k, first, s, masked, scale)?;
         into(&p, &g, true, &dv)?;
@@ -466,11 +470,11 @@ fn weights(q: &Raw, k: &Raw, first: usize, s: Sizes, masked: &Masked, scale: f32
 
 /// Bytes of shared memory of the kernel for few queries.
 fn shared(s: Sizes) -> usize {
-    // A thread each for the partial sums.
+    // One thread for each partial sum.
     4 * (s.lk + s.d + 256)
 }
 
-/// What the last query of each sequence, q (b, 1, h, d), sees of caches (b, n, h, d) up to the row in `place` (1).
+/// Attention of the last query of each sequence, q (b, 1, h, d), to caches (b, n, h, d) up to the row in `place` (1).
 pub fn next(
     q: &Tensor,
     [k, v]: [&Tensor; 2],
@@ -481,7 +485,7 @@ pub fn next(
     let s = sizes(q, k, v)?;
     if shared(s) > SHARED {
         return Err(Error::Backend(format!(
-            "a cache of {} positions is more than the kernel holds the scores of",
+            "a cache of {} positions exceeds the number of scores that the kernel holds",
             s.lk
         )));
     }
@@ -497,7 +501,7 @@ pub fn next(
     )?))
 }
 
-/// `place`: where the row up to which is seen stands, or null.
+/// `place`: address of the last visible row, or null.
 fn few(
     q: &Tensor,
     k: &Tensor,

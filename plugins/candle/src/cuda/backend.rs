@@ -17,7 +17,7 @@ use crate::cuda::elementwise::unary;
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, counted, launch};
 use crate::cuda::product::{operands, product};
-use crate::cuda::structures::{Adamw, Places, Steps};
+use crate::cuda::structures::{Adamw, Steps, StridedDims};
 use crate::cuda::sums::{full, sum};
 use crate::cuda::tensor::{Raw, Tensor, copy, dense_last, device, fresh, pointer, to_host, whole};
 use crate::cuda::{Cuda, Nccl, attention, convolution, flow, free_memory, graph};
@@ -25,9 +25,11 @@ use crate::failed;
 
 type T = Tensor;
 
-/// What ranks of this library gave for the exchange of tensors.
+/// The NCCL communicator behind the engine's `ranks`.
 fn ranks_of(ranks: &dyn Any) -> Result<&Nccl> {
-    let other = || Error::Internal("ranks of another library".into());
+    let other = || {
+        Error::Internal("expected ranks that exchange by NCCL, got those of another library".into())
+    };
     ranks.downcast_ref().ok_or_else(other)
 }
 
@@ -72,7 +74,9 @@ impl Tensors for Cuda {
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
         let candle_core::Device::Cuda(device) = &self.device else {
-            return Err(Error::Internal("the backend of GPUs is on none".into()));
+            return Err(Error::Internal(
+                "expected a CUDA device, got the host".into(),
+            ));
         };
         Ok(Tensor {
             raw: full(device, shape, value)?,
@@ -111,7 +115,7 @@ impl Tensors for Cuda {
     fn cat(xs: &[&T], dim: usize) -> Result<T> {
         let first = xs
             .first()
-            .ok_or_else(|| Error::Internal("cat of nothing".into()))?;
+            .ok_or_else(|| Error::Internal("cat: expected at least one tensor, got none".into()))?;
         let mut shape = Self::shape(first);
         shape[dim] = xs.iter().map(|x| x.raw.dims()[dim]).sum();
         let to = fresh(&device(&first.raw)?, &shape, first.raw.dtype())?;
@@ -144,7 +148,7 @@ impl Tensors for Cuda {
         let to = fresh(&device, shape.dims(), DType::F32)?;
         let (dims, steps) = (shape.dims(), [left.stride(), right.stride()]);
         let fours = match together(&[&left, &right])? {
-            true => Places::fours(dims, steps[0], steps[1])?,
+            true => StridedDims::fours(dims, steps[0], steps[1])?,
             false => None,
         };
         let (kernel, n, places) = match fours {
@@ -152,7 +156,7 @@ impl Tensors for Cuda {
             None => (
                 kernels::binary_one,
                 n,
-                Places::new(dims, steps[0], steps[1])?,
+                StridedDims::new(dims, steps[0], steps[1])?,
             ),
         };
         launch(
@@ -264,7 +268,7 @@ impl Tensors for Cuda {
         let (from, which) = (grad.single()?, whole(&ids.raw)?);
         let d = from.dims()[from.rank() - 1];
         let (device, n) = (device(&from)?, which.elem_count());
-        // A small table has few blocks, so each looks at some of the gradients only.
+        // A small table has few blocks, so the gradients are divided among more of them.
         let part = match k <= 64 {
             true => n.clamp(1, 256),
             false => n.max(1),
@@ -561,7 +565,7 @@ impl Sampling for Cuda {
     fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
         match flow::flow_map(logits, noise, codebook, solver)? {
             Some(ids) => Ok(logits.like(ids)),
-            // Codes too long for the kernel: the same in plain operations, on the GPU too.
+            // Codes too long for the kernel: plain operations, also on the GPU.
             None => retort_engine::backend::flow::composed::<Self>(logits, noise, codebook, solver),
         }
     }

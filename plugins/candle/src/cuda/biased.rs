@@ -1,4 +1,4 @@
-//! Products with a bias by cuBLASLt, which adds it while the result is written: no pass of its own over the result.
+//! Products with a bias by cuBLASLt, which adds the bias while it writes the result: no separate pass over the result.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -14,17 +14,17 @@ use crate::cuda::product::Matrices;
 use crate::cuda::tensor::{Raw, device, fresh, pointer};
 use crate::failed;
 
-/// Bytes that algorithms may work in.
+/// Bytes of workspace for algorithms.
 const WORKSPACE: usize = 32 << 20;
 
-/// What an algorithm was chosen for: sizes, leads, the type, how the factors lie, and what their addresses are multiples of.
+/// The key of a chosen algorithm: sizes, leading dimensions, type, transpositions, and alignment of the addresses.
 type Key = ([usize; 3], [usize; 2], DType, [bool; 2], [u32; 3]);
 
 /// cuBLASLt on one GPU.
 struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: Raw,
-    /// None where it has no algorithm.
+    /// None if cuBLASLt has no algorithm.
     algorithms: HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>,
 }
 
@@ -37,7 +37,7 @@ static LIBRARIES: Mutex<Option<HashMap<usize, Library>>> = Mutex::new(None);
 /// Describes a product, for as long as a call of the library needs it.
 struct Description {
     product: sys::cublasLtMatmulDesc_t,
-    /// Of the first factor, the second, and the result.
+    /// Layouts of the first factor, the second, and the result.
     layouts: Vec<sys::cublasLtMatrixLayout_t>,
 }
 
@@ -57,8 +57,8 @@ fn refused(error: result::CublasError) -> Error {
     failed(candle_core::Error::wrap(error))
 }
 
-/// a (rows, i) times b (o, i) transposed, plus a bias (o): (rows, o) in f32. None where cuBLASLt cannot do it; operands are
-/// both f32 or both bf16.
+/// a (rows, i) times b (o, i) transposed, plus a bias (o): (rows, o) in f32. None if cuBLASLt cannot do it. Operands are both
+/// f32 or both bf16.
 pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
     let (Some(left), Some(right)) = (Matrices::of(a, false)?, Matrices::of(b, true)?) else {
         return Ok(None);
@@ -80,9 +80,11 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
         [left.turned, right.turned],
         [even(left.start), even(right.start), even(result_at)],
     );
-    let mut all = LIBRARIES
-        .lock()
-        .map_err(|_| Error::Internal("cuBLASLt: a thread has panicked".into()))?;
+    let mut all = LIBRARIES.lock().map_err(|_| {
+        Error::Internal(
+            "cuBLASLt cannot be used any more: a thread panicked while it used it".into(),
+        )
+    })?;
     let all = all.get_or_insert_default();
     let stream = device.cuda_stream();
     let number = stream.context().ordinal();
@@ -106,9 +108,8 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
     let (one, none) = (1.0f32, 0.0f32);
     let number = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
     let layouts = &description.layouts;
-    // SAFETY: the matrices lie in memory of this device that holds as many elements as their sizes and leads say; all is
-    // put on the stream on which that memory is given back. The workspace lives as long as the process, and one stream
-    // orders its uses.
+    // SAFETY: the matrices lie in memory of this device with as many elements as their sizes and leading dimensions say, and
+    // that memory is freed on the same stream. The workspace lives as long as the process, and one stream orders its uses.
     unsafe {
         result::matmul(
             handle,
@@ -133,7 +134,7 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
     Ok(Some(to))
 }
 
-/// cuBLASLt counts columns first: there a row-major C = A B is C' = B' A', and a bias of its columns is one of rows.
+/// cuBLASLt is column-major: a row-major C = A B is C' = B' A' there, and a bias of its columns is one of rows.
 fn describe(key: &Key, bias: u64) -> Result<Description> {
     let &([m, n, k], [lead_a, lead_b], dtype, [turned_a, turned_b], _) = key;
     let kind = match dtype {
@@ -190,7 +191,7 @@ fn describe(key: &Key, bias: u64) -> Result<Description> {
     Ok(description)
 }
 
-/// The algorithm that the library thinks fastest, for addresses of both factors and the result that are multiples of these.
+/// The algorithm that the library considers fastest, for this alignment of both factors and the result.
 fn choose(
     handle: sys::cublasLtHandle_t,
     description: &Description,

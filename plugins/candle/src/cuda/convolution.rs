@@ -1,32 +1,32 @@
 //! Convolutions as products: the pixels under each window are laid out as a matrix, a few images at a time.
 //!
-//! `dtype: bf16` means more precise operands here: a decoder is some forty convolutions deep, and with bf16 its images would
-//! be off by a twentieth of their range. Windows and kernels become fp16, with a significand as long as TF32's in half the
-//! bytes, and reading and writing windows is most of what a convolution costs. What is beyond fp16's range becomes its ends
-//! (65504), and a weight below 6e-5 is off by up to 3e-8. Gradients may all be as small as that, so the backward pass takes
-//! TF32, and so does a kernel of one pixel, whose windows are the images as they are.
+//! With `dtype: bf16` operands are more precise than bf16 here: a decoder is some forty convolutions deep, and in bf16 its
+//! images would be off by a twentieth of their range. Windows and kernels become fp16, whose significand is as long as TF32's
+//! in half the bytes; reading and writing windows is most of a convolution's cost. Values beyond fp16's range are clamped
+//! (65504), and a weight below 6e-5 is off by up to 3e-8. All gradients may be that small, so the backward pass uses TF32. So
+//! does a kernel of one pixel, whose windows are the images themselves.
 
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, launch};
-use crate::cuda::product::{Single, product_into};
+use crate::cuda::product::{F32Products, product_into};
 use crate::cuda::structures::PoolWindow;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;
 
-/// Elements of the matrix of windows that are in memory at once.
+/// Maximum elements of the window matrix in memory at once.
 const UNFOLDED: usize = 1 << 28;
 
-/// Sizes that belong together.
+/// The sizes of one convolution.
 struct Sizes {
     images: usize,
     /// Channels times pixels of a window.
     window: usize,
     slide: PoolWindow,
-    /// Whether a window is a pixel and the images are their own matrix.
+    /// Whether windows are single pixels, so that the images are the window matrix.
     pixels: bool,
     /// Whether windows of 3 x 3 keep the size of the image.
     same: bool,
@@ -39,7 +39,7 @@ impl Sizes {
         Self::scaled(x, w, stride, padding, 1)
     }
 
-    /// The same of images that become `scale` times as high and wide first.
+    /// The same for images that are first enlarged `scale` times in both directions.
     fn scaled(x: &Raw, w: &Raw, stride: usize, padding: [usize; 2], scale: usize) -> Result<Self> {
         let (images, channels, high, wide) = x.dims4().map_err(failed)?;
         let (_, input, kh, kw) = w.dims4().map_err(failed)?;
@@ -105,11 +105,11 @@ impl Sizes {
     }
 }
 
-/// What a convolution of images does to operands in f32.
-fn rounding(x: &Tensor) -> Single {
+/// The precision of f32 operands in a convolution of images.
+fn rounding(x: &Tensor) -> F32Products {
     match x.half {
-        true => Single::Tf32,
-        false => Single::Exact,
+        true => F32Products::Tf32,
+        false => F32Products::Exact,
     }
 }
 
@@ -118,7 +118,7 @@ pub fn conv2d(x: &Tensor, w: &Tensor, stride: usize, padding: [usize; 2]) -> Res
     convolved(x, w, &Sizes::new(&x.raw, &w.raw, stride, padding)?)
 }
 
-/// Stride 1 and images twice as high and wide, which are never in memory.
+/// Stride 1 over images enlarged twofold; the enlarged images are never in memory.
 pub fn conv2d_upsampled(x: &Tensor, w: &Tensor, padding: [usize; 2]) -> Result<Raw> {
     convolved(x, w, &Sizes::scaled(&x.raw, &w.raw, 1, padding, 2)?)
 }

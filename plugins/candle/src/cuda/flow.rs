@@ -13,23 +13,23 @@ use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
 use crate::failed;
 
-/// Tokens, codes, the numbers; logits, noise, codes, points, kept log weights with their codes, ids.
+/// Arguments: tokens, codes, the numbers; logits, noise, codes, steps, kept log weights with their codes, ids.
 type FlowKernel = Kernel<(u32, u32, Flow, u64, u64, u64, u64, u64, u64, u64)>;
 
-/// Dimensions of codes that kernels are compiled for, shorter codes get zeros; the kernel with a token to a block, and that
-/// with several, and how many.
+/// Code dimensions that kernels are compiled for (shorter codes are padded with zeros); the kernel with one token per block,
+/// the one with several, and how many.
 const KERNELS: [(usize, FlowKernel, FlowKernel, usize); 4] = [
     (4, kernels::flow_4, kernels::flow_together_4, 4),
     (8, kernels::flow_8, kernels::flow_together_8, 4),
     (16, kernels::flow_16, kernels::flow_together_16, 4),
     (32, kernels::flow_32, kernels::flow_together_32, 2),
 ];
-/// Tokens of which several to a block leave no part of a GPU idle. What becomes of a token is the same either way.
+/// From this many tokens on, several per block still keep the whole GPU busy. Results are the same either way.
 const MANY: usize = 512;
-/// Log weights of codes that are in memory at once.
+/// Maximum log weights in memory at once.
 const KEPT: usize = 1 << 27;
 
-/// logits (n, k), noise (n, d), codebook (k, d) -> ids (n); `None` where codes are longer than any kernel takes.
+/// logits (n, k), noise (n, d), codebook (k, d) -> ids (n); `None` if codes are too long for every kernel.
 pub fn flow_map(
     logits: &Tensor,
     noise: &Tensor,
@@ -59,7 +59,7 @@ pub fn flow_map(
     let codes = codebook.raw.t().map_err(failed)?;
     let codes = padded(&codes, [wide, k], 0)?;
     let noise = padded(&noise.raw, [n, wide], 1)?;
-    // s and the weights, which are integrals over s, go by the inverse of the spread: nothing has to leave the GPU.
+    // s and the weights, which are integrals over s, scale with the inverse of the spread, so nothing has to leave the GPU.
     let steps = flow::steps(solver, 1.0);
     let table = table(&steps);
     let unit = Raw::from_slice(&table, table.len(), logits.device()).map_err(failed)?;
@@ -120,15 +120,15 @@ pub fn flow_map(
     Ok(Some(ids))
 }
 
-/// What the kernel reads of each step: s, and weights of the slopes in their places, to z and from z before the step to
-/// where the next one evaluates.
+/// The kernel's table of steps: for each step s, the weights of the slopes to z, and those from z before the step to the next
+/// evaluation point.
 fn table(steps: &[flow::Step]) -> Vec<f32> {
     let both = steps.iter().zip(flow::moves(steps));
     both.flat_map(|(step, [z, ahead])| [&[step.s as f32], &z[..], &ahead[..]].concat())
         .collect()
 }
 
-/// Row-major f32 of a shape, with zeros behind what x has of a dimension.
+/// x as row-major f32, padded with zeros to a shape.
 fn padded(x: &Raw, shape: [usize; 2], dim: usize) -> Result<Raw> {
     let to = fresh(&device(x)?, &shape, DType::F32)?;
     let own = x.dims()[dim];

@@ -1,8 +1,8 @@
-//! Operations that are done again: recorded as a CUDA graph, whose launch costs the host what a few kernels do.
+//! Repeated operations, recorded as a CUDA graph: launching it costs the host as much as launching a few kernels.
 //!
-//! A step of an AR teacher is some hundred kernels of a few microseconds, each of which the host would have to ask for. So
-//! the first call does them one by one, after which all kernels are loaded; the second records them; later ones copy their
-//! inputs to where the recorded ones lay, and launch. What the step allocates is memory of the graph.
+//! A step of an AR teacher is some hundred kernels of a few microseconds, which the host would have to launch one by one. So
+//! the first call runs them one by one, which loads all kernels; the second call records them; later calls copy their inputs
+//! to the recorded addresses and launch the graph. Memory that the step allocates belongs to the graph.
 
 use candle_core::DType;
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -17,10 +17,10 @@ use crate::failed;
 
 type Step<'a> = &'a mut dyn FnMut(&[&Tensor]) -> Result<Tensor>;
 
-/// What is kept between calls.
-enum KeptGraph {
-    /// It was done once, with a result of this shape and type.
-    Once(Vec<usize>, DType),
+/// The state between calls.
+enum GraphState {
+    /// It ran once, with a result of this shape and type.
+    RunOnce(Vec<usize>, DType),
     Recorded(Recorded),
 }
 
@@ -32,7 +32,7 @@ struct Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        // It may still be running. An error belongs to what runs; whoever reads its results gets it too.
+        // The graph may still be running. Its errors also reach whoever reads its results, so they are ignored here.
         if let Ok(device) = device(&self.output.raw) {
             let _ = device.cuda_stream().synchronize();
         }
@@ -43,28 +43,28 @@ impl Drop for Recorded {
 pub fn repeat(kept: &mut Recording, inputs: &[&Tensor], step: Step<'_>) -> Result<Tensor> {
     let first = inputs
         .first()
-        .ok_or_else(|| Error::Internal("repeat: no inputs".into()))?;
+        .ok_or_else(|| Error::Internal("repeat: expected at least one input, got none".into()))?;
     let stream = device(&first.raw)?.cuda_stream();
-    // Without pools of memory the driver allocates at once, which cannot be recorded.
+    // Without memory pools, allocations are synchronous and cannot be recorded.
     if !stream.context().has_async_alloc() {
         return step(inputs);
     }
     match kept
         .0
         .as_mut()
-        .and_then(|kept| kept.downcast_mut::<KeptGraph>())
+        .and_then(|kept| kept.downcast_mut::<GraphState>())
     {
         None => {
             let y = step(inputs)?;
-            let once = KeptGraph::Once(y.raw.dims().to_vec(), y.raw.dtype());
+            let once = GraphState::RunOnce(y.raw.dims().to_vec(), y.raw.dtype());
             kept.0 = Some(Box::new(once));
             Ok(y)
         }
         Some(kept) => {
-            if let KeptGraph::Once(shape, dtype) = kept {
-                *kept = KeptGraph::Recorded(record(inputs, shape, *dtype, step)?);
+            if let GraphState::RunOnce(shape, dtype) = kept {
+                *kept = GraphState::Recorded(record(inputs, shape, *dtype, step)?);
             }
-            let KeptGraph::Recorded(recorded) = kept else {
+            let GraphState::Recorded(recorded) = kept else {
                 return Err(Error::Internal("repeat: nothing was recorded".into()));
             };
             for (from, to) in inputs.iter().zip(&recorded.inputs) {
@@ -93,13 +93,17 @@ fn record(inputs: &[&Tensor], shape: &[usize], dtype: DType, step: Step<'_>) -> 
     // Other threads may go on calling the driver.
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     stream.begin_capture(mode).map_err(refused)?;
-    // Every tensor that is made in between is gone before the end.
+    // Every tensor made in between is dropped before the end.
     let made = step(&given).and_then(|y| copy(&y.raw, &output.raw));
     let graph = stream.end_capture(CUgraphInstantiate_flags(0));
     made?;
     let graph = graph.map_err(refused)?;
     Ok(Recorded {
-        graph: graph.ok_or_else(|| Error::Internal("repeat: a step of no operations".into()))?,
+        graph: graph.ok_or_else(|| {
+            Error::Internal(
+                "repeat: expected a step with operations on the GPU, got one without".into(),
+            )
+        })?,
         inputs,
         output,
     })

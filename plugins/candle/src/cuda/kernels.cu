@@ -1,10 +1,10 @@
-// The kernels of the CUDA variant: what candle and cuBLAS do not bring, or not in one launch.
+// The kernels of the CUDA variant: operations that candle and cuBLAS lack, or need several launches for.
 //
-// In: row-major arrays of f32 where nothing else is said; sizes and places by value, so that a launch copies nothing to
-// the device. A matrix's rows, a query, a token have a block each, and what a block computes does not depend on the
-// others, so that results do not depend on batches. Nothing is added up in an order that could change from run to run.
-// Deliberately absent: shapes and errors (`launch.rs` checks what it passes). The text is also compiled for the host, where
-// tests run it thread by thread (`emulator/`): what that emulation lacks may not be used here.
+// In: row-major arrays of f32 unless stated otherwise; sizes and strides by value, so that a launch copies nothing to the
+// device. Each row of a matrix, query or token has a block, whose result does not depend on other blocks, so results do not
+// depend on batches. The order of every sum is fixed. Deliberately absent: shapes and errors (`launch.rs` checks its
+// arguments). The source is also compiled for the host, where tests run it thread by thread (`emulator/`), so only features
+// that the emulation has may be used.
 
 #include "kernels/common.cuh"
 #include "kernels/movement.cuh"

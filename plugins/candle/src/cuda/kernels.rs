@@ -1,11 +1,11 @@
-//! The kernels by name, and what each takes, in order. A test compares this with what the compiler made of their source.
+//! The kernels by name, with their parameters in order. A test compares these with the compiled source.
 #![expect(non_upper_case_globals, reason = "the kernels' own names")]
 
 use std::marker::PhantomData;
 
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchArgs, PushKernelArg};
 
-use crate::cuda::structures::{Adamw, Flow, Heads, Places, PoolWindow, Steps, VisibleKeys};
+use crate::cuda::structures::{Adamw, Flow, Heads, PoolWindow, Steps, StridedDims, VisibleKeys};
 
 /// The kernels, for the driver to compile.
 pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
@@ -25,7 +25,7 @@ impl<A> Clone for Kernel<A> {
 
 impl<A> Copy for Kernel<A> {}
 
-/// Arguments of a kernel, in its order.
+/// A kernel's arguments, in order.
 pub trait Arguments {
     /// Their types, as PTX writes them.
     #[cfg(test)]
@@ -35,7 +35,7 @@ pub trait Arguments {
     fn push<'a>(&'a self, launch: &mut LaunchArgs<'a>);
 }
 
-/// A place in the device's memory.
+/// An address in the device's memory.
 type Address = u64;
 
 /// A type that kernels take by value.
@@ -59,7 +59,7 @@ macro_rules! plain {
 }
 plain!(u32: "u32", i32: "u32", u64: "u64", f32: "f32", f64: "f64");
 
-impl Argument for Places {}
+impl Argument for StridedDims {}
 impl Argument for Steps {}
 impl Argument for Heads {}
 impl Argument for VisibleKeys {}
@@ -93,7 +93,7 @@ arguments!(A B C D E F G H I J K L);
 arguments!(A B C D E F G H I J K L M N O P);
 arguments!(A B C D E F G H I J K L M N O P Q R);
 
-/// Declares kernels, those that take the same together.
+/// Declares kernels, grouped by their parameters.
 macro_rules! kernels {
     ($($takes:ty: $($name:ident),*;)*) => {
         $($(
@@ -112,20 +112,20 @@ macro_rules! kernels {
 }
 
 kernels! {
-    (u32, Places, Address, Address):
+    (u32, StridedDims, Address, Address):
         copy_f32_f32, copy_four_f32_f32, copy_f32_bf16, copy_four_f32_bf16, copy_f32_f16, copy_four_f32_f16,
         copy_bf16_f32, copy_four_bf16_f32, copy_bf16_bf16, copy_four_bf16_bf16, copy_u32_u32,
         copy_four_u32_u32;
     (u32, f32, Address): fill_f32, fill_bf16;
     (u32, i32, Address, Address): unary_f32, unary_bf16, unary_four_f32, unary_four_bf16;
     (u32, i32, Address, Address, Address, Address): unary_backward_one, unary_backward_four;
-    (u32, i32, Places, Address, Address, Address): binary_one, binary_four;
+    (u32, i32, StridedDims, Address, Address, Address): binary_one, binary_four;
     (u32, u32, u32, Address, Address, Address, Address, Address): gated_add_one, gated_add_four;
     (u32, f32, f32, Address, Address): affine;
     (u32, u32, Address, Address): swiglu_f32, swiglu_bf16;
     (u32, u32, Address, Address, Address): swiglu_backward;
-    (u32, Places, Places, Address, Address): sum;
-    (u32, u32, Places, Places, Address, Address): sum_few;
+    (u32, StridedDims, StridedDims, Address, Address): sum;
+    (u32, u32, StridedDims, StridedDims, Address, Address): sum_few;
     (u32, u32, u32, u32, Address, Address, Address): sum_columns;
     (u32, Address, Address): max_last, argmax_last;
     (u32, u32, u32, Address, Address, Address): rows_f32, rows_bf16;

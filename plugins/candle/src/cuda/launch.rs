@@ -1,4 +1,4 @@
-//! Starting the kernels of `kernels.cu`, and what limits them.
+//! Launching the kernels of `kernels.cu`, and their limits.
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
@@ -9,16 +9,17 @@ use crate::failed;
 
 /// Threads of a block.
 const BLOCK: usize = 256;
-/// Bytes of shared memory that a kernel may have without asking for more.
+/// Bytes of shared memory that a kernel may use without requesting more.
 pub const SHARED: usize = 48 * 1024;
-/// Elements of a row that a warp alone looks at.
+/// Maximum elements of a row that a single warp processes.
 pub const SHORT: u32 = 256;
-/// Elements of a row that the threads of a block hold.
+/// Maximum elements of a row that the threads of a block can hold.
 pub const HELD: usize = 8192;
-/// Elements that one launch may look at: kernels count them in 32 bits.
+/// Maximum elements of one launch: kernels count them in 32 bits.
 const MOST: usize = 1 << 31;
 
-/// Puts a kernel on the device's stream, with so many blocks and bytes of shared memory. No blocks, nothing to do.
+/// Enqueues a kernel on the device's stream, with this many blocks and bytes of shared memory. Without blocks it does
+/// nothing.
 pub fn launch<A: Arguments>(
     device: &CudaDevice,
     kernel: Kernel<A>,
@@ -34,8 +35,8 @@ pub fn launch<A: Arguments>(
         .map_err(failed)?;
     let mut builder = function.builder();
     arguments.push(&mut builder);
-    // SAFETY: the arguments have the types that the kernel takes, and pointers lead to as many elements as its sizes say.
-    // Memory goes back on the same stream, hence after the kernel.
+    // SAFETY: the arguments have the types of the kernel's parameters, and pointers lead to as many elements as its sizes
+    // say. Memory is freed on the same stream, hence after the kernel.
     unsafe { builder.launch(config(blocks, shared)) }
         .map(drop)
         .map_err(|error| failed(candle_core::Error::wrap(error)))
@@ -50,25 +51,25 @@ fn config(blocks: usize, shared: usize) -> LaunchConfig {
     }
 }
 
-/// Blocks for `n` elements, of which a thread may get several.
+/// Blocks for `n` elements; a thread may process several.
 pub fn blocks(n: usize) -> Result<usize> {
     counted(n)?;
     Ok(n.div_ceil(BLOCK).min(1 << 16))
 }
 
-/// Blocks for rows that a warp each looks at.
+/// Blocks for rows that are processed by one warp each.
 pub fn warps(rows: usize) -> Result<usize> {
     counted(rows)?;
     Ok(rows.div_ceil(BLOCK / 32))
 }
 
-/// A number of elements that kernels can count.
+/// Refuses more elements than kernels can count.
 pub fn counted(n: usize) -> Result<usize> {
     if n < MOST {
         return Ok(n);
     }
-    // Half of it will do, so this is as if there were less memory.
+    // Half of the batch would work, so report it like a lack of memory.
     Err(Error::OutOfMemory(format!(
-        "{n} elements at once are more than a kernel looks at ({MOST})"
+        "{n} elements at once exceed the limit of a kernel ({MOST})"
     )))
 }

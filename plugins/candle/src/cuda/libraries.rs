@@ -1,10 +1,10 @@
-//! The libraries of CUDA, looked for when they are needed.
+//! CUDA's libraries, loaded when they are needed.
 //!
 //! candle's cudarc is linked against libcuda, which comes with a driver, and libcublas, which users install in many ways. A
-//! plugin that names them as libraries it needs could not be loaded where one is missing, and nobody could say why.
-//! So their functions are defined here, as jumps through slots, and [`load`] fills the slots with what `dlopen` finds. A
-//! function whose library is not there reports that it is not initialised. libcurand is not looked for at all: candle makes
-//! a generator with each device, and nobody ever draws from it, because the engine draws all random numbers.
+//! plugin linked against them could not be loaded if one is missing, and could not say why. So their functions are defined
+//! here as jumps through slots, and [`load`] fills the slots with the functions that `dlopen` finds. A function of a missing
+//! library reports that it is not initialised. libcurand is never loaded: candle creates a generator for each device, but
+//! never draws from it, because the engine draws all random numbers.
 
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ macro_rules! instructions {
     };
 }
 
-/// Defines functions as jumps through slots that begin with a function that answers `$code`.
+/// Defines functions as jumps through slots; until a slot is filled, its function returns `$code`.
 macro_rules! library {
     ($slots:ident, $names:ident, $absent:literal, $code:literal, [$($name:literal)*]) => {
         const $names: &[&str] = &[$($name),*];
@@ -70,7 +70,7 @@ macro_rules! library {
     };
 }
 
-/// Defines functions that answer without a library, in the same way each.
+/// Defines functions that return a fixed answer without a library.
 macro_rules! answers {
     ([$($name:literal)*] $($answer:tt)+) => {
         std::arch::global_asm!(concat!(
@@ -142,14 +142,14 @@ answers!(["curandCreateGenerator"] nothing);
 answers!([
     "curandSetStream" "curandSetPseudoRandomGeneratorSeed" "curandSetGeneratorOffset" "curandDestroyGenerator"
 ] answer "0");
-// 101 is CURAND_STATUS_NOT_INITIALIZED: nobody draws.
+// 101 is CURAND_STATUS_NOT_INITIALIZED: never called.
 answers!([
     "curandGenerate" "curandGenerateLogNormal" "curandGenerateLogNormalDouble" "curandGenerateLongLong"
     "curandGenerateNormal" "curandGenerateNormalDouble" "curandGeneratePoisson" "curandGenerateUniform"
     "curandGenerateUniformDouble"
 ] answer "101");
 
-/// Loads the driver's library at the first call.
+/// Loads the driver's library on the first call.
 ///
 /// # Errors
 /// There is none.
@@ -166,7 +166,7 @@ pub fn driver() -> Result<(), String> {
     LOADED.get_or_init(load).clone()
 }
 
-/// Loads cuBLAS and cuBLASLt at the first call.
+/// Loads cuBLAS and cuBLASLt on the first call.
 ///
 /// # Errors
 /// It is in none of the usual places.
@@ -182,7 +182,7 @@ pub fn cublas() -> Result<(), String> {
         places.extend(usual_places());
         let mut tried = Vec::new();
         for place in places {
-            // cuBLAS needs it too and may not know where it is.
+            // cuBLAS needs it too and may not find it.
             let beside = place.join(format!("libcublasLt.so.{major}"));
             let path = place.join(&file);
             if !place.as_os_str().is_empty() && !path.exists() {
@@ -240,7 +240,7 @@ pub fn nccl() -> Result<Library, String> {
     ))
 }
 
-/// Where CUDA's libraries lie besides the places of the system's loader: those of toolkits, and Python's packages, in a
+/// Directories with CUDA's libraries that the system's loader does not search: those of toolkits and of Python packages, in a
 /// virtual environment of a directory above this plugin or in the system.
 fn usual_places() -> Vec<PathBuf> {
     let mut places: Vec<PathBuf> = ["/usr/local/cuda", "/opt/cuda"]
@@ -288,7 +288,7 @@ fn own_file() -> Option<PathBuf> {
     })
 }
 
-/// Fills slots with a library's functions; one that it lacks goes on answering as before. It is never unloaded.
+/// Fills slots with a library's functions; a slot without one keeps its default answer. The library is never unloaded.
 fn fill(library: Library, names: &[&'static str], slots: *mut *const c_void) {
     for (at, name) in names.iter().enumerate() {
         // SAFETY: only the address is taken.

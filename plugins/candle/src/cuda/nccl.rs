@@ -1,9 +1,9 @@
-//! Ranks on GPUs: NCCL, found when it is needed as the other libraries of CUDA are.
+//! Ranks on GPUs: NCCL, loaded when needed, like CUDA's other libraries.
 //!
-//! In: a part of a stage, and its GPU. Out: a [`Collective`] whose exchanges stay in the memory of GPUs. They have a stream of
-//! their own: it waits for what the device's stream had to do before, and that one for them when they are ended, so that
-//! gradients are added up while the backward pass goes on. The ranks meet as NCCL wants it: the first one makes an id, and the
-//! others fetch it where the environment says that they meet.
+//! In: a part of a stage, and its GPU. Out: a [`Collective`] whose exchanges stay in the memory of GPUs. Exchanges have their
+//! own stream, so that gradients are summed during the backward pass: an exchange waits for earlier work of the device's
+//! stream, and that stream waits for the exchange when it is ended. The ranks meet in NCCL's way: the first creates an id,
+//! and the others fetch it from the address in the environment.
 
 use std::any::Any;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -17,26 +17,26 @@ use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError};
 use libloading::os::unix::Library;
 use retort_abi::Part;
-use retort_engine::collective::{Collective, Meeting};
+use retort_engine::collective::{Collective, Rendezvous};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::tensor::{Raw, pointer, to_host};
 use crate::cuda::{Cuda, libraries};
 use crate::failed;
 
-/// What NCCL calls its numbers: f32, a sum, and that something is still under way.
+/// NCCL's constants: f32, a sum, and "still in progress".
 const FLOAT32: c_int = 7;
 const SUM: c_int = 0;
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
-/// How often a rank looks whether the others have come, and whether an exchange is over.
+/// How often a rank polls whether the others have arrived and whether an exchange has finished.
 const LOOK: Duration = Duration::from_millis(20);
 const POLL: Duration = Duration::from_micros(50);
-/// What a rank says before it is given the id, and the longest name of a meeting that follows.
+/// The greeting that a rank sends before it receives the id, and the maximum length of the rendezvous name that follows.
 const GREETING: &[u8] = b"retort-nccl";
 const LONGEST_NAME: usize = 256;
 
-/// NCCL's name for a communicator that is about to be made.
+/// NCCL's id of a new communicator.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct UniqueId([u8; 128]);
@@ -79,10 +79,12 @@ impl Functions {
         fn found<T: Copy>(library: &Library, name: &str) -> Result<T> {
             // SAFETY: each function has the type of the field that it goes to, in all versions of NCCL 2.
             let symbol = unsafe { library.get::<T>(name.as_bytes()) };
-            let symbol = symbol.map_err(|_| Error::Rank(format!("this NCCL has no {name}")))?;
+            let symbol = symbol.map_err(|_| Error::Backend(format!(
+                    "the NCCL library has no function `{name}`; expected NCCL 2 (`pip install nvidia-nccl-cu13` installs it)"
+                )))?;
             Ok(*symbol)
         }
-        let library = libraries::nccl().map_err(Error::Rank)?;
+        let library = libraries::nccl().map_err(Error::Backend)?;
         Ok(Self {
             unique_id: found(&library, "ncclGetUniqueId")?,
             join: found(&library, "ncclCommInitRank")?,
@@ -108,7 +110,7 @@ impl Functions {
 
 fn lost(rank: usize, why: &str) -> Error {
     Error::Rank(format!(
-        "worker {} has lost another one, or waited for it in vain: NCCL: {why}",
+        "worker {} lost contact with another one, or timed out waiting for it: NCCL: {why}",
         rank + 1
     ))
 }
@@ -120,26 +122,25 @@ pub struct Nccl {
     rank: usize,
     size: usize,
     device: Device,
-    /// The device's, and that of exchanges.
+    /// The device's stream, and that of exchanges.
     computing: Arc<CudaStream>,
     exchanging: Arc<CudaStream>,
     patience: Duration,
     lost: AtomicBool,
 }
 
-// SAFETY: NCCL's communicators may be used from any thread, by one at a time: calls have one order, which is the engine's
-// affair.
+// SAFETY: NCCL's communicators may be used from any thread, one at a time; the engine orders the calls.
 unsafe impl Send for Nccl {}
 // SAFETY: as above.
 unsafe impl Sync for Nccl {}
 
-/// Meets the other parts of a stage, on the GPU of this one.
+/// Connects to the other parts of a stage, on this part's GPU.
 ///
 /// # Errors
 /// NCCL is not there, the environment does not say where ranks meet, or they have not all come.
 pub fn meet(backend: &Cuda, part: Part) -> Result<Box<dyn Collective>> {
-    let meeting = Meeting::read(part, |name| std::env::var(name).ok())?;
-    Ok(Box::new(Nccl::meet_at(&meeting, backend, part)?))
+    let rendezvous = Rendezvous::read(part, |name| std::env::var(name).ok())?;
+    Ok(Box::new(Nccl::meet_at(&rendezvous, backend, part)?))
 }
 
 impl Nccl {
@@ -147,10 +148,12 @@ impl Nccl {
     ///
     /// # Errors
     /// As there.
-    pub fn meet_at(meeting: &Meeting, backend: &Cuda, part: Part) -> Result<Self> {
+    pub fn meet_at(rendezvous: &Rendezvous, backend: &Cuda, part: Part) -> Result<Self> {
         let functions = Functions::load()?;
         let Device::Cuda(gpu) = &backend.device else {
-            return Err(Error::Internal("the backend of GPUs is on none".into()));
+            return Err(Error::Internal(
+                "expected a CUDA device, got the host".into(),
+            ));
         };
         let computing = gpu.cuda_stream();
         let exchanging = computing.context().new_stream().map_err(refused)?;
@@ -159,7 +162,7 @@ impl Nccl {
             // SAFETY: the place for the answer outlives the call.
             functions.check(0, unsafe { (functions.unique_id)(&mut id) })?;
         }
-        share(meeting, part, &mut id.0)?;
+        share(rendezvous, part, &mut id.0)?;
         let mut communicator = std::ptr::null_mut();
         let (size, rank) = (part.of as c_int, part.index as c_int);
         computing.context().bind_to_thread().map_err(refused)?;
@@ -174,7 +177,7 @@ impl Nccl {
             device: backend.device.clone(),
             computing,
             exchanging,
-            patience: meeting.patience,
+            patience: rendezvous.patience,
             lost: AtomicBool::new(false),
         })
     }
@@ -186,16 +189,20 @@ impl Nccl {
     pub fn begin(&self, x: &Raw, root: Option<usize>) -> Result<()> {
         if !x.is_contiguous() || x.dtype() != candle_core::DType::F32 {
             return Err(Error::Internal(
-                "ranks exchange whole tensors of f32".into(),
+                "ranks exchange contiguous tensors of f32; got another".into(),
             ));
         }
         if self.lost.load(Ordering::Relaxed) {
-            return Err(lost(self.rank, "the communicator was ended"));
+            return Err(lost(
+                self.rank,
+                "an earlier exchange failed, so no further one is possible",
+            ));
         }
         self.exchanging.join(&self.computing).map_err(refused)?;
         let (count, stream) = (x.elem_count(), self.exchanging.cu_stream().cast());
         let at = pointer(x)? as *mut c_void;
-        // SAFETY: so many values of f32 lie there until the exchange is ended; NCCL takes the same place for both sides.
+        // SAFETY: this many f32 values stay there until the exchange is ended; NCCL allows the same address for input and
+        // output.
         let code = unsafe {
             match root {
                 None => (self.functions.all_reduce)(
@@ -218,10 +225,20 @@ impl Nccl {
                 ),
             }
         };
-        self.functions.check(self.rank, code)
+        self.functions
+            .check(self.rank, code)
+            .inspect_err(|_| self.abort())
     }
 
-    /// Ends what was begun: waits until it is over, and looks whether another rank is gone meanwhile.
+    /// Aborts the communicator: pending operations end, and it is not used again.
+    fn abort(&self) {
+        if !self.lost.swap(true, Ordering::Relaxed) {
+            // SAFETY: the communicator is valid, and from now on nobody uses it.
+            unsafe { (self.functions.abort)(self.communicator) };
+        }
+    }
+
+    /// Ends the exchange: waits until it is finished, and checks whether another rank is gone.
     ///
     /// # Errors
     /// [`Error::Rank`].
@@ -235,19 +252,19 @@ impl Nccl {
             let state = self.functions.check(self.rank, asked.max(code));
             let late = began.elapsed() > self.patience;
             if late || state.is_err() {
-                if !self.lost.swap(true, Ordering::Relaxed) {
-                    // SAFETY: it is used no more: what waits in it ends.
-                    unsafe { (self.functions.abort)(self.communicator) };
-                }
+                self.abort();
                 state?;
-                return Err(lost(self.rank, "an exchange takes too long"));
+                return Err(lost(
+                    self.rank,
+                    "an exchange took longer than it may (RETORT_RANK_TIMEOUT sets how many seconds)",
+                ));
             }
             std::thread::sleep(POLL);
         }
         self.computing.wait(&over).map_err(refused)
     }
 
-    /// Exchanges values of the host by way of the GPU.
+    /// Exchanges values in host memory through the GPU.
     fn through_device(&self, values: &mut [f32], root: Option<usize>) -> Result<()> {
         let x = Raw::from_slice(values, values.len(), &self.device).map_err(failed)?;
         self.begin(&x, root)?;
@@ -296,14 +313,14 @@ impl Drop for Nccl {
     }
 }
 
-/// Gives the id of the first rank to the others.
-fn share(meeting: &Meeting, part: Part, id: &mut [u8; 128]) -> Result<()> {
-    // Where torchrun itself listens, the next port is free for this.
-    let port = match meeting.held {
-        true => meeting.port.wrapping_add(1),
-        false => meeting.port,
+/// Passes the id from the first rank to the others.
+fn share(rendezvous: &Rendezvous, part: Part, id: &mut [u8; 128]) -> Result<()> {
+    // If torchrun itself listens on the port, the next port is used.
+    let port = match rendezvous.held {
+        true => rendezvous.port.wrapping_add(1),
+        false => rendezvous.port,
     };
-    let at = format!("{}:{port}", meeting.host);
+    let at = format!("{}:{port}", rendezvous.host);
     let wrong = |error: std::io::Error| {
         Error::Rank(format!(
             "worker {} of {} cannot meet the others at {at}: {error}",
@@ -311,19 +328,22 @@ fn share(meeting: &Meeting, part: Part, id: &mut [u8; 128]) -> Result<()> {
             part.of
         ))
     };
-    let until = Instant::now() + meeting.patience;
-    let place = (meeting.host.as_str(), port);
+    let until = Instant::now() + rendezvous.patience;
+    let place = (rendezvous.host.as_str(), port);
     match part.index {
-        0 => give(place, part, &meeting.name, id, until).map_err(wrong),
-        _ => fetch(place, part, &meeting.name, id, until).map_err(wrong),
+        0 => give(place, part, &rendezvous.name, id, until).map_err(wrong),
+        _ => fetch(place, part, &rendezvous.name, id, until).map_err(wrong),
     }
 }
 
 fn late() -> std::io::Error {
-    std::io::Error::new(std::io::ErrorKind::TimedOut, "not all have come in time")
+    std::io::Error::new(
+        std::io::ErrorKind::TimedOut,
+        "not all workers came in time (RETORT_RANK_TIMEOUT sets how many seconds)",
+    )
 }
 
-/// What a rank says of itself.
+/// How a rank identifies itself.
 fn greeting(rank: usize, name: &str) -> Vec<u8> {
     let name = &name.as_bytes()[..name.len().min(LONGEST_NAME)];
     [GREETING, &(rank as u32).to_le_bytes(), name].concat()
@@ -342,7 +362,7 @@ fn give(
     while !waits.is_empty() {
         match listener.accept() {
             Ok((mut stream, _)) => {
-                // Whoever else comes here is sent away.
+                // Other connections are rejected.
                 if let Ok(rank) = greeted(&mut stream, name, &waits)
                     && stream.write_all(id).is_ok()
                 {
@@ -405,7 +425,7 @@ mod tests {
         let port = TcpListener::bind(("127.0.0.1", 0))
             .and_then(|listener| Ok(listener.local_addr()?.port()))
             .unwrap();
-        let meeting = Meeting {
+        let rendezvous = Rendezvous {
             host: "127.0.0.1".into(),
             port,
             name: "a".into(),
@@ -416,30 +436,32 @@ mod tests {
         let given = [7; 128];
         std::thread::scope(|scope| {
             for index in 0..size {
-                let meeting = &meeting;
+                let rendezvous = &rendezvous;
                 scope.spawn(move || {
                     let mut id = if index == 0 { given } else { [0; 128] };
-                    share(meeting, Part { index, of: size }, &mut id).unwrap();
+                    share(rendezvous, Part { index, of: size }, &mut id).unwrap();
                     assert_eq!(id, given);
                 });
             }
             scope.spawn(|| {
-                let other = Meeting {
+                let other = Rendezvous {
                     name: "b".into(),
                     patience: Duration::ZERO,
-                    ..meeting.clone()
+                    ..rendezvous.clone()
                 };
                 let part = Part { index: 1, of: size };
                 assert!(share(&other, part, &mut [0; 128]).is_err());
             });
         });
-        let late = Meeting {
+        let late = Rendezvous {
             patience: Duration::from_millis(50),
-            ..meeting
+            ..rendezvous
         };
         let error = share(&late, Part { index: 0, of: 2 }, &mut [0; 128]).unwrap_err();
         assert!(
-            error.to_string().contains("not all have come in time"),
+            error.to_string().contains(
+                "not all workers came in time (RETORT_RANK_TIMEOUT sets how many seconds)"
+            ),
             "{error}"
         );
     }

@@ -17,16 +17,16 @@ pub struct Matrices {
     pub dtype: DType,
     pub rows: usize,
     pub columns: usize,
-    /// Elements from row to row of the matrix as it lies, which has adjacent elements in its rows.
+    /// Elements from row to row of the stored matrix, whose rows are dense.
     pub lead: usize,
-    /// Whether it lies transposed.
+    /// Whether it is stored transposed.
     pub turned: bool,
-    /// Elements from matrix to matrix; 0 when all are the same.
+    /// Elements from matrix to matrix; 0 if all are the same matrix.
     step: usize,
 }
 
 impl Matrices {
-    /// The last two dimensions of a tensor that keeps them, (.., rows, columns); `None` where cuBLAS cannot walk them.
+    /// The last two dimensions of a tensor (.., rows, columns); `None` if cuBLAS cannot address them.
     pub fn of(x: &Raw, turned: bool) -> Result<Option<Self>> {
         let (dims, strides) = (x.dims(), x.stride());
         let end = dims.len();
@@ -35,7 +35,7 @@ impl Matrices {
             [strides[end - 2], strides[end - 1]],
         );
         let (lead_dims, lead_strides) = (&dims[..end - 2], &strides[..end - 2]);
-        // One step over all leading dimensions, sizes of 1 aside.
+        // A single step over all leading dimensions, ignoring sizes of 1.
         let mut step = None;
         let mut within = 1;
         for (&n, &stride) in lead_dims.iter().zip(lead_strides).rev() {
@@ -76,17 +76,17 @@ impl Matrices {
     }
 }
 
-/// What becomes of operands in f32.
+/// How f32 operands are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Single {
-    /// They are multiplied as they are.
+pub enum F32Products {
+    /// They are multiplied without rounding.
     Exact,
     /// They are rounded to TF32, which has the range of f32 and eight times the precision of bf16.
     Tf32,
 }
 
-/// a (.., m, k) times b (.., k, n), either given transposed: (.., m, n) in f32. Operands are both f32 or both bf16, with
-/// as many matrices each, or one for all in front of which no dimension stands.
+/// a (.., m, k) times b (.., k, n), either given transposed: (.., m, n) in f32. Operands are both f32 or both bf16, with the
+/// same number of matrices, or one of them a single matrix without leading dimensions.
 pub fn product(a: &Raw, b: &Raw, ta: bool, tb: bool) -> Result<Raw> {
     let lead = |x: &Raw| x.dims()[..x.rank() - 2].to_vec();
     let (one, other) = (lead(a), lead(b));
@@ -111,11 +111,11 @@ pub fn product(a: &Raw, b: &Raw, ta: bool, tb: bool) -> Result<Raw> {
     let mut shape = leads.clone();
     shape.extend([m, n]);
     let to = fresh(&device(a)?, &shape, DType::F32)?;
-    product_into(a, b, ta, tb, &to, 0.0, Single::Exact)?;
+    product_into(a, b, ta, tb, &to, 0.0, F32Products::Exact)?;
     Ok(to)
 }
 
-/// The same, into a row-major tensor of the result's shape, of which `keep` times what is there stays.
+/// The same, added to `keep` times the contents of a row-major tensor of the result's shape.
 pub fn product_into(
     a: &Raw,
     b: &Raw,
@@ -123,9 +123,9 @@ pub fn product_into(
     tb: bool,
     to: &Raw,
     keep: f32,
-    single: Single,
+    f32_products: F32Products,
 ) -> Result<()> {
-    // A copy lives as long as this function: what works with it is on the stream by then.
+    // A copy lives as long as this function; by then its use has been enqueued on the stream.
     let (whole_a, whole_b);
     let left = match Matrices::of(a, ta)? {
         Some(matrices) => matrices,
@@ -145,14 +145,16 @@ pub fn product_into(
     if to.elem_count() == 0 {
         return Ok(());
     }
-    multiply(&device(to)?, count, left, right, to, keep, single)
+    multiply(&device(to)?, count, left, right, to, keep, f32_products)
 }
 
 fn odd() -> Error {
-    Error::Internal("a row-major matrix that cuBLAS cannot walk".into())
+    Error::Internal(
+        "a product: expected matrices whose rows or columns lie densely in memory".into(),
+    )
 }
 
-/// cuBLAS counts columns first: there a row-major C = A B is C' = B' A'.
+/// cuBLAS is column-major: a row-major C = A B is C' = B' A' there.
 fn multiply(
     device: &CudaDevice,
     count: usize,
@@ -160,18 +162,23 @@ fn multiply(
     b: Matrices,
     to: &Raw,
     keep: f32,
-    single: Single,
+    f32_products: F32Products,
 ) -> Result<()> {
     let int = |n: usize| {
-        i32::try_from(n).map_err(|_| Error::Backend(format!("a matrix with a side of {n}")))
+        i32::try_from(n).map_err(|_| {
+            Error::Backend(format!(
+                "a matrix with a side of {n} is too large for cuBLAS, which takes at most {}",
+                i32::MAX
+            ))
+        })
     };
     let kind = |dtype: DType| match dtype {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
         DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
         _ => sys::cudaDataType_t::CUDA_R_32F,
     };
-    let sums = match (a.dtype, single) {
-        (DType::F32, Single::Tf32) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+    let sums = match (a.dtype, f32_products) {
+        (DType::F32, F32Products::Tf32) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
     let turn = |x: Matrices| match x.turned {
@@ -186,8 +193,8 @@ fn multiply(
         .context()
         .bind_to_thread()
         .map_err(|error| failed(candle_core::Error::wrap(error)))?;
-    // SAFETY: the matrices lie in memory of this device that holds as many elements as their sizes and steps say, and the
-    // handle works on the stream on which that memory is given back.
+    // SAFETY: the matrices lie in memory of this device with as many elements as their sizes and steps say, and the handle
+    // works on the stream on which that memory is freed.
     unsafe {
         result::gemm_strided_batched_ex(
             *device.cublas_handle().handle(),
@@ -218,7 +225,7 @@ fn multiply(
     .map_err(|error| failed(candle_core::Error::wrap(error)))
 }
 
-/// Both as operands of one product, in bf16 where that is wanted.
+/// Both as operands of one product, in bf16 if requested.
 pub fn operands(a: &Raw, b: &Raw, half: bool) -> Result<(Raw, Raw)> {
     let dtype = if half { DType::BF16 } else { DType::F32 };
     let as_is = |x: &Raw| match x.dtype() == dtype {

@@ -1,4 +1,4 @@
-//! What kernels take by value beside numbers: structures laid out as theirs.
+//! Structures that kernels take by value, laid out as in the kernels' source.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use retort_engine::backend::Window;
@@ -7,10 +7,10 @@ use retort_engine::error::{Error, Result};
 /// Dimensions that a kernel walks.
 const RANK: usize = 8;
 
-/// `Places` of the kernels.
+/// `StridedDims` of the kernels: the sizes of dimensions, and the steps of two tensors along each.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Places {
+pub struct StridedDims {
     rank: i32,
     size: [u32; RANK],
     first: [i64; RANK],
@@ -18,15 +18,15 @@ pub struct Places {
 }
 
 // SAFETY: a plain structure laid out as the kernel's.
-unsafe impl DeviceRepr for Places {}
+unsafe impl DeviceRepr for StridedDims {}
 
-impl Places {
-    /// Of a shape, with the steps of one or two tensors. Dimensions that lie one within the other in both become one.
+impl StridedDims {
+    /// From a shape and the steps of one or two tensors. Dimensions that are contiguous in both are merged.
     pub fn new(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Self> {
         Self::of(merged(shape, first, second))
     }
 
-    /// The same for groups of four elements that lie together in both; none, where they do not everywhere.
+    /// The same for groups of four adjacent elements in both; None if elements are not always in such groups.
     pub fn fours(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Option<Self>> {
         let mut merged = merged(shape, first, second);
         match merged.pop() {
@@ -40,7 +40,10 @@ impl Places {
 
     fn of(merged: Vec<[usize; 3]>) -> Result<Self> {
         if merged.len() > RANK {
-            let message = format!("{} dimensions are too many", merged.len());
+            let message = format!(
+                "a tensor whose memory has {} dimensions; the kernels take at most {RANK}",
+                merged.len()
+            );
             return Err(Error::Backend(message));
         }
         let mut places = Self {
@@ -58,7 +61,7 @@ impl Places {
     }
 }
 
-/// Size and steps of each dimension, of those together that lie one within the other.
+/// Size and steps of each dimension, contiguous ones merged.
 fn merged(shape: &[usize], first: &[usize], second: &[usize]) -> Vec<[usize; 3]> {
     let mut merged: Vec<[usize; 3]> = Vec::new();
     for ((&n, &a), &b) in shape.iter().zip(first).zip(second) {
@@ -165,7 +168,7 @@ impl PoolWindow {
         }
     }
 
-    /// The same over images that lie in memory half as high and wide, each pixel for a block of 2 x 2.
+    /// The same over images that are stored at half the height and width, each pixel standing for a block of 2 x 2.
     pub fn halved(self) -> Self {
         Self {
             halvings: 1,
@@ -173,7 +176,7 @@ impl PoolWindow {
         }
     }
 
-    /// Windows in either direction.
+    /// Number of windows in each direction.
     pub fn windows(&self) -> [usize; 2] {
         [self.oh as usize, self.ow as usize]
     }
@@ -213,20 +216,20 @@ mod tests {
 
     #[test]
     fn dimensions_that_lie_together_are_one() {
-        let whole = Places::new(&[2, 3, 4], &[12, 4, 1], &[12, 4, 1]).expect("places");
+        let whole = StridedDims::new(&[2, 3, 4], &[12, 4, 1], &[12, 4, 1]).expect("places");
         assert_eq!((whole.rank, whole.size[0], whole.first[0]), (1, 24, 1));
-        let row = Places::new(&[5, 1, 4], &[4, 4, 1], &[0, 0, 1]).expect("places");
+        let row = StridedDims::new(&[5, 1, 4], &[4, 4, 1], &[0, 0, 1]).expect("places");
         assert_eq!(
             (row.rank, row.size[0], row.second[0], row.second[1]),
             (2, 5, 0, 1)
         );
-        assert!(Places::new(&[2; 9], &[3; 9], &[5; 9]).is_err());
+        assert!(StridedDims::new(&[2; 9], &[3; 9], &[5; 9]).is_err());
     }
 
     #[test]
     fn fours_lie_together_in_both() {
         let fours = |shape: &[usize], first: &[usize], second: &[usize]| {
-            Places::fours(shape, first, second).expect("places")
+            StridedDims::fours(shape, first, second).expect("places")
         };
         let rows = fours(&[3, 8], &[12, 1], &[8, 1]).expect("fours");
         assert_eq!(

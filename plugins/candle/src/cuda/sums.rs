@@ -5,7 +5,7 @@ use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, counted, launch};
-use crate::cuda::structures::Places;
+use crate::cuda::structures::StridedDims;
 use crate::cuda::tensor::{Raw, device, fresh, pointer};
 use crate::failed;
 
@@ -65,8 +65,8 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
         return all.reshape(shape).map_err(failed);
     }
     let to = fresh(&device, &shape, DType::F32)?;
-    let kept = Places::new(&kept, &kept_steps, &kept_steps)?;
-    let gone = Places::new(&gone, &gone_steps, &gone_steps)?;
+    let kept = StridedDims::new(&kept, &kept_steps, &kept_steps)?;
+    let gone = StridedDims::new(&gone, &gone_steps, &gone_steps)?;
     if terms < 64 {
         launch(
             &device,
@@ -94,7 +94,7 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
     Ok(to)
 }
 
-/// Rows of so many that one thread adds up, where there are so many sums: there is work for all, and few parts.
+/// How many of the rows one thread adds up, given this many sums: enough work for all threads, and few parts.
 pub fn part_of(rows: usize, sums: usize) -> usize {
     let parts = (65536 / sums.max(1)).clamp(1, (rows / 16).max(1));
     rows.div_ceil(parts).max(1)

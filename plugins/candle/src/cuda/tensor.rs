@@ -10,7 +10,7 @@ use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, launch};
-use crate::cuda::structures::Places;
+use crate::cuda::structures::StridedDims;
 use crate::failed;
 
 /// A tensor of candle.
@@ -19,14 +19,14 @@ pub type Raw = candle_core::Tensor;
 /// A tensor on a GPU.
 #[derive(Debug, Clone)]
 pub struct Tensor {
-    /// Elements and where they lie.
+    /// Elements and their location.
     pub raw: Raw,
     /// Whether products take their operands in bf16.
     pub half: bool,
 }
 
 impl Tensor {
-    /// Another tensor whose products are as precise as this one's.
+    /// A new tensor with the same product precision as this one.
     pub fn like(&self, raw: Raw) -> Self {
         Self {
             raw,
@@ -34,17 +34,17 @@ impl Tensor {
         }
     }
 
-    /// The same, of what candle may have refused.
+    /// The same for a result of candle.
     pub fn with(&self, raw: candle_core::Result<Raw>) -> Result<Self> {
         Ok(self.like(raw.map_err(failed)?))
     }
 
-    /// Row-major f32, as all but products compute.
+    /// Row-major f32, the type of everything except products.
     pub fn single(&self) -> Result<Raw> {
         convert(&self.raw, DType::F32)
     }
 
-    /// f32, in whatever order it lies.
+    /// f32 with any strides.
     pub fn floats(&self) -> Result<Raw> {
         match self.raw.dtype() {
             DType::F32 => Ok(self.raw.clone()),
@@ -81,8 +81,8 @@ pub fn device(x: &Raw) -> Result<CudaDevice> {
     }
 }
 
-/// Where the first element of a tensor lies on its GPU. What reads or writes there has to be put on the device's stream,
-/// on which memory is also given back, before the tensor goes.
+/// The address of a tensor's first element on its GPU. Work that reads or writes it must be enqueued on the device's stream,
+/// on which memory is also freed, before the tensor is dropped.
 pub fn pointer(x: &Raw) -> Result<u64> {
     fn start<T: DeviceRepr>(slice: &CudaSlice<T>, offset: usize) -> u64 {
         let stream = slice.stream();
@@ -108,10 +108,10 @@ pub fn pointer(x: &Raw) -> Result<u64> {
     }
 }
 
-/// A tensor that a kernel is about to write, all of it.
+/// An uninitialised tensor that a kernel is about to overwrite completely.
 pub fn fresh(device: &CudaDevice, shape: &[usize], dtype: DType) -> Result<Raw> {
     fn made<T: DeviceRepr + CudaDType>(device: &CudaDevice, n: usize) -> Result<CudaStorage> {
-        // SAFETY: whoever asks for a fresh tensor writes every element before anybody reads one.
+        // SAFETY: the caller writes every element before any is read.
         let slice = unsafe { device.alloc::<T>(n.max(1)) }.map_err(failed)?;
         Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
     }
@@ -131,7 +131,7 @@ pub fn fresh(device: &CudaDevice, shape: &[usize], dtype: DType) -> Result<Raw> 
     ))
 }
 
-/// The same numbers, row-major, in a type; the tensor itself where it is so already.
+/// The same numbers, row-major, in a type; the tensor itself if it already is.
 pub fn convert(x: &Raw, dtype: DType) -> Result<Raw> {
     if x.dtype() == dtype && x.is_contiguous() {
         return Ok(x.clone());
@@ -146,12 +146,14 @@ pub fn whole(x: &Raw) -> Result<Raw> {
     convert(x, x.dtype())
 }
 
-/// What a tensor holds, row-major, on the host: no more than that, whatever it is a part of.
+/// A tensor's elements on the host, row-major; if it is a view, only its own elements.
 pub fn to_host<T: DeviceRepr + CudaDType>(x: &Raw) -> Result<Vec<T>> {
     let (x, n) = (whole(x)?, x.elem_count());
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
-        return Err(Error::Internal("a tensor of the host on a GPU".into()));
+        return Err(Error::Internal(
+            "expected a tensor on a GPU, got one on the host".into(),
+        ));
     };
     let start = layout.start_offset();
     let own = storage
@@ -185,18 +187,22 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         (DType::BF16, DType::F32) => [kernels::copy_bf16_f32, kernels::copy_four_bf16_f32],
         (DType::BF16, DType::BF16) => [kernels::copy_bf16_bf16, kernels::copy_four_bf16_bf16],
         (DType::U32, DType::U32) => [kernels::copy_u32_u32, kernels::copy_four_u32_u32],
-        (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
+        (from, to) => {
+            return Err(Error::Backend(format!(
+                "a tensor of {from:?} cannot be copied to one of {to:?}: there is no kernel for it"
+            )));
+        }
     };
     let (n, starts) = (from.elem_count(), [pointer(from)?, pointer(to)?]);
     let together = |x: &Raw, start: u64| start.is_multiple_of(4 * x.dtype().size_in_bytes() as u64);
     let fours = match together(from, starts[0]) && together(to, starts[1]) {
-        true => Places::fours(from.dims(), from.stride(), to.stride())?,
+        true => StridedDims::fours(from.dims(), from.stride(), to.stride())?,
         false => None,
     };
     let (kernel, n, places) = match fours {
         Some(places) => (four, n / 4, places),
         None => {
-            let places = Places::new(from.dims(), from.stride(), to.stride())?;
+            let places = StridedDims::new(from.dims(), from.stride(), to.stride())?;
             (single, n, places)
         }
     };

@@ -5,89 +5,55 @@
 //! values  plain: one after the other   by dictionary: numbers of entries of the column's first page
 //! ```
 //!
-//! Numbers of few bits lie in runs: one number many times, or many in groups of eight.
+//! Numbers of few bits are stored in runs: one number repeated, or many packed in groups of eight.
 
 use std::io::Read;
 use std::sync::Arc;
 
+use super::dictionary::Dictionary;
+use super::plain::{Cell, Cursor};
 use super::thrift::{Fault, Kind, Reader};
 use super::{Chunk, Codec, Column, Parquet, Values};
 use crate::{Error, Result};
 
-/// The most bytes that are held: a page, unpacked and as it was packed, and the dictionary that it needs.
+/// The most bytes in memory: a page, compressed and unpacked, and its dictionary.
 pub(super) const HELD: u64 = 320 << 20;
-/// How many times the bytes of the file those of a column may be, and how many more.
+/// A column's unpacked bytes are at most this multiple of the file's size plus this constant.
 const GROWTH: u64 = 64;
 const MORE: u64 = 256 << 20;
-/// The window that any packed page may have.
+/// The largest decompression window of a page.
 const LEAST_WINDOW: u64 = 8 << 20;
-/// The longest header of a page, which may hold its least and greatest value.
+/// The longest page header, which may contain its minimum and maximum.
 const HEADER: u64 = 1 << 20;
-/// How much of a header is read at first.
+/// How many bytes of a header are read at first.
 const BEGINNING: u64 = 256;
-/// The most entries of a dictionary.
-const ENTRIES: usize = 1 << 22;
+/// The most pages without cells in a column.
+const MOST_IDLE: u32 = 1 << 16;
 
-/// The value of a cell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cell<'p> {
-    /// A whole number, or 0 or 1 for a truth value.
-    Int(i64),
-    /// Bytes, or a text.
-    Bytes(&'p [u8]),
-}
-
-/// The pages of a column that are still to come.
+/// The remaining pages of a column.
 pub struct Pages<'a> {
     file: &'a Parquet,
     column: usize,
-    /// The row group at hand, and where its next page begins.
+    /// The current row group, and the position of its next page.
     group: usize,
     chunk: Option<Chunk>,
     at: u64,
-    /// Cells of it that are still to come.
+    /// Its remaining cells.
     left: u64,
     dictionary: Option<Arc<Dictionary>>,
-    /// Bytes unpacked so far.
+    /// Bytes unpacked and repeated by dictionaries so far.
     unpacked: u64,
-}
-
-/// Values that pages name by their numbers.
-#[derive(Debug)]
-enum Dictionary {
-    Ints(Vec<i64>),
-    /// Bytes, and where each value begins and ends.
-    Bytes(Vec<u8>, Vec<(u32, u32)>),
-}
-
-impl Dictionary {
-    /// How many bytes it takes.
-    fn size(&self) -> u64 {
-        let (bytes, places) = match self {
-            Self::Ints(values) => (8 * values.len(), 0),
-            Self::Bytes(bytes, places) => (bytes.len(), places.len()),
-        };
-        (bytes + 8 * places) as u64
-    }
-
-    fn get(&self, index: u32) -> Option<Cell<'_>> {
-        match self {
-            Self::Ints(values) => values.get(index as usize).map(|value| Cell::Int(*value)),
-            Self::Bytes(bytes, places) => {
-                let (start, end) = *places.get(index as usize)?;
-                bytes.get(start as usize..end as usize).map(Cell::Bytes)
-            }
-        }
-    }
+    /// Pages without cells so far.
+    idle: u32,
 }
 
 /// A page of cells.
 pub struct Page {
     bytes: Vec<u8>,
-    /// Where the levels lie in `bytes`, and where the values begin.
+    /// The range of the levels in `bytes`, and the start of the values.
     levels: std::ops::Range<usize>,
     values: usize,
-    /// Number of cells, those that are missing among them.
+    /// Number of cells, including missing ones.
     count: u64,
     optional: u32,
     encoding: Encoding,
@@ -100,7 +66,7 @@ enum Encoding {
     Runs,
 }
 
-/// What a page's header says.
+/// The contents of a page's header.
 #[derive(Default)]
 struct Header {
     kind: i64,
@@ -110,9 +76,9 @@ struct Header {
     /// Cells, or entries of a dictionary.
     count: u64,
     encoding: i64,
-    /// How levels are packed; of the second kind of pages they are not.
+    /// The encoding of levels; pages of version 2 have none.
     levels: i64,
-    /// Of the second kind of pages: bytes of the levels, and whether the values are packed.
+    /// For pages of version 2: bytes of the levels, and whether the values are compressed.
     lengths: [u64; 2],
     is_packed: bool,
 }
@@ -129,7 +95,7 @@ impl Header {
             ..Self::default()
         };
         let count = |reader: &mut Reader<'_>, kind| {
-            u64::try_from(reader.int(kind)?).map_err(|_| Fault::Wrong("a number below 0"))
+            u64::try_from(reader.int(kind)?).map_err(|_| Fault::Malformed("a number below 0"))
         };
         reader.fields(Kind::Struct, |reader, field, kind| {
             match field {
@@ -160,7 +126,7 @@ impl Header {
                         4 => header.encoding = reader.int(kind)?,
                         5 => header.lengths[1] = count(reader, kind)?,
                         6 => header.lengths[0] = count(reader, kind)?,
-                        7 => header.is_packed = reader.is(kind)?,
+                        7 => header.is_packed = reader.bool(kind)?,
                         _ => return Ok(false),
                     }
                     Ok(true)
@@ -184,7 +150,14 @@ impl<'a> Pages<'a> {
             left: 0,
             dictionary: None,
             unpacked: 0,
+            idle: 0,
         }
+    }
+
+    /// The most bytes that may be unpacked, or repeated by dictionaries.
+    fn growth(&self) -> u64 {
+        let size = self.file.source.len();
+        size.saturating_mul(GROWTH).saturating_add(MORE)
     }
 
     fn column(&self) -> &'a Column {
@@ -222,31 +195,53 @@ impl<'a> Pages<'a> {
             };
             if self.left == 0 {
                 self.chunk = None;
-                self.dictionary = None;
+                if let Some(dictionary) = self.dictionary.take() {
+                    self.unpacked = self.unpacked.saturating_add(dictionary.repeated());
+                }
                 self.group += 1;
                 continue;
             }
             let (header, start) = self.header()?;
-            let bytes = self.unpacked(chunk.codec, &header, start)?;
             match header.kind {
-                DICTIONARY_PAGE => {
-                    let made = dictionary(bytes, &header, self.column().values)?;
-                    self.dictionary = Some(Arc::new(made));
+                DICTIONARY_PAGE if self.dictionary.is_some() => {
+                    return Err(Error::format("two dictionaries; expected one"));
                 }
-                DATA | DATA_2 => {
+                DICTIONARY_PAGE => {
+                    let bytes = self.unpacked(chunk.codec, &header, start)?;
+                    if !matches!(header.encoding, PLAIN | PLAIN_DICTIONARY) {
+                        return Err(Error::format(not_read(header.encoding)));
+                    }
+                    let most = self.growth().saturating_sub(self.unpacked);
+                    let values = self.column().values;
+                    let read = Dictionary::read(bytes, header.count, values, most)?;
+                    self.dictionary = Some(Arc::new(read));
+                }
+                DATA | DATA_2 if header.count > 0 => {
+                    let bytes = self.unpacked(chunk.codec, &header, start)?;
                     let page = self.page(bytes, &header)?;
                     self.left = self
                         .left
                         .checked_sub(page.count)
                         .ok_or_else(|| Error::format("its pages have more cells than it says"))?;
-                    if page.count > 0 {
-                        return Ok(Some(page));
-                    }
+                    return Ok(Some(page));
                 }
-                INDEX => {}
+                INDEX | DATA | DATA_2 => self.pass(&header, start)?,
                 _ => return Err(Error::format("a page of no known kind")),
             }
         }
+    }
+
+    /// Passes over a page without cells.
+    fn pass(&mut self, header: &Header, start: u64) -> Result<()> {
+        self.idle += 1;
+        if self.idle > MOST_IDLE {
+            return Err(Error::format(format!(
+                "more than {MOST_IDLE} pages without cells; write the file again"
+            )));
+        }
+        let (packed, _) = self.lengths(header, start)?;
+        self.at = start + packed;
+        Ok(())
     }
 
     /// Begins a row group.
@@ -260,7 +255,7 @@ impl<'a> Pages<'a> {
                 "it holds {kind}, which are not read"
             )));
         }
-        // The groups of a file lie one after the other. Without this, all could be one page.
+        // Row groups of a file must not overlap; otherwise all could share one page.
         if chunk.start < self.at {
             return Err(Error::format("it lies where the row group before it does"));
         }
@@ -279,7 +274,7 @@ impl<'a> Pages<'a> {
         Ok(())
     }
 
-    /// The header of the next page, and where what follows it begins.
+    /// The header of the next page, and the position after it.
     fn header(&self) -> Result<(Header, u64)> {
         let Some(there) = self.file.end.checked_sub(self.at) else {
             return Err(Error::format("its pages lie behind the end of the file"));
@@ -293,27 +288,33 @@ impl<'a> Pages<'a> {
                     let length = bytes.len() - reader.left();
                     return Ok((header, self.at + length as u64));
                 }
-                Err(Fault::Short) if most < there.min(HEADER) => most *= 4,
-                Err(Fault::Short) => {
+                Err(Fault::Truncated) if most < there.min(HEADER) => most *= 4,
+                Err(Fault::Truncated) => {
                     return Err(Error::format("a page whose header does not end"));
                 }
-                Err(Fault::Wrong(what)) => {
+                Err(Fault::Malformed(what)) => {
                     return Err(Error::format(format!("a page whose header has {what}")));
                 }
             }
         }
     }
 
-    /// The bytes of a page, unpacked. The next one begins behind them.
-    fn unpacked(&mut self, codec: Codec, header: &Header, start: u64) -> Result<Vec<u8>> {
+    /// The bytes of a page in the file, and unpacked.
+    fn lengths(&self, header: &Header, start: u64) -> Result<(u64, u64)> {
         let (Some(packed), Some(unpacked)) = (header.packed, header.unpacked) else {
             return Err(Error::format("a page that does not say how long it is"));
         };
-        if packed > self.file.end.saturating_sub(start) {
-            return Err(Error::format(format!(
+        match packed <= self.file.end.saturating_sub(start) {
+            true => Ok((packed, unpacked)),
+            false => Err(Error::format(format!(
                 "a page of {packed} bytes begins, which are not there"
-            )));
+            ))),
         }
+    }
+
+    /// The bytes of a page, unpacked. The next one begins behind them.
+    fn unpacked(&mut self, codec: Codec, header: &Header, start: u64) -> Result<Vec<u8>> {
+        let (packed, unpacked) = self.lengths(header, start)?;
         let beside = self
             .dictionary
             .as_ref()
@@ -333,14 +334,7 @@ impl<'a> Pages<'a> {
             )));
         }
         self.unpacked = self.unpacked.saturating_add(unpacked);
-        if self.unpacked
-            > self
-                .file
-                .source
-                .len()
-                .saturating_mul(GROWTH)
-                .saturating_add(MORE)
-        {
+        if self.unpacked > self.growth() {
             return Err(Error::format(format!(
                 "pages of {} MiB, unpacked, in a file of {} bytes: more than any data set grows",
                 self.unpacked >> 20,
@@ -350,9 +344,9 @@ impl<'a> Pages<'a> {
         self.at = start + packed;
         let bytes = self.file.source.bytes(start, packed)?;
         if header.sum.is_some_and(|sum| sum != crc32fast::hash(&bytes)) {
-            return Err(Error::format("a damaged page: its check sum is another"));
+            return Err(Error::format("a damaged page: its checksum does not match"));
         }
-        // Of the second kind the levels in front are never packed.
+        // In version 2 the leading levels are never compressed.
         let plain = match header.kind {
             DATA_2 => header.lengths[0].saturating_add(header.lengths[1]),
             _ => 0,
@@ -444,16 +438,16 @@ fn not_read(encoding: i64) -> String {
     )
 }
 
-/// Unpacks `bytes`, which have to fill all of `out`.
+/// Unpacks `bytes`, which must fill `out` exactly.
 fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
     let damaged = |why: &dyn std::fmt::Display| {
         Error::format(format!("a damaged page, which cannot be unpacked: {why}"))
     };
-    // Where all cells are missing, some writers pack no bytes into none.
+    // If all cells are missing, some writers compress nothing to nothing.
     if bytes.is_empty() && out.is_empty() {
         return Ok(());
     }
-    // What unpacks Zstandard holds as much again as it gives, up to its window.
+    // The Zstandard decoder buffers as much as it outputs, up to its window.
     let window = (out.len() as u64).max(LEAST_WINDOW);
     let mut fill = |reader: &mut dyn Read| {
         reader.read_exact(out).map_err(|e| damaged(&e))?;
@@ -482,88 +476,6 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
     }
 }
 
-/// The dictionary in a page.
-fn dictionary(bytes: Vec<u8>, header: &Header, values: Values) -> Result<Dictionary> {
-    let damaged = || Error::format("a damaged dictionary: it ends within an entry");
-    if !matches!(header.encoding, PLAIN | PLAIN_DICTIONARY) {
-        return Err(Error::format(not_read(header.encoding)));
-    }
-    let count = usize::try_from(header.count).unwrap_or(usize::MAX);
-    if count > ENTRIES {
-        return Err(Error::format(format!(
-            "a dictionary of {count} entries, of which no more than {ENTRIES} are read; write the file again with \
-             `use_dictionary=False`"
-        )));
-    }
-    // The least that an entry takes: its length, or a number.
-    let least = if values == Values::Int64 { 8 } else { 4 };
-    if count > bytes.len() / least {
-        return Err(damaged());
-    }
-    let mut cursor = Cursor {
-        left: &bytes,
-        bits: 0,
-    };
-    if values != Values::Bytes {
-        let ints = (0..count).map(|_| match cursor.next(values) {
-            Some(Cell::Int(value)) => Ok(value),
-            _ => Err(damaged()),
-        });
-        return Ok(Dictionary::Ints(ints.collect::<Result<_>>()?));
-    }
-    let mut places = Vec::with_capacity(count);
-    for _ in 0..count {
-        let before = cursor.left.len();
-        let Some(Cell::Bytes(value)) = cursor.next(values) else {
-            return Err(damaged());
-        };
-        let start = bytes.len() - before + 4;
-        places.push((start as u32, (start + value.len()) as u32));
-    }
-    Ok(Dictionary::Bytes(bytes, places))
-}
-
-/// Plain values that have not been read.
-struct Cursor<'p> {
-    left: &'p [u8],
-    /// Truth values of the first byte that have been read.
-    bits: u32,
-}
-
-impl<'p> Cursor<'p> {
-    fn next(&mut self, values: Values) -> Option<Cell<'p>> {
-        match values {
-            Values::Boolean => {
-                let value = *self.left.first()? >> self.bits & 1;
-                self.bits += 1;
-                if self.bits == 8 {
-                    self.bits = 0;
-                    self.left = &self.left[1..];
-                }
-                Some(Cell::Int(i64::from(value)))
-            }
-            Values::Int32 => {
-                let (bytes, left) = self.left.split_first_chunk()?;
-                self.left = left;
-                Some(Cell::Int(i64::from(i32::from_le_bytes(*bytes))))
-            }
-            Values::Int64 => {
-                let (bytes, left) = self.left.split_first_chunk()?;
-                self.left = left;
-                Some(Cell::Int(i64::from_le_bytes(*bytes)))
-            }
-            Values::Bytes => {
-                let (length, left) = self.left.split_first_chunk()?;
-                let length = u32::from_le_bytes(*length) as usize;
-                let (value, left) = left.split_at_checked(length)?;
-                self.left = left;
-                Some(Cell::Bytes(value))
-            }
-            Values::Other(_) => None,
-        }
-    }
-}
-
 /// Numbers of some bits, in runs.
 struct Runs<'p> {
     left: &'p [u8],
@@ -574,7 +486,7 @@ struct Runs<'p> {
 enum Run<'p> {
     /// A number, so many times.
     Same(u32, u64),
-    /// So many numbers, one after the other, from a bit on.
+    /// This many consecutive numbers from a bit on.
     Packed(&'p [u8], u64, u64),
 }
 
@@ -587,9 +499,9 @@ impl<'p> Runs<'p> {
         }
     }
 
-    /// The next number; none, where the bytes are at their end or wrong.
+    /// The next number; None at the end of the bytes or if they are invalid.
     fn next(&mut self) -> Option<u32> {
-        // Numbers of no bits need no bytes.
+        // Numbers of zero bits need no bytes.
         if self.width == 0 {
             return Some(0);
         }
@@ -633,7 +545,7 @@ impl<'p> Runs<'p> {
                 Run::Same(value, count)
             }
             _ => {
-                // The last group may be cut short.
+                // The last group may be shorter.
                 let bytes = (count * u64::from(self.width)).min(self.left.len() as u64);
                 let (packed, left) = self.left.split_at(bytes as usize);
                 self.left = left;
@@ -674,14 +586,14 @@ impl Page {
             Encoding::Dictionary(dictionary) => {
                 let (width, numbers) = match values.split_first() {
                     Some((width, numbers)) if *width <= 32 => (u32::from(*width), numbers),
-                    // Of missing cells alone nothing is said.
+                    // If all cells are missing there are no values.
                     None => (1, values),
                     Some(_) => return Err(Error::format("numbers of more than 32 bits in a page")),
                 };
                 Found::Entries(Runs::new(numbers, width), dictionary)
             }
             // Behind their length.
-            Encoding::Runs => Found::Truths(Runs::new(values.get(4..).unwrap_or_default(), 1)),
+            Encoding::Runs => Found::Booleans(Runs::new(values.get(4..).unwrap_or_default(), 1)),
         };
         Ok(Cells {
             left: self.count,
@@ -692,7 +604,7 @@ impl Page {
     }
 }
 
-/// The cells of a page that are still to come.
+/// The remaining cells of a page.
 pub struct Cells<'p> {
     left: u64,
     optional: u32,
@@ -703,11 +615,11 @@ pub struct Cells<'p> {
 enum Found<'p> {
     Plain(Cursor<'p>, Values),
     Entries(Runs<'p>, &'p Dictionary),
-    Truths(Runs<'p>),
+    Booleans(Runs<'p>),
 }
 
 impl<'p> Iterator for Cells<'p> {
-    /// A cell; none where it is missing.
+    /// The next cell; None if it is missing.
     type Item = Result<Option<Cell<'p>>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -738,15 +650,10 @@ impl<'p> Cells<'p> {
         let found = match &mut self.values {
             Found::Plain(cursor, kind) => cursor.next(*kind),
             Found::Entries(runs, dictionary) => match runs.next() {
-                Some(index) => {
-                    let cell = dictionary.get(index);
-                    return cell
-                        .map(Some)
-                        .ok_or_else(|| damaged("a number beyond its dictionary"));
-                }
+                Some(index) => return dictionary.get(index).map(Some),
                 None => None,
             },
-            Found::Truths(runs) => runs.next().map(|value| Cell::Int(i64::from(value))),
+            Found::Booleans(runs) => runs.next().map(|value| Cell::Int(i64::from(value))),
         };
         found
             .map(Some)

@@ -1,4 +1,4 @@
-//! Tests: what others wrote is read as they read it, and what is damaged is refused.
+//! Tests: files by other writers are read correctly, and damaged ones are refused.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ fn golden(name: &str) -> Vec<u8> {
     std::fs::read(folder.join(name)).unwrap()
 }
 
-/// All cells of a column, as `expected.json` has them.
+/// All cells of a column, in the form of `expected.json`.
 fn cells(file: &Parquet, column: usize) -> Result<Vec<Value>> {
     let (mut pages, mut found) = (file.pages(column), Vec::new());
     while let Some(page) = pages.next()? {
@@ -27,7 +27,7 @@ fn cells(file: &Parquet, column: usize) -> Result<Vec<Value>> {
     Ok(found)
 }
 
-/// What reading all of a file comes to.
+/// The outcome of reading a whole file.
 fn told(bytes: &[u8]) -> Result<u64, String> {
     let said = |error: Error| error.to_string();
     let file = Parquet::in_memory(bytes).map_err(said)?;
@@ -114,7 +114,7 @@ fn damage_is_found() {
     };
     check(b"", "too short");
     check(b"PAR1PAR1", "too short");
-    check(&whole[1..], "does not begin as one");
+    check(&whole[1..], "its first bytes are wrong");
     check(&whole[..whole.len() - 1], "does not end as one");
     let mut long = whole.clone();
     let end = long.len() - 8;
@@ -122,17 +122,17 @@ fn damage_is_found() {
     check(&long, "a footer of 10000000 bytes in a file of");
     long[end..end + 4].copy_from_slice(&u32::MAX.to_le_bytes());
     check(&long, "more than 67108864");
-    // A byte within an image, which the check sum of its page tells.
+    // A byte within an image, detected by the page's checksum.
     let mut flipped = whole.clone();
     let jpeg = whole
         .windows(3)
         .position(|bytes| bytes == b"\xff\xd8\xff")
         .unwrap();
     flipped[jpeg + 100] ^= 1;
-    check(&flipped, "a damaged page: its check sum is another");
+    check(&flipped, "a damaged page: its checksum does not match");
 }
 
-/// Every byte of a file changed in several ways, and every length: an error or other cells, nothing else.
+/// Every byte of a file changed in several ways, and every truncation: the result is an error or other cells, nothing worse.
 #[test]
 fn no_damage_is_too_strange() {
     for name in [
@@ -210,13 +210,13 @@ fn entries_of_a_footer_are_counted() {
         let said = told(&with_footer(b"", fields)).unwrap_err();
         assert!(said.contains(expected), "{said}");
     };
-    // Structures that say nothing, a byte each.
+    // Empty structures, one byte each.
     let notes = |count| [&list(2, 0, &[])[..], &list(1, count, &[0])].concat();
     assert_eq!(told(&with_footer(b"", &notes(MOST_NOTES))), Ok(0));
     check(&notes(MOST_NOTES + 1), "more notes than any table");
     let groups = list(2, MOST_GROUPS + 1, &[0x36, 0, 0]);
     check(&groups, "more row groups than any table");
-    // Columns that lie in other files, and say no more.
+    // Columns stored in other files, without further fields.
     let chunks = list(1, MOST_CHUNKS + 1, &[0x18, 0, 0]);
     let group = [&[0x29, 0x1c][..], &chunks, &int(2, 1), &[0]].concat();
     check(&group, "more columns in row groups than any table");
@@ -282,7 +282,7 @@ fn sizes_are_checked_before_anything_is_allocated() {
     );
     let short = page(12, 12, 2, &two[..12]);
     check(file(&short, 2, &[(0, 2, 4)]), "it ends within its values");
-    // Few bytes that unpack to many, again and again.
+    // Few bytes that unpack to many, repeatedly.
     let zeros = vec![0; 40 << 20];
     let packed = snap::raw::Encoder::new().compress_vec(&zeros).unwrap();
     let one = page(zeros.len() as u64, packed.len() as u64, 1, &packed);
@@ -298,4 +298,71 @@ fn sizes_are_checked_before_anything_is_allocated() {
     );
     let wrong = page(zeros.len() as u64 - 1, packed.len() as u64, 1, &packed);
     check(file(&wrong, 1, &[(2, 1, 4)]), "longer than it says");
+}
+
+/// Pages of a dictionary of one entry, and of so many cells that repeat it, in numbers of no bits.
+fn repeated(entry: &[u8], cells: u64) -> Vec<u8> {
+    let entry = [&(entry.len() as u32).to_le_bytes(), entry].concat();
+    let size = entry.len() as u64;
+    let head = [int(1, 2), int(1, size), int(1, size)].concat();
+    let dictionary = [&head[..], &[0x4c], &int(1, 1), &int(1, 0), &[0, 0], &entry].concat();
+    let of_data = [int(1, cells), int(1, 8), int(1, 3), int(1, 3), vec![0]].concat();
+    let head = [int(1, 0), int(1, 1), int(1, 1)].concat();
+    let data = [&head[..], &[0x2c], &of_data, &[0, 0]].concat();
+    [dictionary, data].concat()
+}
+
+/// A file of a column of bytes in such groups.
+fn of_bytes(groups: &[Vec<u8>], cells: u64) -> Vec<u8> {
+    let mut at = 4;
+    let places = groups.iter().map(|group| {
+        at += group.len() as u64;
+        (0, cells, at - group.len() as u64)
+    });
+    let places: Vec<_> = places.collect();
+    let mut bytes = file(&groups.concat(), cells, &places);
+    let column = [&int(1, 2)[..], &int(2, 0), b"\x18\x01c"].concat();
+    let at = bytes.windows(column.len()).rposition(|of| *of == column);
+    bytes[at.unwrap() + 1] = 6 << 1;
+    bytes
+}
+
+#[test]
+fn a_dictionary_is_repeated_within_the_growth_of_a_file() {
+    let few = repeated(b"entry", 200_000);
+    assert_eq!(
+        told(&of_bytes(std::slice::from_ref(&few), 200_000)),
+        Ok(200_000)
+    );
+    let check = |bytes: Vec<u8>, expected: &str| {
+        let said = told(&bytes).unwrap_err();
+        assert!(said.contains(expected), "{said}");
+    };
+    let many = "cells that repeat entries of a dictionary";
+    check(of_bytes(&[repeated(b"entry", 1 << 20)], 1 << 20), many);
+    check(of_bytes(&[repeated(&vec![7; 1 << 20], 512)], 512), many);
+    // In all row groups together.
+    check(of_bytes(&[few.clone(), few.clone()], 200_000), many);
+    // One page holds the dictionary of a group.
+    let twice = [repeated(b"entry", 1), repeated(b"entry", 1)].concat();
+    check(of_bytes(&[twice], 2), "two dictionaries");
+}
+
+#[test]
+fn pages_without_cells_are_counted_and_not_unpacked() {
+    let two = [7u64.to_le_bytes(), 9u64.to_le_bytes()].concat();
+    let good = page(16, 16, 2, &two);
+    // Neither an empty page nor one of an index is unpacked: these claim too much.
+    let empty = page(1 << 40, 3, 0, b"abc");
+    let index = [&int(1, 1)[..], &int(1, 1 << 40), &int(1, 2), &[0], b"ab"].concat();
+    let few = [empty.repeat(3), index.repeat(3), good.clone()].concat();
+    assert_eq!(told(&file(&few, 2, &[(0, 2, 4)])), Ok(2));
+    for idle in [page(0, 0, 0, b""), index] {
+        let many = [idle.repeat(65_537), good.clone()].concat();
+        let said = told(&file(&many, 2, &[(0, 2, 4)])).unwrap_err();
+        assert!(
+            said.contains("more than 65536 pages without cells"),
+            "{said}"
+        );
+    }
 }

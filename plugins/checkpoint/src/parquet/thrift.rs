@@ -1,28 +1,28 @@
-//! Thrift's compact protocol, as far as Parquet's headers need it: read from the front, nothing copied, unknown fields
-//! passed over.
+//! Thrift's compact protocol, as far as Parquet's headers need it: read sequentially without copying; unknown fields are
+//! skipped.
 //!
-//! In: bytes that may be cut short. Out: fields by number, or why there are none. A list cannot claim more elements than
-//! there are bytes, for each takes one at least.
+//! In: bytes that may be cut short. Out: fields by number, or an error. A list cannot claim more elements than there are
+//! bytes, because each takes at least one.
 
 /// Why bytes cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// They end too early.
-    Short,
-    /// They are not what was expected.
-    Wrong(&'static str),
+    Truncated,
+    /// The bytes are not what was expected.
+    Malformed(&'static str),
 }
 
 type Result<T> = std::result::Result<T, Fault>;
 
-/// How deep structures that are passed over may lie in each other.
+/// The deepest nesting of skipped structures.
 const DEEPEST: usize = 32;
 
 /// The kind of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A truth value that the field's header holds.
-    Is(bool),
+    /// A boolean, stored in the field's header.
+    Bool(bool),
     /// One byte.
     Byte,
     /// A whole number of any width.
@@ -44,8 +44,8 @@ pub enum Kind {
 impl Kind {
     fn of(code: u8) -> Result<Self> {
         Ok(match code {
-            1 => Self::Is(true),
-            2 => Self::Is(false),
+            1 => Self::Bool(true),
+            2 => Self::Bool(false),
             3 => Self::Byte,
             4..=6 => Self::Int,
             7 => Self::Double,
@@ -54,30 +54,30 @@ impl Kind {
             11 => Self::Map,
             12 => Self::Struct,
             13 => Self::Uuid,
-            _ => return Err(Fault::Wrong("a field of no known kind")),
+            _ => return Err(Fault::Malformed("a field of no known kind")),
         })
     }
 }
 
-/// Bytes that have not been read yet.
+/// The remaining bytes.
 #[derive(Debug, Clone)]
 pub struct Reader<'a> {
     left: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
-    /// Begins at the first of some bytes.
+    /// A reader at the start of these bytes.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { left: bytes }
     }
 
-    /// How many bytes have not been read.
+    /// The number of remaining bytes.
     pub fn left(&self) -> usize {
         self.left.len()
     }
 
     fn bytes(&mut self, count: usize) -> Result<&'a [u8]> {
-        let (taken, left) = self.left.split_at_checked(count).ok_or(Fault::Short)?;
+        let (taken, left) = self.left.split_at_checked(count).ok_or(Fault::Truncated)?;
         self.left = left;
         Ok(taken)
     }
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
         Ok(self.bytes(1)?[0])
     }
 
-    /// A number in groups of seven bits, the lowest first.
+    /// A varint: groups of seven bits, the lowest first.
     fn varint(&mut self) -> Result<u64> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
@@ -96,7 +96,7 @@ impl<'a> Reader<'a> {
                 return Ok(value);
             }
         }
-        Err(Fault::Wrong("a number without end"))
+        Err(Fault::Malformed("a number without end"))
     }
 
     /// The value of a field that is a whole number.
@@ -106,41 +106,41 @@ impl<'a> Reader<'a> {
                 let value = self.varint()?;
                 Ok((value >> 1) as i64 ^ -((value & 1) as i64))
             }
-            _ => Err(Fault::Wrong("no number where one should be")),
+            _ => Err(Fault::Malformed("no number where one should be")),
         }
     }
 
-    /// The value of a field that is a truth value.
-    pub fn is(&mut self, kind: Kind) -> Result<bool> {
+    /// The value of a boolean field.
+    pub fn bool(&mut self, kind: Kind) -> Result<bool> {
         match kind {
-            Kind::Is(value) => Ok(value),
-            _ => Err(Fault::Wrong("no truth value where one should be")),
+            Kind::Bool(value) => Ok(value),
+            _ => Err(Fault::Malformed("no truth value where one should be")),
         }
     }
 
     /// The value of a field that is bytes.
     pub fn binary(&mut self, kind: Kind) -> Result<&'a [u8]> {
         if kind != Kind::Binary {
-            return Err(Fault::Wrong("no bytes where some should be"));
+            return Err(Fault::Malformed("no bytes where some should be"));
         }
         let count = self.varint()?;
-        self.bytes(usize::try_from(count).map_err(|_| Fault::Short)?)
+        self.bytes(usize::try_from(count).map_err(|_| Fault::Truncated)?)
     }
 
     /// The value of a field that is a text.
     pub fn text(&mut self, kind: Kind) -> Result<&'a str> {
         let bytes = self.binary(kind)?;
-        std::str::from_utf8(bytes).map_err(|_| Fault::Wrong("a text that is not UTF-8"))
+        std::str::from_utf8(bytes).map_err(|_| Fault::Malformed("a text that is not UTF-8"))
     }
 
-    /// The fields of a structure. `each` says whether it has read the value; it is passed over, if not.
+    /// The fields of a structure. `each` returns whether it has read the value; otherwise the value is skipped.
     pub fn fields(
         &mut self,
         kind: Kind,
         mut each: impl FnMut(&mut Self, i64, Kind) -> Result<bool>,
     ) -> Result<()> {
         if kind != Kind::Struct {
-            return Err(Fault::Wrong("no structure where one should be"));
+            return Err(Fault::Malformed("no structure where one should be"));
         }
         let mut number = 0i64;
         loop {
@@ -166,13 +166,13 @@ impl<'a> Reader<'a> {
         mut each: impl FnMut(&mut Self, Kind) -> Result<()>,
     ) -> Result<()> {
         if kind != Kind::List {
-            return Err(Fault::Wrong("no list where one should be"));
+            return Err(Fault::Malformed("no list where one should be"));
         }
         let (count, kind) = self.list_head()?;
         for _ in 0..count {
             let kind = match kind {
                 // In lists these take a byte each.
-                Kind::Is(_) => Kind::Is(self.byte()? == 1),
+                Kind::Bool(_) => Kind::Bool(self.byte()? == 1),
                 kind => kind,
             };
             each(self, kind)?;
@@ -188,16 +188,16 @@ impl<'a> Reader<'a> {
         };
         match usize::try_from(count) {
             Ok(count) if count <= self.left.len() => Ok((count, Kind::of(head & 0x0f)?)),
-            _ => Err(Fault::Short),
+            _ => Err(Fault::Truncated),
         }
     }
 
     fn skip(&mut self, kind: Kind, depth: usize) -> Result<()> {
         if depth > DEEPEST {
-            return Err(Fault::Wrong("structures too deep in each other"));
+            return Err(Fault::Malformed("structures too deep in each other"));
         }
         match kind {
-            Kind::Is(_) => {}
+            Kind::Bool(_) => {}
             Kind::Byte => drop(self.byte()?),
             Kind::Int => drop(self.varint()?),
             Kind::Double => drop(self.bytes(8)?),
@@ -212,7 +212,7 @@ impl<'a> Reader<'a> {
             Kind::Map => {
                 let count = self.varint()?;
                 if count > self.left.len() as u64 {
-                    return Err(Fault::Short);
+                    return Err(Fault::Truncated);
                 }
                 if count > 0 {
                     let kinds = self.byte()?;
@@ -239,7 +239,7 @@ impl<'a> Reader<'a> {
 
     fn skip_element(&mut self, kind: Kind, depth: usize) -> Result<()> {
         match kind {
-            Kind::Is(_) => self.byte().map(drop),
+            Kind::Bool(_) => self.byte().map(drop),
             kind => self.skip(kind, depth + 1),
         }
     }
@@ -262,7 +262,7 @@ mod tests {
             match number {
                 1 | 20 => ints.push(r.int(kind)?),
                 3 => text = r.text(kind)?,
-                4 => truth = r.is(kind)?,
+                4 => truth = r.bool(kind)?,
                 5 => r.list(kind, |r, kind| {
                     list.push(r.int(kind)?);
                     Ok(())
@@ -276,11 +276,11 @@ mod tests {
             (ints, text, truth, list),
             (vec![-3, 300], "ab", true, vec![1, 2])
         );
-        // All of it passed over, and cut short anywhere.
+        // All of it skipped, and truncated at every length.
         let skipped = |bytes| Reader::new(bytes).fields(Kind::Struct, |_, _, _| Ok(false));
         assert_eq!(skipped(&bytes), Ok(()));
         for end in 0..bytes.len() {
-            assert_eq!(skipped(&bytes[..end]), Err(Fault::Short), "{end}");
+            assert_eq!(skipped(&bytes[..end]), Err(Fault::Truncated), "{end}");
         }
     }
 
@@ -291,16 +291,16 @@ mod tests {
         let many = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x10];
         assert_eq!(
             skipped(&[&[0x19, 0xfc], &many[..], &[0]].concat()),
-            Err(Fault::Short)
+            Err(Fault::Truncated)
         );
         assert_eq!(
             skipped(&[&[0x1b], &many[..], &[0x55]].concat()),
-            Err(Fault::Short)
+            Err(Fault::Truncated)
         );
         let deep = [0x1c].repeat(100_000);
-        let expected = Fault::Wrong("structures too deep in each other");
+        let expected = Fault::Malformed("structures too deep in each other");
         assert_eq!(skipped(&deep), Err(expected));
-        let endless = Fault::Wrong("a number without end");
+        let endless = Fault::Malformed("a number without end");
         assert_eq!(skipped(&[&[0x15][..], &[0xff; 20]].concat()), Err(endless));
     }
 }

@@ -34,8 +34,8 @@ pub trait Attention: Layers {
         Self::reshape(&Self::cat(&[&re, &im], 4)?, &s)
     }
 
-    /// What a step of a generation does with its positions: q, k, v (b, l, h, d), of which q and k turn by cos and sin
-    /// (l, d/2); keys and values go into caches (b, l', h, d) at position `at`. Returns the queries.
+    /// Prepares the positions of a generation step: q, k, v (b, l, h, d). Rotates q and k by cos and sin (l, d/2), writes
+    /// keys and values into caches (b, l', h, d) at position `at`, and returns the queries.
     #[expect(clippy::too_many_arguments, reason = "one pass over them all")]
     fn rope_cached(
         q: &Self::Tensor,
@@ -78,7 +78,7 @@ pub trait Attention: Layers {
         y: &Self::Tensor,
         grad: &Self::Tensor,
     ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
-        let _ = y; // kept for fused implementations
+        let _ = y; // for fused implementations
         let p = attention_weights::<Self>(q, k, mask, scale)?; // (b, h, lq, lk)
         let g = heads_first::<Self>(grad)?;
         let dv = Self::matmul(&p, &g, true, false)?;
@@ -90,11 +90,11 @@ pub trait Attention: Layers {
         Ok((back(dq)?, back(dk)?, back(dv)?))
     }
 
-    /// What the position after `at` others of each sequence does, q, k and v (b, 1, h, d): q and k turn by row `at` of cos
-    /// and sin (n, d/2), k and v go into their caches (b, n, h, d) at `at`, and q attends to what these hold up to there,
-    /// with `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
+    /// Attention of position `at` of each sequence, q, k and v (b, 1, h, d). Rotates q and k by row `at` of cos and sin (n,
+    /// d/2), writes k and v into their caches (b, n, h, d) at `at`, and attends with q to the caches up to there, with
+    /// `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
     ///
-    /// `place` holds `at` too, as indices (1), for a backend that does it again with another
+    /// `place` also contains `at`, as indices (1), for a backend that replays the step with another position
     /// ([`Sampling::repeat`](crate::backend::Sampling::repeat)).
     fn attend_next(
         [q, k, v]: [&Self::Tensor; 3],

@@ -1,21 +1,21 @@
-//! Choosing a code from a row of logits, on the host: what backends do by default, and what others are held against.
+//! Choosing a code from a row of logits, on the host: the default of backends, and the reference for their own versions.
 //!
-//! In: logits, what is left of them (temperature, top-k, top-p), a number in [0, 1). Out: logits with excluded codes at -inf,
-//! or an index.
+//! In: logits, the truncation (temperature, top-k, top-p), a number in [0, 1). Out: logits with excluded codes at -inf, or an
+//! index.
 
 use rayon::prelude::*;
 
 use crate::backend::tensor::Tensors;
 use crate::error::Result;
 
-/// Which codes a row of logits leaves to choose from.
+/// Which codes of a row of logits remain.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Truncation {
     /// Logits are divided by this.
     pub temperature: f64,
-    /// Only so many of the most probable codes stay; 0 keeps all.
+    /// Only this many of the most probable codes stay; 0 keeps all.
     pub top_k: usize,
-    /// Of these only the most probable whose probabilities sum to this, the first over the sum included; 1 keeps all.
+    /// Of these only the most probable stay whose probabilities sum to this, including the one that exceeds it; 1 keeps all.
     pub top_p: f64,
 }
 
@@ -49,7 +49,7 @@ pub fn truncate_row(row: &mut [f32], truncation: &Truncation) {
     if keeps_all {
         return;
     }
-    // Codes in falling order; equals by index, so that the result is defined.
+    // Codes in descending order; equal ones by index, so that the result is deterministic.
     let mut order: Vec<u32> = (0..row.len() as u32).collect();
     order.sort_unstable_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
     let mut keep = if top_k == 0 {
@@ -57,7 +57,7 @@ pub fn truncate_row(row: &mut [f32], truncation: &Truncation) {
     } else {
         top_k.min(row.len())
     };
-    // As torch has it: whatever equals the last of them stays too.
+    // As in torch, codes equal to the last one stay too.
     let last = row[order[keep - 1] as usize];
     keep += order[keep..]
         .iter()
@@ -126,7 +126,7 @@ mod tests {
         let logits = [0.1f32, 0.4, 0.2, 0.3].map(f32::ln);
         assert_eq!(kept(ALL, &logits), [0, 1, 2, 3]);
         assert_eq!(kept(Truncation { top_k: 2, ..ALL }, &logits), [1, 3]);
-        // Equals of the last one stay.
+        // Codes equal to the last one stay.
         let two = Truncation { top_k: 2, ..ALL };
         assert_eq!(kept(two, &[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]), [1, 2, 3, 4]);
         // 0.4 + 0.3 = 0.7 is over 0.5: the code that passes the threshold stays.

@@ -8,20 +8,19 @@
 //! dz/ds = sum_j w_j c_j,   w_j = softmax_j( log p_j + s <z, c_j> - s^2 |c_j|^2 / 2 ),   z(0) = noise
 //! ```
 //!
-//! s runs from 0 (noise) upwards; the token is the argmax of w as s grows. Each evaluation of dz/ds goes through the whole
-//! codebook, so none is thrown away: an Adams method predicts z from the slopes before, the codebook is evaluated there,
-//! and the new slope corrects the step (Adams-Bashforth 4, Adams-Moulton 5, one evaluation a step). Steps lie where the
-//! posterior sharpens: uniform in asinh(s sigma), sigma being the spread of the codebook, hence uniform in s at first and
-//! in log s later, whatever the scale of the codes. In: logits (n, k), -inf where a code is excluded; noise (n, d);
-//! codebook (k, d). Out: ids (n). Here: the composed form every backend can run, and a float64 reference, which takes
-//! another way.
+//! s runs from 0 (noise) upwards; the token is the argmax of w as s grows. Each evaluation of dz/ds reads the whole codebook,
+//! so none is wasted: an Adams method predicts z from previous slopes, the codebook is evaluated there, and the new slope
+//! corrects the step (Adams-Bashforth 4, Adams-Moulton 5, one evaluation per step). Steps are dense where the posterior
+//! sharpens: uniform in asinh(s sigma), with sigma the spread of the codebook, hence uniform in s at first and in log s
+//! later, for any scale of the codes. In: logits (n, k), -inf where a code is excluded; noise (n, d); codebook (k, d). Out:
+//! ids (n). Here: the composed form that every backend can run, and a float64 reference with a different method.
 
 use crate::backend::layers::Layers;
 use crate::backend::tensor::{Binary, Unary};
 use crate::error::Result;
 
-/// Steps unless somebody says otherwise. Of ten thousand tokens at published shapes fewer than one in a thousand then
-/// differ from float64 (`tests/tests/flow.rs`).
+/// Default number of steps. At published shapes fewer than one token in a thousand then differs from float64
+/// (`tests/tests/flow.rs`).
 pub const STEPS: usize = 96;
 
 /// [`STEPS`], for options that name none.
@@ -42,25 +41,25 @@ impl Default for FlowSolver {
     }
 }
 
-/// How many slopes a prediction is made from. A correction is made from one more, the newest.
+/// How many slopes a prediction uses. A correction also uses the newest.
 pub const ORDER: usize = 4;
 
-/// The last s, in units of 1 / spread: the posterior is decided there unless two codes are as good as the same.
+/// The last s, in units of 1 / spread: there the posterior is decided, unless two codes are nearly equal.
 const END: f64 = 60.0;
 
-/// An evaluation of dz/ds, and what is made of it.
+/// An evaluation of dz/ds, and the weights of its step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Step {
     /// Where it is evaluated.
     pub s: f64,
-    /// z there is z at the step before plus these times the slopes so far, the newest first.
+    /// Prediction: z is z at the previous step plus these times the previous slopes, the newest first.
     pub predictor: Vec<f64>,
-    /// Then z is z at the step before plus these times the slopes, the new one first.
+    /// Correction: z is z at the previous step plus these times the slopes, the new one first.
     pub corrector: Vec<f64>,
 }
 
-/// The same for slopes that lie in a ring of [`ORDER`] + 1 places, the one of evaluation i in place i mod their number: for
-/// each step, weights of all places to z after it, and from z before it to where the next one evaluates.
+/// The same for slopes in a ring buffer of [`ORDER`] + 1 entries, with the slope of evaluation i in entry i mod [`ORDER`] +
+/// 1: for each step the weights of all entries that lead to z after it, and from z before it to the next evaluation point.
 pub fn moves(steps: &[Step]) -> impl Iterator<Item = [[f32; ORDER + 1]; 2]> {
     steps.iter().enumerate().map(|(i, step)| {
         let place = |age: usize| (i + ORDER + 1 - age) % (ORDER + 1);
@@ -142,11 +141,11 @@ fn integrals(nodes: &[f64], a: f64, b: f64) -> Vec<f64> {
         .collect()
 }
 
-/// The spread of a codebook: the root mean square deviation of a coordinate, from the mean |c|^2 over its codes, the
-/// squared length of their mean, and D. 1 where there is none.
+/// The spread of a codebook: the root mean square deviation of a coordinate, from the mean |c|^2 over its codes, the squared
+/// length of their mean, and D. 1 if it is 0.
 pub fn spread(mean_square: f64, square_of_mean: f64, d: usize) -> f64 {
     let spread = ((mean_square - square_of_mean) / d as f64).sqrt();
-    // Rounding leaves something of equal codes.
+    // With equal codes, rounding leaves a small residue.
     let some = spread.is_finite() && spread > 1e-4 * (mean_square / d as f64).sqrt();
     if some { spread } else { 1.0 }
 }
@@ -195,13 +194,13 @@ pub fn composed<B: Layers>(
     B::argmax_last(&weights)
 }
 
-/// Log weight, relative to the greatest, below which the reference forgets a code: all codes that there are have less than
-/// 1e-20 together then.
+/// Log weight, relative to the greatest, below which the reference drops a code: all dropped codes together then have less
+/// than 1e-20.
 const FORGOTTEN: f64 = 60.0;
 
-/// The flow map of one position in float64, by the classic fourth-order Runge-Kutta method with so many steps; `codebook`
-/// row-major (k, d). The truth for tests when there are a hundred. Returns the token and its posterior probability at the
-/// last s.
+/// The flow map of one position in float64, by the classic fourth-order Runge-Kutta method with this many steps; `codebook`
+/// row-major (k, d). With a hundred steps it is the reference for tests. Returns the token and its posterior probability at
+/// the last s.
 pub fn reference(logits: &[f32], noise: &[f32], codebook: &[f32], steps: usize) -> (usize, f64) {
     let mut codes = Codes::new(logits, codebook, noise.len());
     let step = |z: &[f64], v: &[f64], h: f64| -> Vec<f64> {
@@ -234,7 +233,7 @@ pub fn reference(logits: &[f32], noise: &[f32], codebook: &[f32], steps: usize) 
     (codes.ids[at], weight)
 }
 
-/// The codes that the reference still looks at.
+/// The codes that the reference still considers.
 struct Codes {
     ids: Vec<usize>,
     logits: Vec<f64>,
@@ -299,7 +298,7 @@ impl Codes {
         self.coordinates.iter().map(product).collect()
     }
 
-    /// Forgets codes without weight, once they are half of those that are left.
+    /// Drops codes without weight, once they are half of the remaining ones.
     fn forget(&mut self) {
         let top = self.weights.iter().copied().fold(0.0, f64::max);
         let least = top * (-FORGOTTEN).exp();
@@ -325,7 +324,7 @@ fn keep<T>(all: &mut Vec<T>, kept: &[bool]) {
 mod tests {
     use super::*;
 
-    /// A step is exact for slopes that are polynomials of as high a degree as it has slopes to go by.
+    /// A step is exact for polynomial slopes whose degree is at most the number of known slopes.
     #[test]
     fn steps_are_exact_for_polynomials() {
         for (predicts, degree) in [(true, ORDER - 1), (false, ORDER)] {

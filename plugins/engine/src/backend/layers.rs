@@ -11,7 +11,7 @@ pub struct Window {
     pub size: usize,
     /// Step to the next window, in both directions.
     pub stride: usize,
-    /// Positions beyond the image on each side, which no value ever comes from.
+    /// Positions beyond the image on each side, which are never the maximum.
     pub padding: usize,
 }
 
@@ -27,8 +27,8 @@ impl Window {
 
 /// Linear maps, convolutions, activations, pooling, softmax and cross-entropy.
 pub trait Layers: Tensors {
-    /// [`Tensors::conv2d`](crate::backend::Tensors::conv2d) plus a bias (o) and, where there is one, a residual of the
-    /// result's shape.
+    /// [`Tensors::conv2d`](crate::backend::Tensors::conv2d) plus a bias (o) and, optionally, a residual of the result's
+    /// shape.
     fn conv2d_bias(
         x: &Self::Tensor,
         w: &Self::Tensor,
@@ -46,7 +46,7 @@ pub trait Layers: Tensors {
         }
     }
 
-    /// [`Layers::conv2d_bias`] with stride 1 of images twice as high and wide ([`upsample2`]).
+    /// [`Layers::conv2d_bias`] with stride 1, on images enlarged twofold ([`upsample2`]).
     fn conv2d_upsampled(
         x: &Self::Tensor,
         w: &Self::Tensor,
@@ -206,7 +206,7 @@ pub trait Layers: Tensors {
         }
     }
 
-    /// Gradients of [`Layers::gated_add`] for y and the gate; those for x and what is added are `grad` itself.
+    /// Gradients of [`Layers::gated_add`] for y and the gate; those for x and `added` are `grad` itself.
     fn gated_add_backward(
         y: &Self::Tensor,
         gate: &Self::Tensor,
@@ -304,7 +304,7 @@ fn windows<B: Tensors>(x: &B::Tensor, window: Window) -> Result<B::Tensor> {
         stride,
         padding,
     } = window;
-    // A frame of the lowest float, wide enough for whole steps from every place in the window.
+    // A border of the lowest float, wide enough for whole steps from every position of the window.
     let mut framed = x.clone();
     for d in [2, 3] {
         let all = size - 1 + window.count(s[d]) * stride;
@@ -350,14 +350,14 @@ fn windows_adjoint<B: Tensors>(
     }
     let mut dx = sum.expect("a window has at least one place");
     for d in [2, 3] {
-        // Pixels beyond the last window got nothing.
+        // Pixels beyond the last window have no gradient.
         dx = frame::<B>(&dx, d, 0, padding + shape[d], 0.0)?;
         dx = B::narrow(&dx, d, padding, shape[d])?;
     }
     Ok(dx)
 }
 
-/// Lengthens a dimension to at least `all` elements: `before` of a value, then x, then that value again.
+/// Pads a dimension to at least `all` elements: `before` elements of a value, then x, then that value again.
 fn frame<B: Tensors>(
     x: &B::Tensor,
     dim: usize,

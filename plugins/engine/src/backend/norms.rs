@@ -3,7 +3,7 @@
 use crate::backend::tensor::{Binary, Precision, Tensors, Unary};
 use crate::error::Result;
 
-/// Root mean square, layer and group norms, with what the networks do around them.
+/// Root mean square, layer and group norms, with the operations that the networks do around them.
 pub trait Norms: Tensors {
     /// x / sqrt(mean(x^2) + eps) * w over the last dimension; w (d).
     fn rms_norm(
@@ -49,8 +49,8 @@ pub trait Norms: Tensors {
         Ok((dx, dw))
     }
 
-    /// x / |x| of x (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, as a
-    /// [`Precision::Factor`]. Zeros stay zeros.
+    /// x / |x| of x (b, l, h, d) over the last dimension, times an optional length per head (h), as a [`Precision::Factor`].
+    /// Zeros stay zeros.
     fn unit(x: &Self::Tensor, length: Option<&Self::Tensor>) -> Result<Self::Tensor> {
         let y = unit::<Self>(x)?;
         match length {
@@ -170,8 +170,8 @@ pub trait Norms: Tensors {
     }
 }
 
-/// A root mean square norm is this scale, (d), times smaller than the vector over its length; and an epsilon as small as
-/// torch's in F.normalize, which keeps a zero vector finite.
+/// The scale (d) by which a root mean square norm is smaller than x / |x|, and an epsilon as small as in torch's F.normalize,
+/// which keeps a zero vector finite.
 pub(crate) fn root_mean_square<B: Tensors>(x: &B::Tensor) -> Result<(B::Tensor, f64)> {
     let shape = B::shape(x);
     let d = shape[shape.len() - 1];

@@ -26,7 +26,7 @@ pub struct AdamwStep {
     pub grad_scale: f64,
 }
 
-/// Updates of parameters and of their averages, in one pass where a backend can.
+/// Updates of parameters and of their averages, in one pass if the backend can.
 pub trait Optimiser: Tensors {
     /// One AdamW step on a parameter and its moments.
     fn adamw_(
@@ -68,16 +68,16 @@ pub trait Optimiser: Tensors {
         Self::assign_(p, &p1)
     }
 
-    /// Begins to put into a whole tensor of f32, where it lies, the sum over all ranks or, with `root`, what that rank has
-    /// there. `ranks` is what their collective gave for it
-    /// ([`Collective::on_device`](crate::collective::Collective::on_device)). The tensor must live until the end.
+    /// Begins an exchange in place: a whole f32 tensor becomes the sum over all ranks or, with `root`, that rank's tensor.
+    /// `ranks` is the handle from their collective ([`Collective::on_device`](crate::collective::Collective::on_device)). The
+    /// tensor must live until the end.
     fn begin_exchange_(x: &Self::Tensor, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
         let _ = (x, root, ranks);
         let message = "this backend exchanges nothing in its device's memory";
         Err(Error::Internal(message.into()))
     }
 
-    /// Ends all that was begun: what comes after it sees the values of all ranks.
+    /// Ends all exchanges: later operations see the values of all ranks.
     fn end_exchanges(ranks: &dyn Any) -> Result<()> {
         let _ = ranks;
         Ok(())

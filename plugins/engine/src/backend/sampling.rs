@@ -7,16 +7,16 @@ use crate::backend::flow::{self, FlowSolver};
 use crate::backend::layers::Layers;
 use crate::error::Result;
 
-/// What [`Sampling::repeat`] keeps between calls: private to the backend, initially empty.
+/// The state of [`Sampling::repeat`] between calls: private to the backend, initially empty.
 #[derive(Default)]
 pub struct Recording(pub Option<Box<dyn Any>>);
 
-/// Recorded steps, truncation of logits, drawing of codes, and the flow map.
+/// Recorded steps, truncation of logits, drawing codes, and the flow map.
 pub trait Sampling: Layers {
-    /// The result of `step` on the inputs. It must do the same operations on each call with what was `kept`, on
-    /// tensors of the same shapes, all but the inputs those of the last time; so a backend may note them at one call and
-    /// have them done at the next without calling it (a CUDA graph). Positions reach it as inputs. It moves nothing
-    /// between host and device. What it returns is overwritten at the next call.
+    /// The result of `step` on the inputs. With the same `kept`, every call must do the same operations on tensors of the
+    /// same shapes, and on the same tensors except for the inputs. So a backend may record one call and replay it in the next
+    /// without calling `step` (a CUDA graph). Positions must be inputs, and `step` must not copy between host and device. The
+    /// next call overwrites the result.
     fn repeat(
         _kept: &mut Recording,
         inputs: &[&Self::Tensor],
@@ -25,14 +25,14 @@ pub trait Sampling: Layers {
         step(inputs)
     }
 
-    /// Logits (n, k) over the temperature, -inf where a code is excluded; equal ones go by their index. The default asks the
-    /// host.
+    /// Logits (n, k) over the temperature, -inf where a code is excluded; equal ones in order of their index. By default on
+    /// the host.
     fn truncate(logits: &Self::Tensor, truncation: &Truncation) -> Result<Self::Tensor> {
         choice::truncate::<Self>(logits, truncation)
     }
 
-    /// The code of each row of logits (n, k) at which the cumulative probability passes a number in [0, 1): -> ids (n).
-    /// The default asks the host.
+    /// The code of each row of logits (n, k) at which the cumulative probability passes a number in [0, 1): -> ids (n). By
+    /// default on the host.
     fn categorical(logits: &Self::Tensor, uniforms: &[f64]) -> Result<Self::Tensor> {
         choice::categorical::<Self>(logits, uniforms)
     }

@@ -1,20 +1,19 @@
 //! The operations that a backend must implement. Start here: everything else is composed of these.
 //!
-//! Shapes are given beside each operation, row-major by meaning (layout is up to the backend); broadcasting is
-//! NumPy's. An operation's arguments define it, never a backend's default. Tensors are reference
-//! counted and cheap to clone. They are immutable except through the methods whose names end in `_`, which write in place
-//! and are seen by every clone.
+//! Shapes are given with each operation, in row-major order (the layout in memory is up to the backend); broadcasting is
+//! NumPy's. An operation's arguments define it, never a backend's default. Tensors are reference counted and cheap to clone.
+//! They are immutable except through methods whose names end in `_`, which write in place; every clone sees the change.
 
 use std::fmt::Debug;
 
 use crate::error::Result;
 
-/// The type of a result, where it may be another than that of storage.
+/// The type of a result that need not have the storage type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// That of storage: f32.
     Storage,
-    /// That of products, for operands read only by products ([`Tensors::factor`]).
+    /// The type of products' operands, for tensors read only by products ([`Tensors::factor`]).
     Factor,
 }
 
@@ -67,14 +66,14 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     /// A tensor: of floats (the backend's compute type or f32) or of indices (unsigned, at least 32 bits).
     type Tensor: Clone + Send + Sync + Debug;
 
-    /// The backend of a tensor: its device and its precision, for tensors that are to meet it.
+    /// The backend of a tensor, with its device and precision: for making tensors that are combined with it.
     fn of(x: &Self::Tensor) -> Self;
 
-    /// The same device, with products in f32: for what is measured and must not depend on a recipe's `dtype`.
+    /// The same device with products in f32: for measurements, which must not depend on a recipe's `dtype`.
     fn exact(&self) -> Self;
 
-    /// Bytes that tensors can still take on this device, or more, where it has a memory of its own. None where tensors lie
-    /// in the host's memory, or where nothing is known.
+    /// An upper bound of the bytes free for tensors on a device with its own memory. None if tensors are in host memory, or
+    /// if it is unknown.
     fn free_memory(&self) -> Option<u64> {
         None
     }
@@ -113,7 +112,7 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     /// Elements start..start+len of a dimension.
     fn narrow(x: &Self::Tensor, dim: usize, start: usize, len: usize) -> Result<Self::Tensor>;
 
-    /// Tensors one behind the other along a dimension.
+    /// Concatenates tensors along a dimension.
     fn cat(xs: &[&Self::Tensor], dim: usize) -> Result<Self::Tensor>;
 
     /// Broadcasts to a shape of the same or higher rank.
@@ -134,11 +133,11 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     /// Maximum over the last dimension, which stays with size 1.
     fn max_last(x: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// Index of the maximum over the last dimension, which goes; the lowest index among equals.
+    /// Index of the maximum over the last dimension, which is removed; the lowest index among equals.
     fn argmax_last(x: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// Matrix product of the last two dimensions, (.., m, k) x (.., k, n) -> (.., m, n), with equal leading
-    /// dimensions; `ta`, `tb` say that an operand is given transposed.
+    /// Matrix product of the last two dimensions, (.., m, k) x (.., k, n) -> (.., m, n), with equal leading dimensions; `ta`
+    /// and `tb` mean that an operand is given transposed.
     fn matmul(a: &Self::Tensor, b: &Self::Tensor, ta: bool, tb: bool) -> Result<Self::Tensor>;
 
     /// Rows of a table: (k, d) indexed by ids of any shape -> (ids.., d).

@@ -1,4 +1,4 @@
-//! Operations on elements: movement, arithmetic, reductions, activations, and what writes in place.
+//! Operations on elements: movement, arithmetic, reductions, activations, and writing in place.
 
 use super::host::{self, Host};
 use super::{LAYOUTS, MemoryLayout, Suite};
@@ -252,7 +252,7 @@ impl<B: Backend> Suite<'_, B> {
                 let ones = self.b.full(&[8], 1.0)?;
                 B::unary_backward(&x, &B::unary(&x, f)?, &ones, f)
             });
-            // At 0 the slope of relu is a convention: both sides of the kink are right.
+            // At 0 the slope of relu is a convention: both one-sided slopes are accepted.
             if f != Unary::Relu {
                 self.compare(&format!("{f:?} backward far out"), got, &slope, 64.0);
             }

@@ -55,7 +55,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     pub(super) fn attentions(&mut self) {
-        // (batch, queries, keys, heads, head size); of some size, where kernels go tile by tile, only some masks.
+        // (batch, queries, keys, heads, head size); large sizes, which kernels process tile by tile, only with some masks.
         let all: &[&str] = &[];
         for (b, lq, lk, h, d, some) in [
             (2, 5, 5, 3, 4, all),
@@ -147,7 +147,7 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
-    /// Positions of a generation one after the other, each like the one before: the backend may record how it is done.
+    /// Positions of a generation in sequence, with identical operations, which the backend may record.
     pub(super) fn repeated(&mut self) {
         let (b, n, h, d, scale) = (2, 7, 3, 8, 0.3);
         let [qs, ks, vs] = [61, 62, 63].map(|seed| Host::random(&[b, n, h, d], seed, -2.0, 2.0));
@@ -179,7 +179,7 @@ impl<B: Backend> Suite<'_, B> {
                             let bias = bias.as_ref();
                             B::attend_next(qkv, [&cos, &sin], caches, at, x[3], bias, scale)
                         })?;
-                        // It is overwritten at the next.
+                        // The next call overwrites it.
                         B::to_floats(&y)
                     })
                     .collect::<Result<Vec<_>>>()

@@ -42,7 +42,7 @@ impl<B: Backend> Suite<'_, B> {
         );
     }
 
-    /// Truncated logits and drawn codes as on the host, some logits being equal.
+    /// Truncated logits and drawn codes equal the host's, also with equal logits.
     pub(super) fn choices(&mut self) {
         let (n, k) = (5, 700);
         let mut logits = Host::random(&[n, k], 91, -4.0, 4.0);
@@ -79,7 +79,7 @@ impl<B: Backend> Suite<'_, B> {
                 });
                 self.record(format!("{truncation:?} {layout:?}"), others, 0.0);
             }
-            // Drawn from what is left, at all heights.
+            // Drawn from the remaining codes, over the whole range of numbers.
             let uniforms: Vec<f64> = (0..n).map(|i| i as f64 / n as f64 + 0.013).collect();
             let ids = want.chunks(k).zip(&uniforms);
             let ids: Vec<u32> = ids.map(|(row, &u)| categorical_row(row, u)).collect();
@@ -96,7 +96,7 @@ impl<B: Backend> Suite<'_, B> {
 
     pub(super) fn flow_maps(&mut self) {
         let solver = FlowSolver::default();
-        // A few tokens, and many: a backend may go another way with those.
+        // A few tokens and many, for which a backend may use another kernel.
         let few = [(40, 64, 4), (30, 129, 8), (20, 50, 3)];
         for (n, k, d) in few.into_iter().chain([(514, 36, 4), (513, 24, 20)]) {
             let mut logits = Host::random(&[n, k], 44, -4.0, 4.0);

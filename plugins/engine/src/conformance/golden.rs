@@ -1,9 +1,9 @@
 //! Parity with the published PyTorch code: whole networks on a backend against results computed with it.
 //!
-//! In: an opened backend and a directory as `tests/golden` of the repository, with a folder for each network: its sizes,
-//! a rule that makes its weights (`weights.json`), and what the published code made of them on the CPU in float32
-//! (`expected.safetensors`). Out: one [`Case`] per tensor. Every tensor must agree within 1e-4 of its largest magnitude,
-//! every token exactly; none is left out.
+//! In: an opened backend and a directory like `tests/golden` in the repository, with a folder for each network: its sizes, a
+//! rule for its weights (`weights.json`), and the published code's results on the CPU in float32 (`expected.safetensors`).
+//! Out: one [`Case`] per tensor. Every tensor must agree within 1e-4 of its largest magnitude, every token exactly; none is
+//! left out.
 
 mod captions;
 mod classes;
@@ -20,7 +20,7 @@ use serde_json::Value;
 use super::Case;
 use crate::backend::{Backend, FlowSolver};
 use crate::error::{Error, Result};
-use crate::weights::{Floats, Loader, Source, Stored, Weights};
+use crate::weights::{CheckpointWeights, Floats, Loader, Source, Weights};
 
 pub use measures::measures;
 
@@ -43,10 +43,10 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     differences.fold(0.0, |m, x| if x <= m { m } else { x }) / scale
 }
 
-/// Expected tensors of a file, and which of them were looked at.
+/// Expected tensors of a file, and which of them have been compared.
 struct Expected {
     path: PathBuf,
-    stored: Stored,
+    stored: CheckpointWeights,
     seen: RefCell<BTreeSet<String>>,
 }
 
@@ -54,7 +54,7 @@ impl Expected {
     fn open(path: &Path) -> Result<Self> {
         Ok(Self {
             path: path.to_owned(),
-            stored: Stored::open(path, None)?,
+            stored: CheckpointWeights::open(path, None)?,
             seen: RefCell::default(),
         })
     }
@@ -85,8 +85,8 @@ impl Expected {
             .ok_or_else(|| Error::data(&self.path, format!("`{name}` is empty")))
     }
 
-    /// Refuses a file with tensors that nobody looked at, but for those whose names begin with `spared`: what is left
-    /// out has not passed.
+    /// Fails if tensors of the file were not compared, except those whose names begin with `spared`: an omitted tensor has
+    /// not passed.
     fn all_seen(&self, spared: Option<&str>) -> Result<()> {
         let seen = self.seen.borrow();
         let is_spared = |name: &str| spared.is_some_and(|prefix| name.starts_with(prefix));
@@ -106,7 +106,7 @@ struct Suite<'b, B: Backend> {
     backend: &'b B,
     network: &'static str,
     expected: Expected,
-    /// [`Case::chosen`] of what is compared next.
+    /// The value of [`Case::chosen`] for the next comparisons.
     chosen: bool,
     cases: Vec<Case>,
 }
@@ -170,7 +170,7 @@ impl<'b, B: Backend> Suite<'b, B> {
         Ok(())
     }
 
-    /// Compares decoded images: `{name}.image` as the decoder gives them, or `{name}.image01` shown in [0, 1].
+    /// Compares decoded images: `{name}.image` is the decoder's output, `{name}.image01` the image in [0, 1].
     fn image(&mut self, name: &str, found: &B::Tensor) -> Result<()> {
         let shown = format!("{name}.image01");
         if !self.expected.has(&shown) {
@@ -185,17 +185,17 @@ impl<'b, B: Backend> Suite<'b, B> {
     }
 }
 
-/// Compares all networks with what is in `dir`.
+/// Compares all networks with the results in `dir`.
 ///
 /// # Errors
-/// The backend refuses an operation, or a file is missing or not as it has to be.
+/// The backend fails, or a file is missing or invalid.
 pub fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let mut cases = models(backend, dir)?;
     cases.extend(measures(backend, dir)?);
     Ok(cases)
 }
 
-/// Compares the networks that make images, and how they are sampled.
+/// Compares the networks that make images, and their samplers.
 ///
 /// # Errors
 /// As [`check`].
@@ -247,7 +247,7 @@ impl Numbers {
             .map_err(|e| Error::data(&self.path, format!("`{name}`: {e}")))
     }
 
-    /// Those of one of several networks.
+    /// The sizes of one of several networks.
     fn of(&self, network: &str) -> Self {
         Self {
             path: self.path.clone(),

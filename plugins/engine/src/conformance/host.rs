@@ -1,4 +1,4 @@
-//! The operations once more, as plain loops over f64 on the host: what a backend's results are held against.
+//! The operations as plain loops over f64 on the host: the reference for a backend's results.
 //!
 //! Slow and obvious on purpose. Gradients are central differences of these functions, so that no derivative is written
 //! down twice.
@@ -44,7 +44,7 @@ impl Host {
         self.data[ravel(index, &self.shape)]
     }
 
-    /// The element that NumPy's broadcasting sees at an index of a shape of the same or higher rank.
+    /// The element that NumPy's broadcasting reads at an index of a shape of the same or higher rank.
     pub fn broadcast_at(&self, index: &[usize]) -> f64 {
         let lead = index.len() - self.shape.len();
         let own: Vec<usize> = index[lead..]
@@ -95,8 +95,8 @@ fn ravel(index: &[usize], shape: &[usize]) -> usize {
         .fold(0, |flat, (&i, &n)| flat * n + i)
 }
 
-/// Gradient of the sum of `weights * f(inputs)` for input `which`, by central differences at up to 61 elements spread
-/// over the input; NaN marks the others, about which nothing is said.
+/// Gradient of the sum of `weights * f(inputs)` for input `which`, by central differences at up to 61 elements spread over
+/// the input; NaN marks the others, which are not tested.
 pub fn gradient(
     f: &dyn Fn(&[Host]) -> Host,
     inputs: &[Host],

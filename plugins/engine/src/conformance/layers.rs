@@ -1,4 +1,4 @@
-//! What layers are made of: products, tables, convolutions, pools, norms and factors of products.
+//! Operations of layers: products, tables, convolutions, pools, norms and factors of products.
 
 use super::host::{self, Host};
 use super::{MemoryLayout, Suite};
@@ -121,7 +121,7 @@ impl<B: Backend> Suite<'_, B> {
             ([2, 3, 9, 6], [4, 3, 7, 1], 1, [3, 0]),
             ([1, 2, 5, 4], [3, 2, 3, 1], 1, [1, 0]),
             ([1, 2, 8, 9], [3, 2, 1, 3], 2, [0, 1]),
-            // More padding than the kernel reaches over.
+            // More padding than the kernel's reach.
             ([1, 2, 4, 5], [3, 2, 1, 2], 1, [2, 1]),
             // Rows of whole vectors.
             ([2, 3, 5, 8], [4, 3, 3, 3], 1, [1, 1]),
@@ -210,7 +210,7 @@ impl<B: Backend> Suite<'_, B> {
                 stride,
                 padding,
             };
-            // All below zero, so that padding would show.
+            // All negative, so that padding would show in the result.
             let x = Host::random(&shape, 34, -2.0, -1.0);
             self.pair(
                 &format!("max_pool2d {shape:?} {size} stride {stride} padding {padding}"),
@@ -221,7 +221,7 @@ impl<B: Backend> Suite<'_, B> {
                 &|x, _, g| Ok(vec![B::max_pool2d_backward(&x[0], g, window)?]),
             );
         }
-        // Among equals the first takes the gradient.
+        // Among equals the first gets the gradient.
         let window = Window {
             size: 2,
             stride: 2,
@@ -241,7 +241,7 @@ impl<B: Backend> Suite<'_, B> {
         self.compare("max_pool2d backward of equals", got, &want, 0.0);
     }
 
-    /// What is made for products to read.
+    /// Operations whose results only products read.
     pub(super) fn factors(&mut self) {
         let x = Host::random(&[3, 5, 38], 30, -4.0, 4.0);
         self.pair(

@@ -158,7 +158,8 @@ impl<B: Backend> Suite<'_, B> {
         });
     }
 
-    /// A node whose result may be rounded, which differences would see: its gradients are those of other nodes.
+    /// A node whose result may be rounded, which would disturb differences: its gradients are compared with those of other
+    /// nodes.
     fn alike(&mut self, name: &str, params: &[Host], model: Model<'_, B>, other: Model<'_, B>) {
         let name = format!("tape: {name}");
         let found = self.gradients(params, model);
@@ -178,7 +179,7 @@ impl<B: Backend> Suite<'_, B> {
     /// The gradient of `sum(weights * model(params))` along directions, against central differences.
     fn slope(&mut self, name: &str, params: &[Host], model: Model<'_, B>) {
         let name = format!("tape: {name}");
-        // Differences of rounded values: the rounding is divided by the step.
+        // In differences of rounded values the rounding error is divided by the step.
         let (h, tolerance) = (self.unit.cbrt(), 60.0 * self.unit.powf(2.0 / 3.0));
         match self.slope_error(params, model, h) {
             Ok(error) => self.record(name, error, tolerance),

@@ -33,10 +33,10 @@ const LABELS: [&str; 9] = [
     "arr_1",
 ];
 
-/// The most images with labels: the labels of all are in memory.
+/// The most images with labels: all labels are in memory.
 const MOST_LABELS: usize = 1 << 26;
 
-/// Values that are unpacked at a time, before they become what is kept of them.
+/// Values unpacked at a time, before they are converted to bytes.
 const PIECE: usize = 1 << 16;
 
 /// Images in a file, read from the first to the last.
@@ -47,13 +47,13 @@ pub struct Arrays {
     pub width: usize,
     /// 1 or 3.
     pub channels: usize,
-    /// Class of each image; empty where none are given.
+    /// Class of each image; empty if none are given.
     pub labels: Vec<u32>,
     /// Number of images.
     pub count: usize,
-    /// Whether the channels of a pixel lie apart: (n, c, h, w).
+    /// Whether channels come first: (n, c, h, w).
     planes: bool,
-    /// The value of white, where values are no bytes.
+    /// The value of white, if values are not bytes.
     white: Option<f64>,
     stream: Stream,
     path: std::path::PathBuf,
@@ -96,31 +96,34 @@ impl Arrays {
     /// The next image.
     pub fn read(&mut self) -> Result<Raster, DataError> {
         let fault = |message: String| DataError::content(&self.path, message);
-        let area = self.height * self.width;
-        let bytes = match self.white {
-            None => self
-                .stream
-                .read_bytes(area * self.channels)
-                .map_err(fault)?,
-            Some(white) => {
-                let done = self.done;
-                let byte = |value: f64| match value {
-                    x if (0.0..=white).contains(&x) => Ok((x / white * 255.0).round() as u8),
-                    x => Err(format!(
-                        "image {done}: expected values from 0 to {white}, found {x}"
-                    )),
-                };
-                pieces(&mut self.stream, area * self.channels, byte).map_err(fault)?
+        let (area, channels) = (self.height * self.width, self.channels);
+        let number = self.done;
+        let byte = |value: f64, white: f64| match value {
+            x if (0.0..=white).contains(&x) => Ok((x / white * 255.0).round() as u8),
+            x => Err(format!(
+                "image {number}: expected values from 0 to {white}, found {x}"
+            )),
+        };
+        let mut pixels = vec![0; area * channels];
+        let mut done = 0;
+        while done < pixels.len() {
+            // Not beyond a plane: its values are put where their pixels are.
+            let count = PIECE.min(area - done % area);
+            let bytes = match self.white {
+                None => self.stream.read_bytes(count),
+                Some(white) => pieces(&mut self.stream, count, |value| byte(value, white)),
+            };
+            let bytes = bytes.map_err(fault)?;
+            if self.planes {
+                let first = done % area * channels + done / area;
+                let places = pixels[first..].iter_mut().step_by(channels);
+                places.zip(bytes).for_each(|(place, byte)| *place = byte);
+            } else {
+                pixels[done..done + count].copy_from_slice(&bytes);
             }
-        };
+            done += count;
+        }
         self.done += 1;
-        let pixels = match self.planes {
-            true => (0..area)
-                .flat_map(|at| (0..self.channels).map(move |c| c * area + at))
-                .map(|at| bytes[at])
-                .collect(),
-            false => bytes,
-        };
         Ok(Raster {
             height: self.height,
             width: self.width,
@@ -161,7 +164,7 @@ fn streams(path: &Path, labels: Option<&Path>) -> Result<(Stream, Option<Stream>
     Ok((file.stream(&images).map_err(engine)?, separate?.or(inside)))
 }
 
-/// Height, width and channels of images, and whether the channels of a pixel lie apart.
+/// Height, width and channels of images, and whether channels come first.
 fn geometry(path: &Path, shape: &[usize]) -> Result<(usize, usize, usize, bool), DataError> {
     let (height, width, channels, planes) = match *shape {
         [_, h, w] => (h, w, 1, false),
@@ -188,7 +191,7 @@ fn geometry(path: &Path, shape: &[usize]) -> Result<(usize, usize, usize, bool),
     Ok((height, width, channels, planes))
 }
 
-/// The value of white, where values are no bytes.
+/// The value of white, if values are not bytes.
 fn white_value(options: &DataOptions, path: &Path, kind: &str) -> Result<Option<f64>, DataError> {
     match (kind, options.max) {
         ("u1", None) => Ok(None),
@@ -202,7 +205,7 @@ fn white_value(options: &DataOptions, path: &Path, kind: &str) -> Result<Option<
     }
 }
 
-/// What the next `count` elements become. Eight bytes and more of each are held for a piece of them alone.
+/// The converted next `count` elements. They are read in pieces, because each takes eight bytes or more before conversion.
 fn pieces<T>(
     stream: &mut Stream,
     count: usize,

@@ -1,18 +1,18 @@
-//! Classes by the names that people give them.
+//! Classes by name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::error::{DataError, shown};
 
-/// The order of classes: numbers give themselves, other names their place in the alphabet.
+/// The numbering of classes: numbers keep their value, other names are numbered alphabetically.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Classes {
     /// Name of each class.
     pub names: Vec<String>,
     /// The class of each name as written.
     by_name: BTreeMap<String, u32>,
-    /// Whether some names are numbers and others not: then the alphabet orders the numbers too.
+    /// Whether only some names are numbers: then all are ordered alphabetically.
     pub mixed: bool,
 }
 
@@ -27,7 +27,7 @@ pub fn limit(path: &Path, classes: usize) -> Result<(), DataError> {
     within(classes).map_err(|message| DataError::content(path, message))
 }
 
-/// The same in words, of who does not know where they are.
+/// The same as a message, for callers that do not know the file.
 pub fn within(classes: usize) -> Result<(), String> {
     match classes <= MOST {
         true => Ok(()),
@@ -37,7 +37,7 @@ pub fn within(classes: usize) -> Result<(), String> {
     }
 }
 
-/// Refuses names that are too long to be told, or would disturb a terminal.
+/// Refuses names that are too long to print, or would disturb a terminal.
 pub fn named<'n>(
     path: &Path,
     names: impl IntoIterator<Item = &'n String>,
@@ -55,7 +55,7 @@ pub fn named<'n>(
     }
 }
 
-/// The class that a text is: `3`, and `3.0` as pandas writes it.
+/// The class that a text denotes: `3`, or `3.0` as written by pandas.
 pub fn number(text: &str) -> Option<u64> {
     let whole = match text.split_once('.') {
         Some((whole, zeros)) if !zeros.is_empty() && zeros.bytes().all(|b| b == b'0') => whole,
@@ -67,8 +67,8 @@ pub fn number(text: &str) -> Option<u64> {
 }
 
 impl Classes {
-    /// Orders the names found at `path`; `apart` says what bears them: two that mean one number are refused where they
-    /// are folders, and are one class in a table.
+    /// Orders the names found at `path`. `apart`: whether they are folders, where two names for one number are refused; in a
+    /// table they are one class.
     pub fn new(
         path: &Path,
         found: impl IntoIterator<Item = String>,
@@ -118,7 +118,7 @@ impl Classes {
     }
 }
 
-/// Refuses classes, in ascending order, that leave one out.
+/// Refuses classes, in ascending order, with a gap.
 pub fn contiguous(path: &Path, classes: impl IntoIterator<Item = u64>) -> Result<(), DataError> {
     let (mut missing, mut last) = (None, 0);
     for (class, expected) in classes.into_iter().zip(0u64..) {

@@ -6,7 +6,6 @@ use std::io::Read;
 use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use retort_checkpoint::images::LONGEST_FILE;
@@ -14,8 +13,9 @@ use retort_checkpoint::regular;
 
 use super::error::DataError;
 use super::file;
-use super::item::{Item, Place};
+use super::item::{Item, ItemLocation};
 use super::parquet::Tables;
+use super::room::{self, Taken};
 
 /// A file that could not be decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,22 +41,19 @@ pub(super) fn open_archive(path: &Path) -> Result<File, DataError> {
     file::open(path, expected)
 }
 
-/// Files of more bytes than this are held one after the other.
-const LARGE_FILE: u64 = 1 << 24;
-
-/// What holds the items of a source.
+/// Where a source's items are stored.
 #[derive(Debug)]
-pub(super) enum Holder {
+pub(super) enum ContentSource {
     /// A folder of files, or archives.
     Files(Vec<PathBuf>),
     /// Tables.
     Tables(Tables),
 }
 
-impl Holder {
-    /// Gives the bytes of items, in their order, to `make`, by all threads, at most so many items at a time. `take` gets what
-    /// that makes, and the number of the first.
-    pub(super) fn each<T: Send, E: From<DataError>>(
+impl ContentSource {
+    /// Passes the bytes of items to `make` on all threads, at most this many items at a time. `take` gets the results in
+    /// order, with the number of the first.
+    pub(super) fn each<T: Clone + Send, E: From<DataError>>(
         &self,
         folder: &Path,
         items: &[Item],
@@ -85,28 +82,28 @@ impl Holder {
 pub(super) enum Bytes<'a> {
     /// From a file.
     File(&'a Archives<'a>, &'a Item),
-    /// From a row; none, where it has none.
+    /// From a row; None if it has no bytes.
     Row(Option<&'a [u8]>),
 }
 
 impl Bytes<'_> {
-    /// At most so many of them, from the first on.
+    /// At most this many bytes, from the beginning.
     pub(super) fn read(&self, most: u64) -> Result<Content<'_>, String> {
         match self {
             Self::File(archives, item) => archives.content(item, most),
             Self::Row(None) => Err(
-                "no bytes; a data set whose rows name files elsewhere has to be saved with their bytes in it".into(),
+                "no bytes; a data set whose rows refer to other files has to be saved with their content in it".into(),
             ),
             Self::Row(Some(bytes)) if bytes.len() as u64 > LONGEST_FILE => Err(too_long(bytes.len() as u64)),
             Self::Row(Some(bytes)) => Ok(Content {
                 bytes: Cow::Borrowed(&bytes[..bytes.len().min(most as usize)]),
-                _alone: None,
+                _room: None,
             }),
         }
     }
 }
 
-/// Where the bytes of items are, in files.
+/// Items whose bytes are in files.
 pub(super) struct Archives<'a> {
     folder: &'a Path,
     files: Vec<File>,
@@ -130,16 +127,16 @@ impl<'a> Archives<'a> {
             std::io::ErrorKind::InvalidInput => error.to_string(),
             _ => format!("cannot be read: {error}"),
         };
-        if let Place::Archive(archive, part) = item.place {
+        if let ItemLocation::Archive(archive, part) = item.location {
             if part.size > LONGEST_FILE {
                 return Err(too_long(part.size));
             }
-            let alone = Content::wait_for(part.size.min(most));
+            let room = room::FILES.take(part.size.min(most));
             let mut bytes = vec![0; part.size.min(most) as usize];
             let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
             let content = Content {
                 bytes: bytes.into(),
-                _alone: alone,
+                _room: Some(room),
             };
             return read.map(|()| content).map_err(unreadable);
         }
@@ -149,30 +146,22 @@ impl<'a> Archives<'a> {
         if metadata.len() > LONGEST_FILE {
             return Err(too_long(metadata.len()));
         }
-        let alone = Content::wait_for(metadata.len().min(most));
+        let room = room::FILES.take(metadata.len().min(most));
         let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
         file.take(most)
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
         Ok(Content {
             bytes: bytes.into(),
-            _alone: alone,
+            _room: Some(room),
         })
     }
 }
 
-/// The bytes of a file. Of many threads one at a time has those of a large one.
+/// The bytes of a file. Threads share the room for them.
 pub(super) struct Content<'a> {
     bytes: Cow<'a, [u8]>,
-    _alone: Option<MutexGuard<'static, ()>>,
-}
-
-impl Content<'_> {
-    /// Waits until no other large file is held, where this one is large.
-    fn wait_for(bytes: u64) -> Option<MutexGuard<'static, ()>> {
-        static LARGE_FILES: Mutex<()> = Mutex::new(());
-        (bytes > LARGE_FILE).then(|| LARGE_FILES.lock().unwrap_or_else(PoisonError::into_inner))
-    }
+    _room: Option<Taken>,
 }
 
 impl Deref for Content<'_> {

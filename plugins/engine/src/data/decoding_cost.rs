@@ -1,62 +1,48 @@
-//! What decoding an image takes beside its pixels: the memory of a decoder, and the pieces it is made of.
+//! The cost of decoding an image beyond its pixels: the decoder's memory, and pictures larger than their canvas.
 //!
-//! In: the content of an image file. Decoders take it on trust that an image is made as images are: one of a few
-//! megabytes can make them hold its coefficients beside its pixels, or begin millions of strips anew.
+//! In: the content of an image file, or the beginning of one. Decoders trust the file's structure: a file of a few megabytes
+//! can make them hold all coefficients in addition to the pixels, or a picture of any size for a canvas of a few pixels. JPEG
+//! and TIFF have files of their own.
 
 use image::ImageFormat;
 
-/// The most strips or tiles of a TIFF: ten times as many as an image of [`super::raster::MOST_PIXELS`] has rows.
-const MOST_PIECES: u64 = 1 << 16;
+use super::jpeg::Frame;
+use super::tiff;
 
-/// Bytes that a decoder holds beside the pixels it gives. `content` may be the beginning of a file.
-pub(super) fn beside(content: &[u8], format: ImageFormat, pixels: u64) -> u64 {
+/// Refuses content that would take far too long, before the decoder sees it. Returns bytes that the decoder holds in addition
+/// to those of [`of_pixels`].
+pub(super) fn check(content: &[u8], format: ImageFormat) -> Result<u64, String> {
     match format {
-        ImageFormat::Jpeg => coefficients(content).unwrap_or(0),
-        ImageFormat::WebP => pixels.saturating_mul(planes(content)),
+        ImageFormat::Gif => check_frame(content),
+        ImageFormat::Jpeg => {
+            let Some(frame) = Frame::of(content)? else {
+                return Ok(0);
+            };
+            frame.check()?;
+            // The decoder copies the file.
+            Ok(frame.coefficients() + content.len() as u64)
+        }
+        ImageFormat::Tiff => tiff::check(content),
+        ImageFormat::WebP => {
+            check_canvas(content)?;
+            check_metadata(content).map(|()| 0)
+        }
+        _ => Ok(0),
+    }
+}
+
+/// Bytes that a decoder holds for each pixel in addition to those it returns. `stored` is a pixel's bits in the file.
+pub(super) fn of_pixels(content: &[u8], format: ImageFormat, stored: u16) -> u64 {
+    match format {
+        // It decodes into a buffer of its own.
+        ImageFormat::Tiff => u64::from(stored).div_ceil(8),
+        ImageFormat::WebP => planes(content),
         _ => 0,
     }
 }
 
-/// Bytes of the coefficients of a progressive JPEG: two for each sample, and none is done before the last scan.
-fn coefficients(content: &[u8]) -> Option<u64> {
-    let mut at = 2;
-    loop {
-        let &[0xff, marker] = content.get(at..at + 2)? else {
-            return None;
-        };
-        match marker {
-            // Fill bytes.
-            0xff => at += 1,
-            0xc2 => break,
-            // Another frame, or the first scan.
-            0xc0 | 0xc1 | 0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf | 0xda => return None,
-            0x01 | 0xd0..=0xd8 => at += 2,
-            _ => at += 2 + usize::from(u16_be(content, at + 2)?),
-        }
-    }
-    let (height, width) = (u16_be(content, at + 5)?, u16_be(content, at + 7)?);
-    let count = usize::from(*content.get(at + 9)?);
-    let components = content.get(at + 10..at + 10 + 3 * count)?;
-    let factors = |place: usize| {
-        let byte = components[place];
-        (u64::from(byte >> 4), u64::from(byte & 15))
-    };
-    let places = (0..count).map(|number| 3 * number + 1);
-    let most = places.clone().map(factors);
-    let (across, down) = most.fold((1, 1), |(a, d), (x, y)| (a.max(x), d.max(y)));
-    // Of whole blocks, as many as the coarsest component needs.
-    let whole = |size: u16, most: u64| u64::from(size).div_ceil(8 * most) * 8;
-    let (width, height) = (whole(width, across), whole(height, down));
-    Some(
-        places
-            .map(factors)
-            .map(|(x, y)| 2 * width * x * height * y)
-            .sum(),
-    )
-}
-
-/// Bytes that a pixel of a WebP takes beside what is given: planes of luma and chroma, colours without opacity, opacity
-/// by itself, the canvas of an animation.
+/// Bytes per pixel of a WebP in addition to the result: planes of luma and chroma, colours without alpha, alpha alone, the
+/// canvas of an animation.
 fn planes(content: &[u8]) -> u64 {
     const ANIMATED: u8 = 2;
     match (content.get(12..16), content.get(20)) {
@@ -67,9 +53,51 @@ fn planes(content: &[u8]) -> u64 {
     }
 }
 
-/// That the picture in a WebP is not larger than the canvas that is said to hold it: the library decodes it before it
-/// compares the two. `content` may be the beginning of a file.
-pub(super) fn check_canvas(content: &[u8]) -> Result<(), String> {
+/// Refuses a GIF whose first frame is larger than its canvas: the library decodes all of it. Returns the bytes for a frame that
+/// does not fill the canvas.
+fn check_frame(content: &[u8]) -> Result<u64, String> {
+    let side = |at: usize| Some(u64::from(u16_le(content, at)?));
+    let (Some(width), Some(height)) = (side(6), side(8)) else {
+        return Ok(0);
+    };
+    let Some(at) = descriptor(content) else {
+        return Ok(0);
+    };
+    match (side(at + 1), side(at + 5), side(at + 7)) {
+        (_, Some(w), Some(h)) if w > width || h > height => Err(format!(
+            "a frame of {w} x {h} pixels on a canvas of {width} x {height}"
+        )),
+        (Some(left), Some(w), Some(h)) if left > 0 || w < width => Ok(4 * w * h),
+        _ => Ok(0),
+    }
+}
+
+/// Where the descriptor of a GIF's first frame begins. None if the content ends before it, or has blocks that no decoder knows.
+fn descriptor(content: &[u8]) -> Option<usize> {
+    let palette = |flags: u8| match flags & 0x80 {
+        0 => 0,
+        _ => 6 << (flags & 7),
+    };
+    let mut at = 13 + palette(*content.get(10)?);
+    loop {
+        match content.get(at)? {
+            0x2c => return Some(at),
+            // An extension: its kind, and pieces up to an empty one.
+            0x21 => {
+                at += 2;
+                while let length @ 1.. = *content.get(at)? {
+                    at += 1 + usize::from(length);
+                }
+                at += 1;
+            }
+            _ => return None,
+        }
+    }
+}
+
+/// Refuses a WebP whose picture is larger than its canvas: the library compares the two only after decoding. `content` may be
+/// the beginning of a file.
+fn check_canvas(content: &[u8]) -> Result<(), String> {
     if content.get(12..16) != Some(b"VP8X") {
         return Ok(());
     }
@@ -85,125 +113,74 @@ pub(super) fn check_canvas(content: &[u8]) -> Result<(), String> {
     }
 }
 
+/// The most bytes of a WebP's chunk of metadata.
+const MOST_METADATA: u32 = 16 << 20;
+
+/// Refuses a WebP whose metadata claims to be long: the library takes memory for it before it reads it.
+fn check_metadata(content: &[u8]) -> Result<(), String> {
+    let metadata = |kind: &[u8]| matches!(kind, b"EXIF" | b"ICCP" | b"XMP ");
+    let long =
+        chunks(content, false).find(|chunk| metadata(chunk.kind) && chunk.length > MOST_METADATA);
+    match long {
+        Some(Chunk { kind, length, .. }) => Err(format!(
+            "metadata of {length} bytes ({}), more than {} MiB; save it without",
+            kind.escape_ascii(),
+            MOST_METADATA >> 20
+        )),
+        None => Ok(()),
+    }
+}
+
 /// The sides of the largest picture in a WebP with a canvas, as its own header gives them.
 fn picture(content: &[u8]) -> Option<(u32, u32)> {
-    let mut most: Option<(u32, u32)> = None;
+    let sides = chunks(content, true).filter_map(|Chunk { kind, inside, .. }| match kind {
+        b"VP8 " if content.get(inside + 3..inside + 6) == Some(&[0x9d, 1, 0x2a]) => {
+            let side = |at| Some(u24_le(content, at)? & 0x3fff);
+            side(inside + 6).zip(side(inside + 8))
+        }
+        b"VP8L" if content.get(inside) == Some(&0x2f) => {
+            let bits = content.get(inside + 1..)?.first_chunk()?;
+            let bits = u32::from_le_bytes(*bits);
+            Some(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1))
+        }
+        _ => None,
+    });
+    sides.reduce(|(known_w, known_h), (w, h)| (known_w.max(w), known_h.max(h)))
+}
+
+/// A chunk of a WebP: its kind, its length, and where its content begins.
+struct Chunk<'c> {
+    kind: &'c [u8],
+    length: u32,
+    inside: usize,
+}
+
+/// The chunks of a WebP, as far as their headers are there; with those inside the frames of an animation, or without.
+fn chunks(content: &[u8], with_frames: bool) -> impl Iterator<Item = Chunk<'_>> {
     let mut at = 12_usize;
-    while let Some(kind) = content.get(at..at.checked_add(4)?) {
-        let Some(length) = content.get(at + 4..at + 8) else {
-            break;
-        };
-        let length = u32::from_le_bytes(length.try_into().ok()?) as usize;
+    std::iter::from_fn(move || {
+        let header = content.get(at..at.checked_add(8)?)?;
+        let (kind, length) = header.split_at(4);
+        let length = u32::from_le_bytes(length.try_into().ok()?);
         let inside = at + 8;
-        let found = match kind {
-            b"VP8 " if content.get(inside + 3..inside + 6) == Some(&[0x9d, 1, 0x2a]) => {
-                let side = |at| Some(u24_le(content, at)? & 0x3fff);
-                side(inside + 6).zip(side(inside + 8))
-            }
-            b"VP8L" if content.get(inside) == Some(&0x2f) => {
-                let bits = content.get(inside + 1..inside + 5);
-                let bits = bits
-                    .and_then(|bits| bits.try_into().ok())
-                    .map(u32::from_le_bytes);
-                bits.map(|bits| ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1))
-            }
-            _ => None,
-        };
-        if let Some((w, h)) = found {
-            let (known_w, known_h) = most.unwrap_or((0, 0));
-            most = Some((known_w.max(w), known_h.max(h)));
-        }
         at = match kind {
-            // A frame of an animation: its chunks follow its place and size.
-            b"ANMF" => inside + 16,
-            _ => inside.checked_add(length)?.checked_add(length % 2)?,
+            // A frame: its chunks follow its place and size.
+            b"ANMF" if with_frames => inside + 16,
+            _ => inside.saturating_add(length as usize + length as usize % 2),
         };
-    }
-    most
-}
-
-/// That the first image of a TIFF has not more pieces than images have, nor pieces that share their bytes: each is
-/// unpacked by itself.
-pub(super) fn check_pieces(content: &[u8]) -> Result<(), String> {
-    match pieces(content) {
-        Some((count, _)) if count > MOST_PIECES => Err(format!(
-            "an image in {count} strips or tiles: more than {MOST_PIECES} are not decoded"
-        )),
-        Some((_, bytes)) if bytes > content.len() as u64 => Err(format!(
-            "an image whose strips or tiles take {bytes} bytes, in a file of {}",
-            content.len()
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// How many strips or tiles the first image of a TIFF has, and of how many bytes in all. Nothing, where that cannot be
-/// read: then the decoder cannot read it either.
-fn pieces(content: &[u8]) -> Option<(u64, u64)> {
-    const COUNTS: [u64; 2] = [279, 325];
-    const PLACES: [u64; 2] = [273, 324];
-    let tiff = Tiff {
-        content,
-        little: content.starts_with(b"II"),
-    };
-    let large = tiff.number(2, 2)? == 43;
-    // Where the directory is named, how its entries are counted, and the size of an entry and of its numbers.
-    let (first, counted, entry, word) = if large { (8, 8, 20, 8) } else { (4, 2, 12, 4) };
-    let at = tiff.number(first, word)?;
-    // Of all entries together: they may share what they count.
-    let (mut most, mut listed, mut bytes) = (0, 0_u64, 0_u64);
-    for number in 0..tiff.number(at, counted)?.min(1 << 16) {
-        let at = at.checked_add(counted + number * entry)?;
-        let (tag, kind) = (tiff.number(at, 2)?, tiff.number(at + 2, 2)?);
-        let count = tiff.number(at + 4, word)?;
-        if !PLACES.contains(&tag) && !COUNTS.contains(&tag) {
-            continue;
-        }
-        most = most.max(count);
-        if !COUNTS.contains(&tag) {
-            continue;
-        }
-        listed = listed.saturating_add(count);
-        if listed > MOST_PIECES || bytes > content.len() as u64 {
-            return Some((most.max(listed), bytes));
-        }
-        let size = match kind {
-            3 => 2,
-            4 | 13 => 4,
-            16 | 18 => 8,
-            _ => continue,
-        };
-        let value = at + 4 + word;
-        let values = match count * size <= word {
-            true => value,
-            false => tiff.number(value, word)?,
-        };
-        for number in 0..count {
-            let length = tiff.number(values.checked_add(number * size)?, size)?;
-            bytes = bytes.saturating_add(length);
-        }
-    }
-    Some((most, bytes))
-}
-
-struct Tiff<'c> {
-    content: &'c [u8],
-    little: bool,
-}
-
-impl Tiff<'_> {
-    /// A number of 2, 4 or 8 bytes.
-    fn number(&self, at: u64, size: u64) -> Option<u64> {
-        let at = usize::try_from(at).ok()?;
-        let bytes = self
-            .content
-            .get(at..at.checked_add(usize::try_from(size).ok()?)?)?;
-        let add = |sum: u64, &byte: &u8| sum << 8 | u64::from(byte);
-        Some(match self.little {
-            true => bytes.iter().rev().fold(0, add),
-            false => bytes.iter().fold(0, add),
+        Some(Chunk {
+            kind,
+            length,
+            inside,
         })
-    }
+    })
+}
+
+fn u16_le(content: &[u8], at: usize) -> Option<u16> {
+    let &[low, high] = content.get(at..at + 2)? else {
+        return None;
+    };
+    Some(u16::from_le_bytes([low, high]))
 }
 
 /// The number in three bytes.
@@ -214,83 +191,10 @@ fn u24_le(content: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes([low, middle, high, 0]))
 }
 
-fn u16_be(content: &[u8], at: usize) -> Option<u16> {
-    let &[high, low] = content.get(at..at + 2)? else {
-        return None;
-    };
-    Some(u16::from_be_bytes([high, low]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::raster;
-
-    /// A progressive JPEG up to its frame.
-    fn jpeg(side: u16, factors: &[u8]) -> Vec<u8> {
-        let side = side.to_be_bytes();
-        let mut frame = [&[8][..], &side, &side, &[factors.len() as u8]].concat();
-        for (number, factor) in factors.iter().enumerate() {
-            frame.extend([number as u8 + 1, *factor, 0]);
-        }
-        let length = (frame.len() as u16 + 2).to_be_bytes();
-        let comment = b"\xff\xfe\x00\x04hi";
-        [b"\xff\xd8", &comment[..], b"\xff\xc2", &length, &frame].concat()
-    }
-
-    /// A TIFF of so many strips of one row, all of them the same `length` bytes.
-    fn tiff(strips: u32, length: u32, big: bool) -> Vec<u8> {
-        let half = |number: u16| {
-            if big {
-                number.to_be_bytes()
-            } else {
-                number.to_le_bytes()
-            }
-        };
-        let word = |number: u32| {
-            if big {
-                number.to_be_bytes()
-            } else {
-                number.to_le_bytes()
-            }
-        };
-        let start = if big { b"MM\0\x2a" } else { b"II\x2a\0" };
-        let mut file = [&start[..], &word(8), &half(9)].concat();
-        let data = 8 + 2 + 9 * 12 + 4;
-        let entries = [
-            (256, 8),
-            (257, strips),
-            (258, 8),
-            (259, 1),
-            (262, 1),
-            (273, data),
-            (277, 1),
-            (278, 1),
-            (279, data + 4 * strips),
-        ];
-        for (tag, value) in entries {
-            let count = if tag == 273 || tag == 279 { strips } else { 1 };
-            file.extend([&half(tag)[..], &half(4), &word(count), &word(value)].concat());
-        }
-        file.extend(word(0));
-        (0..strips).for_each(|_| file.extend(word(data + 8 * strips)));
-        (0..strips).for_each(|_| file.extend(word(length)));
-        file.extend([7; 8]);
-        file
-    }
-
-    #[test]
-    fn coefficients_of_progressive_jpegs_are_counted() {
-        assert_eq!(coefficients(&jpeg(8192, &[0x11; 3])), Some(8192 * 8192 * 6));
-        // Chroma at a quarter, and rounded up to whole blocks.
-        assert_eq!(
-            coefficients(&jpeg(17, &[0x22, 0x11, 0x11])),
-            Some(2 * (32 * 32 + 2 * 16 * 16))
-        );
-        let mut cut = jpeg(8192, &[0x11; 3]);
-        cut.truncate(20);
-        assert_eq!(coefficients(&cut), None);
-    }
 
     /// A WebP of a canvas of 8 x 8 that holds these chunks.
     fn webp(chunks: &[&[u8]]) -> Vec<u8> {
@@ -337,44 +241,47 @@ mod tests {
     }
 
     #[test]
-    fn pieces_of_tiffs_are_counted() {
-        for big in [false, true] {
-            assert_eq!(pieces(&tiff(4, 8, big)), Some((4, 32)));
-            // A number that is its own place.
-            assert_eq!(pieces(&tiff(70_000, 8, big)).unwrap().0, 70_000);
+    fn metadata_is_no_longer_than_it_may_be() {
+        let small = chunk(b"EXIF", &[1, 2, 3]);
+        assert_eq!(check_metadata(&webp(&[&small])), Ok(()));
+        for kind in [b"EXIF", b"ICCP", b"XMP "] {
+            let claim = [&kind[..], &0x8260_001a_u32.to_le_bytes()].concat();
+            let content = webp(&[&small, &claim]);
+            let said = raster::header(&content).unwrap_err();
+            assert!(said.starts_with("metadata of 2187329562 bytes"), "{said}");
+            for length in 0..content.len() {
+                let _ = check_metadata(&content[..length]);
+            }
         }
-        assert!(
-            check_pieces(&tiff(70_000, 8, false))
-                .unwrap_err()
-                .contains("70000 strips")
-        );
-        let shared = check_pieces(&tiff(1000, 100_000, true)).unwrap_err();
-        assert!(
-            shared.contains("100000000 bytes, in a file of 8"),
-            "{shared}"
-        );
-        // Before the decoder is asked.
-        let said = raster::header(&tiff(70_000, 8, false)).unwrap_err();
-        assert!(said.contains("70000 strips"), "{said}");
-        assert_eq!(raster::header(&tiff(4, 8, true)).unwrap().height, 4);
-        // A directory of entries that share one list.
-        let entry = |value: u32| {
-            let start = [279_u16.to_le_bytes(), 4_u16.to_le_bytes()].concat();
-            [
-                start,
-                30_000_u32.to_le_bytes().to_vec(),
-                value.to_le_bytes().to_vec(),
-            ]
-            .concat()
-        };
-        let list = 8 + 2 + 65_535 * 12;
-        let mut shared = [&b"II\x2a\0"[..], &[8, 0, 0, 0, 255, 255]].concat();
-        (0..65_535).for_each(|_| shared.extend(entry(list)));
-        shared.extend([0; 4 * 30_000]);
-        assert_eq!(pieces(&shared), Some((90_000, 0)));
-        assert!(check_pieces(&shared).unwrap_err().contains("90000 strips"));
-        for length in 0..200 {
-            let _ = pieces(&tiff(4, 8, false)[..length.min(150)]);
+    }
+
+    /// A GIF of a canvas of 8 x 8, and a frame of these sides at this place.
+    fn gif(left: u16, sides: (u16, u16)) -> Vec<u8> {
+        let (width, height) = sides;
+        let numbers = [left, 0, width, height];
+        let numbers: Vec<u8> = numbers.into_iter().flat_map(u16::to_le_bytes).collect();
+        let parts = [
+            &b"GIF89a\x08\0\x08\0\x80\0\0"[..],
+            // Two colours, and two extensions.
+            &[0, 0, 0, 9, 9, 9],
+            b"\x21\xf9\x04\0\0\0\0\0\x21\xfe\x01,\x02,,\0\x2c",
+            &numbers,
+            &[0, 2, 2, 0x4c, 1, 0, 0x3b],
+        ];
+        parts.concat()
+    }
+
+    #[test]
+    fn a_frame_larger_than_its_canvas_is_not_decoded() {
+        assert_eq!(check_frame(&gif(0, (8, 8))), Ok(0));
+        // It is decoded apart from the canvas.
+        assert_eq!(check_frame(&gif(2, (4, 3))), Ok(4 * 4 * 3));
+        for (sides, told) in [((9, 8), "9 x 8"), ((10_900, 10_900), "10900 x 10900")] {
+            let content = gif(0, sides);
+            let expected = format!("a frame of {told} pixels on a canvas of 8 x 8");
+            assert_eq!(check_frame(&content).unwrap_err(), expected);
+            assert_eq!(raster::header(&content).unwrap_err(), expected);
+            (0..content.len()).for_each(|length| drop(check_frame(&content[..length])));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Why images could not be read: every message names the file, and where there is one line and column.
+//! Why images could not be read: every message names the file, and in tables line and column.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ pub enum DataError {
         path: PathBuf,
         /// What should have been there.
         expected: &'static str,
-        /// What is there instead, or "none".
+        /// What was found instead, or "none".
         found: String,
     },
     /// A value of a table is wrong.
@@ -63,7 +63,7 @@ pub enum DataError {
         /// Columns found.
         found: usize,
     },
-    /// A class between the others has no image.
+    /// A class number in the range has no image.
     #[error("{}: class {missing} has no image, though classes go up to {last}; number them 0, 1, 2, ...", path.display())]
     ClassGap {
         /// The file or folder.
@@ -105,7 +105,7 @@ impl DataError {
     }
 }
 
-/// A name from a file, as a message has it: on one line, and of a length that can be read.
+/// A name from a file, prepared for a message: on one line, and of readable length.
 pub(crate) fn shown(name: &str) -> String {
     const LONGEST: usize = 200;
     let kept: String = name.chars().take(LONGEST).collect();

@@ -1,7 +1,7 @@
-//! Batches for training, made ready by another thread while a step computes.
+//! Batches for training, prepared by another thread while a step computes.
 //!
-//! Which images a step sees is a function of its number, so that the thread can run ahead, and a training that is taken up
-//! in the middle begins there. Nothing here decides a result: only how long a step waits, which is recorded.
+//! Which images a step sees is a function of its number, so the thread can run ahead, and a resumed training starts with the
+//! right ones. Nothing here affects a result, only how long a step waits, which is recorded.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct Batch {
     pub labels: Vec<u32>,
 }
 
-/// Steps whose batches are made ready ahead of the present one.
+/// Batches prepared ahead of the current step.
 const AHEAD: u64 = 2;
 
 /// Steps over which waiting is averaged.
@@ -30,14 +30,14 @@ const AVERAGED: usize = 10;
 pub struct Feed {
     wanted: Option<Sender<u64>>,
     made: Receiver<Result<Batch>>,
-    /// Steps that the thread has been asked for, in order.
+    /// Steps requested from the thread, in order.
     asked: VecDeque<u64>,
     waits: VecDeque<f64>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Feed {
-    /// Starts a thread. `picks` gives the images of a step; `augment` how they are seen there.
+    /// Starts a thread. `picks` returns the images of a step, `augment` their augmentation.
     pub fn new(
         images: Arc<Images>,
         picks: impl Fn(u64) -> Vec<usize> + Send + 'static,

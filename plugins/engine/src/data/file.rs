@@ -1,7 +1,7 @@
-//! Files of data: opened where they are files, and tables read record by record, each of which has to end.
+//! Data files: opening regular files, and reading tables record by record within a limit of length.
 //!
-//! In: a path that somebody named. Out: an open regular file, or a [`DataError`] that says what is there instead. What
-//! grows with a file that others made is limited here by the length of a record, before anybody holds it.
+//! In: a path that somebody named. Out: an open regular file, or a [`DataError`] that says what is there instead. A record's
+//! length is limited here, before the record is in memory.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -13,7 +13,7 @@ use retort_checkpoint::regular;
 
 use super::error::DataError;
 
-/// Opens a file; `expected` says what it should be, should it be no file.
+/// Opens a file; `expected` says what it should be, for the error message.
 pub fn open(path: &Path, expected: &str) -> Result<File, DataError> {
     regular::open(path).map_err(|error| match error.kind() {
         io::ErrorKind::InvalidInput => {
@@ -23,36 +23,36 @@ pub fn open(path: &Path, expected: &str) -> Result<File, DataError> {
     })
 }
 
-/// Gives a reader's bytes, and an error instead of a record that is longer than `most`: a reader of CSV holds the whole of
-/// the record that it reads, and the place of every cell in it.
+/// Passes on a reader's bytes, and fails on a record longer than `most`: a CSV reader holds a whole record in memory, and the
+/// bounds of every cell in it.
 pub struct Records<R> {
     inner: R,
     left: Rc<Cell<u64>>,
 }
 
 /// Tells [`Records`] that the next record begins.
-pub struct Next {
+pub struct RecordStart {
     most: u64,
     left: Rc<Cell<u64>>,
 }
 
-/// What to read records from, and what to call before each.
-pub fn records<R: Read>(inner: R, most: u64) -> (Records<BufReader<R>>, Next) {
+/// A reader of records, and a callback to call before each record.
+pub fn records<R: Read>(inner: R, most: u64) -> (Records<BufReader<R>>, RecordStart) {
     let left = Rc::new(Cell::new(most));
     let records = Records {
         inner: BufReader::new(inner),
         left: Rc::clone(&left),
     };
-    (records, Next { most, left })
+    (records, RecordStart { most, left })
 }
 
-impl Next {
+impl RecordStart {
     /// A record begins.
     pub fn begin(&self) {
         self.left.set(self.most);
     }
 
-    /// What is said of a record that does not end.
+    /// The error about a record that is too long.
     pub fn too_long(&self) -> String {
         format!(
             "a record of more than {} bytes, the longest that is read (a quotation mark that is never closed?)",
@@ -60,7 +60,7 @@ impl Next {
         )
     }
 
-    /// Whether it is the record's length that ended the reading.
+    /// Whether reading failed because of the record's length.
     pub fn is_over(&self) -> bool {
         self.left.get() == 0
     }

@@ -1,21 +1,18 @@
-//! The image files of a folder: links followed, hidden files left out, in an order that no file system decides.
+//! The image files of a folder: links followed, hidden files left out, in an order independent of the file system.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::images::{self, MOST_FILES};
+use retort_checkpoint::images::{self, MOST_FILES, MOST_FOLDERS};
 
 use super::error::{DataError, shown};
 
-/// The most folders: links can make few of them many.
-const MOST_FOLDERS: usize = 1 << 18;
-
-/// How deep folders may lie in each other.
+/// The deepest nesting of folders.
 const MOST_DEPTH: usize = 32;
 
-/// The files of a folder and the folders in it, as paths from it on, sorted.
+/// The files of a folder and its subfolders, as relative paths, sorted.
 pub struct Folder {
     /// Where it is.
     pub path: PathBuf,
@@ -136,10 +133,10 @@ impl Folder {
     }
 }
 
-/// The system's number for too many links.
+/// The system's error number for too many links.
 const ELOOP: i32 = 40;
 
-/// Files that were left out, counted by how their names end.
+/// Files that were left out, counted by extension.
 #[derive(Debug, Default)]
 pub struct SkippedFiles {
     by_ending: BTreeMap<String, usize>,
@@ -173,7 +170,7 @@ impl SkippedFiles {
     }
 }
 
-/// How a name ends: `.txt`, or "no ending".
+/// The extension of a name: `.txt`, or "no ending".
 fn ending(name: &str) -> String {
     match Path::new(name).extension() {
         Some(ending) => format!(".{}", ending.to_string_lossy()),

@@ -1,4 +1,4 @@
-//! Tests: data files that mean harm, or are no files at all.
+//! Tests: hostile data files, and paths that are not files.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::options::DataOptions;
 use super::raster;
 use super::source::Source;
 
-/// What options that name `name` say.
+/// The error for options that name `name`.
 fn refused(dir: &Path, option: &str, name: &str) -> String {
     let options = serde_json::json!({ option: name, "height": 8, "width": 8 });
     let mut options = options.as_object().unwrap().clone();
@@ -21,7 +21,9 @@ fn refused(dir: &Path, option: &str, name: &str) -> String {
         options.insert("folder".into(), "images".into());
     }
     let options: DataOptions = serde_json::from_value(options.into()).unwrap();
-    let error = Source::open(&options, dir).err().expect("an error");
+    let error = Source::open(&options, dir, &mut |_, _| true)
+        .err()
+        .expect("an error");
     error.to_string()
 }
 
@@ -76,12 +78,12 @@ fn a_record_without_end_is_not_held() {
     );
 }
 
-/// A PNG of some bits and kind of colour, with a chunk before its pixels, which are missing.
+/// A PNG with this depth and colour type, with a chunk before its pixels, which are missing.
 fn png(side: u32, bits: u8, colour: u8, kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
     png_of((side, side), bits, colour, kind, data)
 }
 
-/// The same of a width and a height.
+/// The same with a width and a height.
 fn png_of(
     (width, height): (u32, u32),
     bits: u8,
@@ -116,11 +118,15 @@ fn a_colour_profile_is_not_unpacked_without_end() {
         png(8, 8, 2, b"iCCP", &profile)
     };
     let profile = |content: &[u8]| {
-        let found = raster::decoder(content).unwrap().icc_profile().unwrap();
+        let found = raster::open(content)
+            .unwrap()
+            .decoder
+            .icc_profile()
+            .unwrap();
         found.map(|profile| profile.len())
     };
     assert_eq!(profile(&packed(1 << 20)), Some(1 << 20));
-    // A damaged profile is none: the image is read without.
+    // A damaged profile is ignored.
     assert_eq!(profile(&packed(64 << 20)), None);
 }
 
@@ -130,7 +136,7 @@ fn an_image_that_does_not_fit_in_memory_is_not_decoded() {
     assert_eq!(claim(8, 2).unwrap().height, 8000);
     assert_eq!(
         claim(16, 6).unwrap_err(),
-        "an image of 8000 x 8000 pixels that takes 671 MiB to decode: no more than 480 are used"
+        "an image of 8000 x 8000 pixels that takes 671 MiB to decode: at most 480 are allowed"
     );
 }
 

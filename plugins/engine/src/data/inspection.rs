@@ -1,7 +1,7 @@
 //! A first pass over files: their headers, by all threads, before any decoding.
 //!
-//! In: files that are or may be images. Out: which of them are, of what sizes and formats, and which are damaged; all of
-//! that is told at once. Deliberately absent: what lies behind the headers (`source.rs`).
+//! In: files that are or may be images. Out: which of them are, their sizes and formats, and all damaged ones at once.
+//! Deliberately absent: anything after the headers (`source.rs`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,32 +10,32 @@ use rayon::prelude::*;
 use retort_abi::LogLevel;
 use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
-use super::content::{Archives, Bytes, Damaged, Holder};
+use super::content::{Archives, Bytes, ContentSource, Damaged};
 use super::error::{DataError, shown};
 use super::folder::SkippedFiles;
-use super::item::Item;
+use super::item::{Item, Progress};
 use super::options::DataOptions;
 use super::raster::{self, Header};
 
-/// As much of a file as is read for its header, to begin with.
+/// How many bytes of a file are read for its header at first.
 const BEGINNING: u64 = 1 << 16;
 
 /// Damaged files that a message names.
 const NAMED: usize = 20;
 
-/// The most damaged files that are left out, or listed: they are kept with what is wrong with them.
+/// The most damaged files that are left out or listed: they are kept with their errors.
 const MOST_DAMAGED: usize = 1 << 17;
 
-/// Files whose headers are held at a time.
+/// Files whose headers are in memory at a time.
 const INSPECTED_AT_ONCE: usize = 4096;
 
-/// Above this factor of files, a sample is checked first, to see whether any is an image.
+/// With more than this multiple of files, a sample is checked first, to see whether any is an image.
 const MANY: usize = 16;
 
 /// The message about damaged files.
 pub(super) fn told(damaged: &[Damaged], of: usize) -> String {
     format!(
-        "{} of {of} images are damaged:{}\nmend or remove them, or leave them out with `skip_damaged: true`",
+        "{} of {of} images are damaged:{}\nrepair or remove them, or leave them out with `skip_damaged: true`",
         damaged.len(),
         listed(damaged)
     )
@@ -53,7 +53,8 @@ fn listed(damaged: &[Damaged]) -> String {
     text
 }
 
-/// What a look at a file's beginning says.
+/// The result of examining a file's beginning.
+#[derive(Clone)]
 enum HeaderCheck {
     Image(Header),
     Damaged(String),
@@ -73,10 +74,10 @@ pub(super) struct Inspection {
     coloured: usize,
 }
 
-/// What a source is made from, once all of its files have been looked at.
+/// The files of a source, after all have been examined.
 pub(super) struct FoundFiles {
     pub(super) items: Vec<Item>,
-    /// Height and width that images come to.
+    /// Height and width of the resized images.
     pub(super) size: (usize, usize),
     pub(super) channels: usize,
     pub(super) notices: Vec<(LogLevel, String)>,
@@ -84,12 +85,13 @@ pub(super) struct FoundFiles {
 }
 
 impl Inspection {
-    /// Reads the headers of items; all of them have to be images if they are `named` as such.
+    /// Reads the headers of items; if they are `named`, all must be images. Reports to `progress`.
     pub(super) fn over(
         path: &Path,
-        holder: &Holder,
+        content: &ContentSource,
         items: Vec<Item>,
         named: bool,
+        progress: &mut Progress<'_>,
     ) -> Result<Self, DataError> {
         let look = |item: &Item, bytes: &Bytes<'_>| -> HeaderCheck {
             let start = match bytes.read(BEGINNING) {
@@ -100,7 +102,9 @@ impl Inspection {
                 return HeaderCheck::Other;
             }
             let whole = start.len() as u64 != BEGINNING;
-            let header = raster::header(&start).or_else(|why| match whole {
+            let header = raster::header(&start);
+            drop(start);
+            let header = header.or_else(|why| match whole {
                 true => Err(why),
                 false => raster::header(&bytes.read(LONGEST_FILE)?),
             });
@@ -110,17 +114,20 @@ impl Inspection {
             path: path.to_owned(),
             ..Self::default()
         };
-        if let Holder::Files(archives) = holder
+        if let ContentSource::Files(archives) = content
             && items.len() > MANY * INSPECTED_AT_ONCE
         {
             let archives = Archives::open(path, archives)?;
             let look = |item: &Item| look(item, &Bytes::File(&archives, item));
             inspection.expect_images(&items, look)?;
         }
-        // What is no image leaves the others where they are: of millions there are not two lists.
+        // Items that are not images are removed in place: there are never two lists of millions.
         let mut rejected: Vec<(usize, Option<String>)> = Vec::new();
         let mut damaged = 0;
         let take = |first: usize, checks: Vec<HeaderCheck>| -> Result<(), DataError> {
+            if !progress((first + checks.len()) as u64, items.len() as u64) {
+                return Err(DataError::Cancelled);
+            }
             for (place, check) in (first..).zip(checks) {
                 match check {
                     HeaderCheck::Image(header) => inspection.count(&header),
@@ -143,7 +150,7 @@ impl Inspection {
             }
             Ok(())
         };
-        holder.each(path, &items, INSPECTED_AT_ONCE, look, take)?;
+        content.each(path, &items, INSPECTED_AT_ONCE, look, take)?;
         let mut rejected = rejected.into_iter().peekable();
         let kept = items.into_iter().enumerate().filter_map(|(place, item)| {
             let Some((_, why)) = rejected.next_if(|(rejected, _)| *rejected == place) else {
@@ -163,7 +170,7 @@ impl Inspection {
         self.coloured += usize::from(header.colour);
     }
 
-    /// Looks at some of many items, evenly: where none of them can be read, the others are not looked at.
+    /// Examines a sample of many items, evenly spaced: if none of it can be read, the others are not examined.
     fn expect_images(
         &self,
         items: &[Item],
@@ -183,7 +190,7 @@ impl Inspection {
             return Ok(());
         };
         let message = format!(
-            "none of {} images can be read that were looked at, one in {step} of {}; the others were not:{}\nmend or remove \
+            "none of the {} images examined can be read, one in {step} of {}; the others were not examined:{}\nrepair or remove \
              them; paths of a table start from this folder",
             damaged.len(),
             items.len(),
@@ -203,7 +210,7 @@ impl Inspection {
         self.items.iter_mut().chain(damaged)
     }
 
-    /// Refuses a class without a file that is or should be an image; `place` is where it should have one.
+    /// Refuses a class without a file that is or should be an image; `place` is where such a file belongs.
     pub(super) fn each_class_has_images(
         &self,
         classes: usize,

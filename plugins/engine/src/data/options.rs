@@ -19,7 +19,7 @@ pub enum Data {
     Source(Box<DataOptions>),
 }
 
-/// Where images come from: one of `folder`, `tar`, `parquet`, `arrays`, `csv` and `images`; and what they are brought to.
+/// Where images come from: one of `folder`, `tar`, `parquet`, `arrays`, `csv` and `images`; and how they are resized.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
@@ -121,7 +121,7 @@ impl fmt::Display for Sizing {
         let fit = self.fit.name();
         write!(f, "brought to {height} x {width} by `fit: {fit}`")?;
         match self.fit {
-            // It has filters of its own.
+            // It has its own filters.
             Fit::Adm => Ok(()),
             _ => write!(f, " and `filter: {}`", self.filter.name()),
         }
@@ -183,7 +183,7 @@ impl Data {
         }
     }
 
-    /// As [`Data::check`], for a stage that does not learn from the images: it has no use for what changes by epoch.
+    /// As [`Data::check`], for a stage that does not train on the images: options that vary by epoch make no sense there.
     pub fn check_fixed(&self) -> Result<(), DataError> {
         match self {
             Self::Source(options) if options.flip => {
@@ -229,7 +229,7 @@ impl DataOptions {
                 ));
             }
         };
-        // What an option describes, so that none is dropped in silence.
+        // The source that an option belongs to, so that none is silently ignored.
         let belongs = [
             ("height", self.height.is_some(), &["csv"][..]),
             ("width", self.width.is_some(), &["csv"]),
@@ -323,7 +323,7 @@ mod tests {
         let adm = of(Some(Size::Side(256)), Fit::Adm, Filter::Bicubic);
         let expected = "brought to 256 x 256 by `fit: adm`";
         assert_eq!(said(adm).as_deref(), Some(expected));
-        // Names are those of recipes.
+        // The names are those in recipes.
         for fit in [Fit::Cover, Fit::Contain, Fit::Stretch, Fit::Adm] {
             assert_eq!(serde_json::json!(fit), fit.name());
         }

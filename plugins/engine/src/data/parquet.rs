@@ -1,10 +1,10 @@
-//! Parquet files of images, as Hugging Face has data sets: which columns hold what, and the images row by row.
+//! Parquet files of images in Hugging Face's format: the roles of columns, and the images row by row.
 //!
 //! In: files of one split, each with a column of images (a structure with `bytes`, or bytes alone) and perhaps one of classes
-//! and one of captions. Out: an item for each row, and the bytes of items in their order: pages are packed, so that there is
-//! no way to a single one. What lies where in a file is the matter of `retort_checkpoint::parquet`.
+//! and one of captions. Out: an item for each row, and the bytes of items in order: pages are compressed, so single items
+//! cannot be accessed. The file format is in `retort_checkpoint::parquet`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,22 +16,22 @@ use serde_json::Value;
 
 use super::class;
 use super::error::{DataError, shown};
-use super::item::{Item, Place};
+use super::item::{Item, ItemLocation, Progress};
 use super::table::{CAPTION, LABEL, MemoryBudget, cost};
 
 /// Names of columns of images, in the order of preference.
 const IMAGE: [&str; 7] = ["image", "img", "jpg", "jpeg", "png", "webp", "picture"];
 
-/// The most bytes of what Hugging Face's library writes beside the data.
+/// The most bytes of the metadata written by Hugging Face's library.
 const LONGEST_NOTE: usize = 8 << 20;
 
-/// Files that are read one after the other.
+/// Files that are read in sequence.
 #[derive(Debug)]
 pub(super) struct Tables {
     files: Vec<PathBuf>,
     /// The path of the column of images.
     image: Vec<Arc<str>>,
-    /// Bytes that a page may take, beside the items.
+    /// Bytes that a page may take in addition to the items.
     held: u64,
 }
 
@@ -39,15 +39,15 @@ pub(super) struct Tables {
 pub(super) struct Rows {
     pub(super) tables: Tables,
     pub(super) items: Vec<Item>,
-    pub(super) labels: Labels,
+    pub(super) labels: ClassLabels,
     pub(super) notices: Vec<(LogLevel, String)>,
 }
 
-/// What the labels of items mean.
-pub(super) enum Labels {
+/// The meaning of the items' labels.
+pub(super) enum ClassLabels {
     /// Numbers of classes with these names.
     Known(Vec<String>),
-    /// Numbers of these, as they are written.
+    /// Numbers of these texts, as written.
     Written(Vec<Arc<str>>),
 }
 
@@ -58,16 +58,17 @@ struct Found {
     caption: Option<usize>,
 }
 
-/// Looks through files; `label` names the column of classes.
+/// Examines files; `label` names the column of classes. Reports the rows of each column read to `progress`.
 pub(super) fn read(
     path: &Path,
     files: Vec<PathBuf>,
     label: Option<&str>,
+    progress: &mut Progress<'_>,
 ) -> Result<Rows, DataError> {
     let notices = splits(path, &files)?;
     let mut found = FoundRows::default();
     for (file, number) in files.iter().zip(0u32..) {
-        found.add(file, number, label)?;
+        found.add(file, number, label, progress)?;
     }
     let FoundRows {
         items,
@@ -95,14 +96,14 @@ pub(super) fn read(
     let labels = match layout.names.filter(|_| bare == 0) {
         Some(names) => {
             all_are_there(path, &names, &items)?;
-            Labels::Known(names)
+            ClassLabels::Known(names)
         }
         None => {
             let mut written = vec![Arc::from(""); numbers.len()];
             numbers
                 .into_iter()
                 .for_each(|(text, number)| written[number as usize] = text);
-            Labels::Written(written)
+            ClassLabels::Written(written)
         }
     };
     Ok(Rows {
@@ -117,7 +118,7 @@ pub(super) fn read(
     })
 }
 
-/// What is alike in all files of a set.
+/// The layout shared by all files of a set.
 #[derive(PartialEq)]
 struct Layout {
     /// The path of the column of images.
@@ -126,7 +127,7 @@ struct Layout {
     names: Option<Vec<String>>,
 }
 
-/// The rows of the files that have been looked through.
+/// The rows of the examined files.
 #[derive(Default)]
 struct FoundRows {
     items: Vec<Item>,
@@ -138,8 +139,14 @@ struct FoundRows {
 }
 
 impl FoundRows {
-    /// Adds the rows of a file, which is the one of this number.
-    fn add(&mut self, file: &Path, number: u32, label: Option<&str>) -> Result<(), DataError> {
+    /// Adds the rows of the file with this number.
+    fn add(
+        &mut self,
+        file: &Path,
+        number: u32,
+        label: Option<&str>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), DataError> {
         let mut parquet = open(file)?;
         let found = columns(file, &parquet, label)?;
         let names = match found.label {
@@ -158,13 +165,13 @@ impl FoundRows {
         rows(file, number, parquet.rows, &mut self.items, &mut self.held)?;
         parquet.hold_at_most(self.held.beside());
         if let Some(column) = found.label {
-            each_cell(file, &parquet, column, |row, cell| {
+            each_cell(file, &parquet, column, progress, |row, cell| {
                 self.items[begin + row as usize].label = self.label(file, row, cell, classes)?;
                 Ok(())
             })?;
         }
         if let Some(column) = found.caption {
-            each_cell(file, &parquet, column, |row, cell| {
+            each_cell(file, &parquet, column, progress, |row, cell| {
                 if let Some(cell) = cell {
                     let text = text(file, row, cell)?;
                     let room = self.held.take(cost(&text));
@@ -204,7 +211,7 @@ impl FoundRows {
         }
     }
 
-    /// The class of a row, of so many where these have names.
+    /// The class of a row; below their number if classes have names.
     fn label(
         &mut self,
         file: &Path,
@@ -214,7 +221,7 @@ impl FoundRows {
     ) -> Result<u32, DataError> {
         let fault = |message: String| DataError::content(file, message);
         match (cell, classes) {
-            // As the hub writes that a row has none.
+            // The hub's value for a row without a class.
             (None | Some(Cell::Int(-1)), _) => Ok(Item::UNLABELLED),
             (Some(Cell::Int(class)), Some(classes)) => match u32::try_from(class) {
                 Ok(class) if (class as usize) < classes => Ok(class),
@@ -239,7 +246,8 @@ impl FoundRows {
     }
 }
 
-/// Refuses files of several splits; tells of files that are missing by their names, as in `train-00000-of-00002.parquet`.
+/// Refuses files of several splits; warns about files that are missing according to names such as
+/// `train-00000-of-00002.parquet`.
 fn splits(path: &Path, files: &[PathBuf]) -> Result<Vec<(LogLevel, String)>, DataError> {
     let mut counts: BTreeMap<(String, usize), usize> = BTreeMap::new();
     for file in files {
@@ -297,7 +305,7 @@ fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found,
     };
     let image = match IMAGE.iter().find_map(image) {
         Some(image) => image,
-        // The only one that is one by its structure.
+        // The only column with the structure of an image column.
         None => {
             let is_image = |column: &Column| {
                 matches!(&column.path[..], [_, bytes] if **bytes == *"bytes") && !column.repeated
@@ -351,7 +359,7 @@ fn listed(parquet: &Parquet) -> String {
     }
 }
 
-/// Names of the classes of a column, where the file's notes have them: `ClassLabel`.
+/// Names of a column's classes, if the file's metadata has them: `ClassLabel`.
 fn names(
     file: &Path,
     parquet: &Parquet,
@@ -393,7 +401,7 @@ fn names(
     Ok(Some(names))
 }
 
-/// Refuses classes of which there is no row.
+/// Refuses classes without a row.
 fn all_are_there(path: &Path, names: &[String], items: &[Item]) -> Result<(), DataError> {
     let mut has = vec![false; names.len()];
     items
@@ -435,17 +443,18 @@ fn rows(
             name: name.into(),
             label: Item::UNLABELLED,
             caption: None,
-            place: Place::Row(number, row),
+            location: ItemLocation::Row(number, row),
         });
     }
     Ok(())
 }
 
-/// Calls `each` with every row's cell of a column, and its row.
+/// Calls `each` with every row's cell of a column, and its row; `progress` after each page.
 fn each_cell(
     file: &Path,
     parquet: &Parquet,
     column: usize,
+    progress: &mut Progress<'_>,
     mut each: impl FnMut(u64, Option<Cell<'_>>) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let wrong = |error| wrong(file, error);
@@ -454,6 +463,9 @@ fn each_cell(
         for cell in page.cells().map_err(wrong)? {
             each(row, cell.map_err(wrong)?)?;
             row += 1;
+        }
+        if !progress(row, parquet.rows) {
+            return Err(DataError::Cancelled);
         }
     }
     Ok(())
@@ -474,9 +486,9 @@ fn text(file: &Path, row: u64, cell: Cell<'_>) -> Result<String, DataError> {
 }
 
 impl Tables {
-    /// Gives the bytes of items, which are in the order of their rows, to `make`, by all threads, so many at a time. `take`
-    /// gets what that makes, and the number of the first.
-    pub(super) fn each<T: Send, E: From<DataError>>(
+    /// Passes the bytes of items, in the order of their rows, to `make` on all threads, this many at a time. `take` gets the
+    /// results, with the number of the first: at least once for each page, and none if none of its rows is wanted.
+    pub(super) fn each<T: Clone + Send, E: From<DataError>>(
         &self,
         items: &[Item],
         at_once: usize,
@@ -485,7 +497,8 @@ impl Tables {
     ) -> Result<(), E> {
         let mut next = 0;
         for (file, number) in self.files.iter().zip(0u32..) {
-            let of_it = |item: &&Item| matches!(item.place, Place::Row(own, _) if own == number);
+            let of_it =
+                |item: &&Item| matches!(item.location, ItemLocation::Row(own, _) if own == number);
             let count = items[next..].iter().take_while(of_it).count();
             let own = &items[next..next + count];
             if !own.is_empty() {
@@ -499,7 +512,7 @@ impl Tables {
     }
 
     /// The same of one file.
-    fn each_of<T: Send, E: From<DataError>>(
+    fn each_of<T: Clone + Send, E: From<DataError>>(
         &self,
         file: &Path,
         items: &[Item],
@@ -514,16 +527,18 @@ impl Tables {
         let column = parquet.column(&path).ok_or_else(changed)?;
         let wrong = |error| wrong(file, error);
         let (mut pages, mut row, mut done) = (parquet.pages(column), 0, 0);
-        while let Some(page) = pages.next().map_err(wrong)? {
+        while done < items.len()
+            && let Some(page) = pages.next().map_err(wrong)?
+        {
             let mut cells = page.cells().map_err(wrong)?;
             loop {
                 let mut part = Vec::new();
                 for cell in cells.by_ref() {
                     let cell = cell.map_err(wrong)?;
                     let wanted = items.get(done + part.len());
-                    if let Some(item) =
-                        wanted.filter(|item| matches!(item.place, Place::Row(_, own) if own == row))
-                    {
+                    if let Some(item) = wanted.filter(
+                        |item| matches!(item.location, ItemLocation::Row(_, own) if own == row),
+                    ) {
                         let bytes = match cell {
                             Some(Cell::Bytes(bytes)) => Some(bytes),
                             _ => None,
@@ -535,21 +550,42 @@ impl Tables {
                         break;
                     }
                 }
-                if part.is_empty() {
+                let (first, is_last) = (done, part.len() < at_once);
+                done += part.len();
+                take(first, made_of(&part, make))?;
+                if is_last {
                     break;
                 }
-                let made = part
-                    .par_iter()
-                    .map(|(item, bytes)| make(item, *bytes))
-                    .collect();
-                let first = done;
-                done += part.len();
-                take(first, made)?;
             }
         }
         match done == items.len() {
             true => Ok(()),
             false => Err(changed().into()),
         }
+    }
+}
+
+/// What `make` returns for the bytes of each item. It is called once for cells that repeat an entry of a dictionary,
+/// so what it returns must follow from the bytes alone.
+pub(super) fn made_of<T: Clone + Send>(
+    part: &[(&Item, Option<&[u8]>)],
+    make: &(impl Fn(&Item, Option<&[u8]>) -> T + Sync),
+) -> Vec<T> {
+    let mut known = HashMap::new();
+    let (mut distinct, mut places) = (Vec::new(), Vec::with_capacity(part.len()));
+    for (item, bytes) in part {
+        let place = bytes.map(|bytes| (bytes.as_ptr().addr(), bytes.len()));
+        places.push(*known.entry(place).or_insert_with(|| {
+            distinct.push((*item, *bytes));
+            distinct.len() - 1
+        }));
+    }
+    let made: Vec<T> = distinct
+        .par_iter()
+        .map(|(item, bytes)| make(item, *bytes))
+        .collect();
+    match made.len() == part.len() {
+        true => made,
+        false => places.into_iter().map(|at| made[at].clone()).collect(),
     }
 }

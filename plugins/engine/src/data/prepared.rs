@@ -1,9 +1,9 @@
-//! Prepared images: what the `images` stage writes as its artifact, other stages into their work directories (`kept.rs`), and
-//! what is read from there.
+//! Prepared images: the artifact of the `images` stage, which other stages also write into their work directories
+//! (`cache.rs`).
 //!
 //! `images.json` describes them; `images-00000.npy`, ... hold the bytes, (n, height, width, channels), `labels.npy` the
-//! classes; `manifest.jsonl` has a row for each source file: its image's number, class and caption, or why it was left
-//! out. Reading takes an image from its place in its file, so that memory holds labels only.
+//! classes; `manifest.jsonl` has a row for each source file: its image's number, class and caption, or why it was left out.
+//! Images are read from their files one by one, so memory holds only labels.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -46,7 +46,7 @@ pub struct Description {
 }
 
 impl Description {
-    /// That of a source's images, none of which has been written.
+    /// The description of a source's images before any has been written.
     pub(super) fn of(source: &Source) -> Self {
         Self {
             format: 1,
@@ -68,11 +68,11 @@ impl Description {
     }
 }
 
-/// Bytes that a file holds at most: few enough files of a million images to hold all of them open.
+/// The most bytes of a file: a million images need so few files that all can be open.
 const SHARD_BYTES: usize = 1 << 30;
 
 const DESCRIPTION: &str = "images.json";
-/// Bytes of the longest description that is read: of many classes with long names.
+/// Bytes of the longest description that is read: enough for many classes with long names.
 const LONGEST_DESCRIPTION: u64 = 64 << 20;
 const LABELS: &str = "labels.npy";
 
@@ -80,15 +80,16 @@ fn shard_name(index: usize) -> String {
     format!("images-{index:05}.npy")
 }
 
-/// Writes all images of a source into an empty directory; also returns the damaged files that were left out. `progress` says
-/// whether to go on.
+/// Writes all images of a source into an empty directory; also returns the damaged files that were left out. `parts` contains
+/// the images of [`Source::decode_share`]. `progress` returns whether to continue.
 pub fn write(
     source: Source,
     dir: &Path,
+    parts: Option<&Path>,
     progress: &mut dyn FnMut(u64) -> bool,
 ) -> Result<(Description, Vec<Damaged>)> {
     let mut writer = Writer::new(dir, Description::of(&source))?;
-    let damaged = source.read(progress, &mut |image| writer.push(&image))?;
+    let damaged = source.read_with(parts, progress, &mut |image| writer.push(&image))?;
     Ok((writer.finish(&damaged)?, damaged))
 }
 
@@ -135,7 +136,7 @@ impl<'a> Writer<'a> {
             Some(shard) => shard,
             None => {
                 let mut file = BufWriter::new(File::create(&path).map_err(Error::io(&path))?);
-                // In its place until the number of images is known; all these headers are of one length.
+                // A placeholder until the number of images is known; all these headers have the same length.
                 file.write_all(&self.description.header(1))
                     .map_err(Error::io(&path))?;
                 self.shard.insert(file)
@@ -271,7 +272,7 @@ impl Prepared {
         })
     }
 
-    /// What each image shows, where the manifest says so.
+    /// The caption of each image, if the manifest has it.
     pub fn captions(&self) -> Result<Vec<Option<Box<str>>>> {
         let path = self.dir.join(MANIFEST);
         let mut reader = BufReader::new(regular::open(&path).map_err(Error::io(&path))?);

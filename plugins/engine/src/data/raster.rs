@@ -1,21 +1,21 @@
-//! One image file, as bytes, made pixels.
+//! Decoding one image file.
 //!
 //! In: the content of a PNG, JPEG, WebP, GIF, BMP or TIFF file, told apart by content. Out: a [`Raster`] of 8 bits, grey or
-//! RGB. Of several frames or pages the first is taken, EXIF's orientation is applied, transparency is laid over a
-//! background, 16 bits and floats are rounded to 8. Colour profiles (ICC) are not applied: values are taken as they are
-//! stored, as Pillow and torchvision take them.
+//! RGB. Of several frames or pages the first is taken, EXIF's orientation is applied, transparent pixels are laid over a
+//! background, 16 bits and floats are rounded to 8. Colour profiles (ICC) are not applied: values are used as stored, as in
+//! Pillow and torchvision.
 //!
 //! The size that a header claims is checked before anything is decoded or allocated.
 
 use std::io::Cursor;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use retort_checkpoint::images;
 
-use super::decoding_cost;
+use super::room::MOST_MEMORY;
+use super::{decoding_cost, room};
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct Raster {
     pub pixels: Vec<u8>,
 }
 
-/// What a file's header says of the image as it will be shown.
+/// A file's header: the properties of the decoded image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// The file's format.
@@ -46,22 +46,13 @@ pub struct Header {
 /// The most pixels that an image may have: 8192 x 8192, more than any camera that training data comes from.
 pub const MOST_PIXELS: u64 = 1 << 26;
 
-/// The longest side that an image may have: what is made of one may be as large as its longer side squared.
+/// The longest side that an image may have: a resized image may be as large as its longer side squared.
 const LONGEST_SIDE: u32 = 1 << 16;
 
-/// The most memory that an image may take: its file, its pixels as they are stored, and as they are used.
-const MOST_MEMORY: u64 = 480 << 20;
-
-/// The most memory for what a PNG holds beside its pixels. A colour profile is unpacked before anybody asks for it.
+/// The most memory for a PNG's other chunks. The library unpacks a colour profile unasked.
 const MOST_BESIDE: u64 = 16 << 20;
 
-/// Images of more pixels than this are decoded one after the other.
-const LARGE: u64 = 1 << 23;
-
-/// Held while a large image is decoded: many threads with one each would not fit in memory.
-static LARGE_IMAGES: Mutex<()> = Mutex::new(());
-
-/// The formats that are read, as they are named in messages.
+/// The supported formats, for messages.
 pub const FORMATS: &str = "PNG, JPEG, WebP, GIF, BMP or TIFF";
 
 /// The format of a file that begins with these bytes.
@@ -76,7 +67,15 @@ pub fn format(start: &[u8]) -> Option<ImageFormat> {
     })
 }
 
-pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
+/// An image whose header has been read, and checked.
+pub(super) struct Opened<D> {
+    pub(super) decoder: D,
+    turned: Orientation,
+    /// Bytes that decoding takes in addition to the file.
+    memory: u64,
+}
+
+pub(super) fn open(content: &[u8]) -> Result<Opened<impl ImageDecoder + '_>, String> {
     let Some(format) = format(content) else {
         let found = match content {
             [] => "an empty file",
@@ -84,12 +83,10 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
         };
         return Err(format!("expected {FORMATS}, found {found}"));
     };
-    match format {
-        ImageFormat::Png => check_palettes(content)?,
-        ImageFormat::Tiff => decoding_cost::check_pieces(content)?,
-        ImageFormat::WebP => decoding_cost::check_canvas(content)?,
-        _ => {}
+    if format == ImageFormat::Png {
+        images::check_palettes(content)?;
     }
+    let beside = decoding_cost::check(content, format)?;
     let mut limits = Limits::default();
     limits.max_alloc = Some(match format {
         ImageFormat::Png => MOST_BESIDE,
@@ -97,7 +94,7 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
     });
     let mut reader = ImageReader::with_format(Cursor::new(content), format);
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(fault)?;
+    let mut decoder = reader.into_decoder().map_err(fault)?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MOST_PIXELS {
         let message = format!(
@@ -114,51 +111,54 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
     if width == 0 || height == 0 {
         return Err(format!("an image of {width} x {height} pixels"));
     }
-    let used = match decoder.color_type() {
+    let turned = decoder.orientation().map_err(fault)?;
+    let pixels = u64::from(width) * u64::from(height);
+    let converted = match decoder.color_type() {
         ColorType::L8 | ColorType::Rgb8 => 0,
-        kind => u64::from(width) * u64::from(height) * if kind.has_color() { 3 } else { 1 },
+        kind => pixels * if kind.has_color() { 3 } else { 1 },
     };
-    let beside = decoding_cost::beside(content, format, u64::from(width) * u64::from(height));
-    let memory = (content.len() as u64)
-        .saturating_add(decoder.total_bytes())
-        .saturating_add(used)
+    // A quarter turn makes a copy.
+    let copied = match is_quarter(turned) {
+        true => decoder.total_bytes(),
+        false => 0,
+    };
+    let stored = decoder.original_color_type().bits_per_pixel();
+    let memory = decoder
+        .total_bytes()
+        .saturating_add(converted.max(copied))
+        .saturating_add(pixels * decoding_cost::of_pixels(content, format, stored))
         .saturating_add(beside);
-    if memory > MOST_MEMORY {
+    let all = memory.saturating_add(content.len() as u64);
+    if all > MOST_MEMORY {
         return Err(format!(
-            "an image of {width} x {height} pixels that takes {} MiB to decode: no more than {} are used",
-            memory >> 20,
+            "an image of {width} x {height} pixels that takes {} MiB to decode: at most {} are allowed",
+            all >> 20,
             MOST_MEMORY >> 20
         ));
     }
-    Ok(decoder)
+    Ok(Opened {
+        decoder,
+        turned,
+        memory,
+    })
 }
 
-/// The library takes it on trust that a PNG's palette is one of whole colours. `content` may be the beginning of a file.
-fn check_palettes(content: &[u8]) -> Result<(), String> {
-    let mut at = 8_usize;
-    while let Some(&[a, b, c, d, ref kind @ ..]) = content.get(at..at.saturating_add(8)) {
-        let length = u32::from_be_bytes([a, b, c, d]) as usize;
-        match kind {
-            b"PLTE" if length > 768 || !length.is_multiple_of(3) => {
-                return Err(format!(
-                    "a palette of {length} bytes: expected three for each of up to 256 colours"
-                ));
-            }
-            b"IDAT" => break,
-            _ => at = at.saturating_add(length).saturating_add(12),
-        }
-    }
-    Ok(())
+fn is_quarter(turned: Orientation) -> bool {
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    matches!(
+        turned,
+        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH
+    )
 }
 
-/// What a decoder makes of a file; one that panics has found damage as well.
+/// The result of a decoder; a panic counts as damage.
 fn survived<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     std::panic::catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err("damaged in a way that its decoder does not expect".to_owned()))
 }
 
 fn fault(error: image::ImageError) -> String {
-    // A decoder's message may quote what it found: one line of it is enough.
+    // A decoder's message may quote the file: keep one line of it.
     let text = error.to_string();
     let line = text.lines().next().unwrap_or_default();
     line.chars().take(200).collect()
@@ -170,15 +170,14 @@ pub fn header(content: &[u8]) -> Result<Header, String> {
 }
 
 fn header_of(content: &[u8]) -> Result<Header, String> {
-    let mut decoder = decoder(content)?;
+    // What a decoder holds of a header.
+    let _room = room::DECODERS.take(MOST_BESIDE.saturating_add(content.len() as u64));
+    let Opened {
+        decoder, turned, ..
+    } = open(content)?;
     let (mut width, mut height) = decoder.dimensions();
     let colour = decoder.color_type().has_color();
-    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
-    let turned = decoder.orientation().map_err(fault)?;
-    if matches!(
-        turned,
-        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH
-    ) {
+    if is_quarter(turned) {
         (width, height) = (height, width);
     }
     Ok(Header {
@@ -191,23 +190,32 @@ fn header_of(content: &[u8]) -> Result<Header, String> {
 
 /// Decodes a file's content, over `background` where it is transparent.
 pub fn decode(content: &[u8], background: [u8; 3]) -> Result<Raster, String> {
-    survived(|| pixels_of(content, background))
+    decode_then(content, background, Ok)
 }
 
-fn pixels_of(content: &[u8], background: [u8; 3]) -> Result<Raster, String> {
-    let mut decoder = decoder(content)?;
-    let (width, height) = decoder.dimensions();
-    let large = u64::from(width) * u64::from(height) > LARGE;
-    let _alone = large.then(|| LARGE_IMAGES.lock().unwrap_or_else(PoisonError::into_inner));
-    let turned = decoder.orientation().map_err(fault)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(fault)?;
+/// The same, and passes the image on, while other threads leave room for it.
+pub(super) fn decode_then<T>(
+    content: &[u8],
+    background: [u8; 3],
+    then: impl FnOnce(Raster) -> Result<T, String>,
+) -> Result<T, String> {
+    survived(|| {
+        let opened = open(content)?;
+        let _room = room::DECODERS.take(opened.memory);
+        then(pixels_of(opened, background)?)
+    })
+}
+
+fn pixels_of(opened: Opened<impl ImageDecoder>, background: [u8; 3]) -> Result<Raster, String> {
+    let turned = opened.turned;
+    let mut image = DynamicImage::from_decoder(opened.decoder).map_err(fault)?;
     image.apply_orientation(turned);
     let (height, width) = (image.height() as usize, image.width() as usize);
     let (grey, clear) = (!image.color().has_color(), image.color().has_alpha());
     let (channels, pixels) = match (grey, clear) {
         (true, false) => (1, image.into_luma8().into_raw()),
         (false, false) => (3, image.into_rgb8().into_raw()),
-        // A coloured background would make grey images coloured.
+        // With a coloured background grey images become coloured.
         (true, true) if background[0] == background[1] && background[1] == background[2] => {
             let image = image.into_luma_alpha8();
             (1, over(image.as_raw(), &background[..1]))

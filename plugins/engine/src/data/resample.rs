@@ -1,8 +1,8 @@
-//! Pictures brought to a size.
+//! Resizing images.
 //!
-//! A value of the result is the average of the source's values under a filter that is as wide as the step from one value
-//! of the result to the next, so that nothing of the source falls between (antialiasing). Rows first, then columns, each
-//! rounded to 8 bits: with the filters and the rounding of Pillow, whose results these equal (`tests/peers/pictures.py`).
+//! A value of the result is the average of the source's values under a filter as wide as the distance of two result values,
+//! so every source value counts (antialiasing). Rows first, then columns, each rounded to 8 bits: filters and rounding are
+//! Pillow's, and so are the results (`tests/peers/pictures.py`).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -80,7 +80,7 @@ impl Filter {
             x => x.sin() / x,
         };
         match self {
-            // Of two pixels at the edge one belongs to it.
+            // If the edge lies between two pixels, only one of them counts.
             Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
             Self::Bilinear => (1.0 - far).max(0.0),
             Self::Bicubic if far < 1.0 => (1.5 * far - 2.5) * far * far + 1.0,
@@ -91,10 +91,10 @@ impl Filter {
     }
 }
 
-/// Binary places of the weights: eight bits of value and two for what cancels leave 22.
+/// Fraction bits of the weights: eight bits of value and two for cancellation leave 22.
 const PLACES: u32 = 22;
 
-/// For each new value, the first old one that counts and the weights from there on.
+/// For each new value, the first source value and the weights from there on.
 fn weights(
     old: usize,
     (from, to): (f64, f64),
@@ -182,8 +182,8 @@ fn both_ways<const C: usize>(
     pixels
 }
 
-/// Brings an image to (height, width); `background` (as many values as it has channels) fills what it does not cover.
-/// An image that would first become larger than images may be is refused.
+/// Brings an image to (height, width); `background` (as many values as it has channels) fills what it does not cover. An
+/// image whose intermediate size exceeds the limit is refused.
 pub fn fit(
     image: Raster,
     size: (usize, usize),

@@ -1,28 +1,29 @@
-//! A source of images, opened and looked over, then read once from its first image to its last.
+//! A source of images: examined when opened, then read once from its first image to its last.
 //!
-//! In: options. Out: what is there (sizes, classes), known from headers before anything is decoded; then each image with its
-//! size, channels and class, decoded by all threads, a part of the source at a time. What is damaged is told all at
-//! once.
+//! In: options. Out: sizes and classes, from the headers before anything is decoded; then each image with its size, channels
+//! and class, decoded on all threads, a part of the source at a time. All damaged files are reported at once.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use retort_abi::LogLevel;
+use retort_abi::{LogLevel, Part};
 use retort_checkpoint::images::{
     LONGEST_FILE, TABLES, promises_image, promises_parquet, promises_tar,
 };
 
+use super::archived_images;
 use super::arrays::Arrays;
 use super::class::{self, Classes};
-use super::content::{Bytes, Damaged, Holder};
+use super::content::{Bytes, ContentSource, Damaged};
+use super::decoded::{self, ChunkWriter, DecodedChunk};
 use super::error::{DataError, shown};
 use super::folder::Folder;
 use super::inspection::{FoundFiles, Inspection, told};
-use super::item::{Item, Place};
+use super::item::{Item, ItemLocation, Progress};
 use super::options::{DataOptions, Sizing};
 use super::parquet;
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
-use super::shards;
 use super::table::{self, MemoryBudget};
 use super::values;
 use crate::size::Size;
@@ -39,7 +40,7 @@ pub struct Image<'a> {
     pub caption: Option<&'a str>,
 }
 
-/// A source that has been looked over.
+/// An examined source.
 pub struct Source {
     /// 1 (grey) or 3 (RGB).
     pub channels: usize,
@@ -63,12 +64,15 @@ pub struct Source {
 }
 
 enum Body {
-    Files { holder: Holder, items: Vec<Item> },
+    Files {
+        content: ContentSource,
+        items: Vec<Item>,
+    },
     Arrays(Box<Arrays>),
     Values(values::Values),
 }
 
-/// What images are brought to.
+/// The size of the resized images.
 #[derive(Clone, Copy)]
 struct Shape {
     size: (usize, usize),
@@ -91,22 +95,31 @@ impl Shape {
     }
 }
 
-/// Bytes of decoded images that are held at a time.
+/// Bytes of decoded images in memory at a time.
 const HELD: usize = 64 << 20;
 
 impl Source {
-    /// Opens the source that checked options name, and looks it over; relative paths start from `base_dir`.
-    pub fn open(o: &DataOptions, base_dir: &Path) -> Result<Self, DataError> {
+    /// Opens and examines the source in the checked options; relative paths start from `base_dir`. `progress` gets how many
+    /// files or rows of how many have been examined, and returns whether to continue.
+    pub fn open(
+        o: &DataOptions,
+        base_dir: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self, DataError> {
         o.check()?;
         let at = |path: &String| base_dir.join(path);
         match (&o.folder, &o.tar, &o.parquet, &o.arrays, &o.csv) {
-            (Some(folder), ..) => Self::open_folder(o, &at(folder), o.table.as_ref().map(at)),
-            (_, Some(tar), ..) => Self::open_tar(o, &at(tar), vec![at(tar)]),
-            (_, _, Some(parquet), ..) => Self::open_parquet(o, &at(parquet), vec![at(parquet)]),
+            (Some(folder), ..) => {
+                Self::open_folder(o, &at(folder), o.table.as_ref().map(at), progress)
+            }
+            (_, Some(tar), ..) => Self::open_tar(o, &at(tar), vec![at(tar)], progress),
+            (_, _, Some(parquet), ..) => {
+                Self::open_parquet(o, &at(parquet), vec![at(parquet)], progress)
+            }
             (.., Some(arrays), _) => Self::open_arrays(o, &at(arrays), o.labels.as_ref().map(at)),
             (.., Some(csv)) => Self::open_values(o, &at(csv)),
             _ => Err(DataError::Options(
-                "data: an `images` stage is no source of files".into(),
+                "data: an `images` stage cannot be a source of files".into(),
             )),
         }
     }
@@ -123,7 +136,7 @@ impl Source {
         if values.white == 0.0 {
             values.white = 1.0;
         }
-        // New values between the old ones need all that a byte can hold.
+        // Interpolated values need the full range of a byte.
         if (size != (values.height, values.width) || channels != 1) && values.white != 255.0 {
             let scale = 255.0 / values.white;
             let pixels = values.pixels.iter_mut();
@@ -189,12 +202,12 @@ impl Source {
     fn of_files(
         o: &DataOptions,
         path: &Path,
-        holder: Holder,
+        content: ContentSource,
         names: Vec<String>,
         found: FoundFiles,
     ) -> Self {
         let body = Body::Files {
-            holder,
+            content,
             items: found.items,
         };
         Self {
@@ -213,6 +226,7 @@ impl Source {
         o: &DataOptions,
         path: &Path,
         table: Option<PathBuf>,
+        progress: &mut Progress<'_>,
     ) -> Result<Self, DataError> {
         let mut folder = Folder::list(path)?;
         let inside = TABLES
@@ -227,9 +241,9 @@ impl Source {
                 );
                 return Err(DataError::content(path, message));
             }
-            return Self::open_table(o, path, &table);
+            return Self::open_table(o, path, &table, progress);
         }
-        // Archives or tables of images, where there are no images beside them.
+        // Archives or tables of images, if there are no images beside them.
         if folder.folders.is_empty() && !folder.files.iter().any(|f| promises_image(f)) {
             let of = |promises: fn(&str) -> bool| {
                 let files = folder.files.iter().filter(|file| promises(file));
@@ -244,9 +258,13 @@ impl Source {
                     );
                     return Err(DataError::content(path, message));
                 }
-                (_, tables) if !tables.is_empty() => return Self::open_parquet(o, path, tables),
+                (_, tables) if !tables.is_empty() => {
+                    return Self::open_parquet(o, path, tables, progress);
+                }
                 _ if o.label.is_some() => {}
-                (archives, _) if !archives.is_empty() => return Self::open_tar(o, path, archives),
+                (archives, _) if !archives.is_empty() => {
+                    return Self::open_tar(o, path, archives, progress);
+                }
                 _ => {}
             }
         }
@@ -254,7 +272,7 @@ impl Source {
             let message = "no Parquet files alone in it, whose column `label` could name";
             return Err(DataError::content(path, message));
         }
-        // Without folders all are of the one class that bears the folder's name.
+        // Without subfolders there is one class with the folder's name.
         let classes = match folder.folders.is_empty() {
             true => None,
             false => Some(Classes::new(path, folder.folders.iter().cloned(), true)?),
@@ -271,14 +289,14 @@ impl Source {
                 label: label(&file),
                 name: file.into(),
                 caption: None,
-                place: Place::File,
+                location: ItemLocation::File,
             })
         });
         let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
-        // Class after class, and by name within one.
+        // Ordered by class, then by name.
         items.sort_by_key(|item| item.label);
-        let holder = Holder::Files(Vec::new());
-        let inspection = Inspection::over(path, &holder, items, false)?;
+        let content = ContentSource::Files(Vec::new());
+        let inspection = Inspection::over(path, &content, items, false, progress)?;
         let Some(classes) = classes else {
             let name = path
                 .file_name()
@@ -287,7 +305,7 @@ impl Source {
             return Ok(Self::of_files(
                 o,
                 path,
-                holder,
+                content,
                 vec![name],
                 inspection.finish(o)?,
             ));
@@ -310,7 +328,7 @@ impl Source {
             let bears = |name: &&String| classes.of(name) == label as u32;
             path.join(folder.folders.iter().find(bears).map_or("", |name| name))
         })?;
-        let mut source = Self::of_files(o, path, holder, classes.names, inspection.finish(o)?);
+        let mut source = Self::of_files(o, path, content, classes.names, inspection.finish(o)?);
         if classes.mixed {
             let message =
                 "some folders are named by numbers, others not: classes are in alphabetical order";
@@ -319,19 +337,24 @@ impl Source {
         Ok(source)
     }
 
-    fn open_table(o: &DataOptions, path: &Path, table: &Path) -> Result<Self, DataError> {
+    fn open_table(
+        o: &DataOptions,
+        path: &Path,
+        table: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self, DataError> {
         let rows = table::read(table, path)?;
         let (classes, labelled) = classes_of(table, rows.iter().map(|row| row.label.as_deref()))?;
         let items = rows.into_iter().map(|row| Item {
             label: row.label.map_or(0, |label| classes.of(&label)),
             name: row.file,
             caption: row.caption,
-            place: Place::File,
+            location: ItemLocation::File,
         });
-        let holder = Holder::Files(Vec::new());
-        let inspection = Inspection::over(path, &holder, items.collect(), true)?;
+        let content = ContentSource::Files(Vec::new());
+        let inspection = Inspection::over(path, &content, items.collect(), true, progress)?;
         inspection.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
-        let mut source = Self::of_files(o, path, holder, classes.names, inspection.finish(o)?);
+        let mut source = Self::of_files(o, path, content, classes.names, inspection.finish(o)?);
         if !labelled {
             let message = format!(
                 "{} names no classes: all images are of one",
@@ -342,12 +365,20 @@ impl Source {
         Ok(source)
     }
 
-    fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
-        let mut found = shards::ArchivedImages::default();
+    fn open_tar(
+        o: &DataOptions,
+        path: &Path,
+        archives: Vec<PathBuf>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self, DataError> {
+        let mut found = archived_images::ArchivedImages::default();
         for (archive, number) in archives.iter().zip(0u32..) {
+            if !progress(u64::from(number), archives.len() as u64) {
+                return Err(DataError::Cancelled);
+            }
             found.read(archive, number)?;
         }
-        let shards::ArchivedImages {
+        let archived_images::ArchivedImages {
             mut items,
             classes: mut numbers,
             ..
@@ -355,10 +386,10 @@ impl Source {
         let is_labelled = |item: &&Item| item.label != Item::UNLABELLED;
         let labelled = items.iter().filter(is_labelled).count();
         if labelled == 0
-            && let Some(depth) = shards::folders(items.iter().map(|item| &*item.name))
+            && let Some(depth) = archived_images::folders(items.iter().map(|item| &*item.name))
         {
             for item in &mut items {
-                let folder = shards::folder(&item.name, depth);
+                let folder = archived_images::folder(&item.name, depth);
                 let next = numbers.len() as u32;
                 class::limit(path, numbers.len())?;
                 item.label = match numbers.get(folder) {
@@ -367,8 +398,8 @@ impl Source {
                 };
             }
         }
-        let holder = Holder::Files(archives);
-        let mut inspection = Inspection::over(path, &holder, items, false)?;
+        let content = ContentSource::Files(archives);
+        let mut inspection = Inspection::over(path, &content, items, false, progress)?;
         let mut labels: Vec<&str> = vec![""; numbers.len()];
         for (label, number) in &numbers {
             labels[*number as usize] = label;
@@ -395,24 +426,29 @@ impl Source {
         Ok(Self::of_files(
             o,
             path,
-            holder,
+            content,
             classes.names,
             inspection.finish(o)?,
         ))
     }
 
-    fn open_parquet(o: &DataOptions, path: &Path, files: Vec<PathBuf>) -> Result<Self, DataError> {
+    fn open_parquet(
+        o: &DataOptions,
+        path: &Path,
+        files: Vec<PathBuf>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self, DataError> {
         let parquet::Rows {
             tables,
             items,
             labels,
             notices,
-        } = parquet::read(path, files, o.label.as_deref())?;
-        let holder = Holder::Tables(tables);
-        let mut inspection = Inspection::over(path, &holder, items, true)?;
+        } = parquet::read(path, files, o.label.as_deref(), progress)?;
+        let content = ContentSource::Tables(tables);
+        let mut inspection = Inspection::over(path, &content, items, true, progress)?;
         let names = match labels {
-            parquet::Labels::Known(names) => names,
-            parquet::Labels::Written(labels) => {
+            parquet::ClassLabels::Known(names) => names,
+            parquet::ClassLabels::Written(labels) => {
                 let (classes, _) = classes_of(path, labels.iter().map(|label| Some(&**label)))?;
                 for item in inspection.items_mut() {
                     let label = labels.get(item.label as usize);
@@ -422,7 +458,7 @@ impl Source {
             }
         };
         inspection.each_class_has_images(names.len(), |_| path.to_owned())?;
-        let mut source = Self::of_files(o, path, holder, names, inspection.finish(o)?);
+        let mut source = Self::of_files(o, path, content, names, inspection.finish(o)?);
         source.notices.extend(notices);
         Ok(source)
     }
@@ -454,10 +490,20 @@ impl Source {
         (self.count() * self.height * self.width * self.channels) as u64
     }
 
-    /// Reads all images in order. `progress` hears how many are done and says whether to go on. Returns the damaged files,
-    /// which are none unless they may be left out.
+    /// Reads all images in order. `progress` gets how many are done and returns whether to continue. Returns the damaged
+    /// files, if they may be left out.
     pub fn read(
+        self,
+        progress: &mut dyn FnMut(u64) -> bool,
+        keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
+    ) -> crate::Result<Vec<Damaged>> {
+        self.read_with(None, progress, keep)
+    }
+
+    /// The same; images from [`Source::decode_share`] in a directory are not decoded again.
+    pub fn read_with(
         mut self,
+        parts: Option<&Path>,
         progress: &mut dyn FnMut(u64) -> bool,
         keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
     ) -> crate::Result<Vec<Damaged>> {
@@ -494,8 +540,9 @@ impl Source {
                 Ok(Vec::new())
             }
             Body::Arrays(arrays) => {
+                let step = (HELD / (arrays.height * arrays.width * arrays.channels)).clamp(1, 256);
                 for index in 0..arrays.count {
-                    if index.is_multiple_of(256) && !progress(index as u64) {
+                    if index.is_multiple_of(step) && !progress(index as u64) {
                         return Err(DataError::Cancelled.into());
                     }
                     let image = shape.apply(arrays.read()?);
@@ -509,25 +556,102 @@ impl Source {
                 }
                 Ok(Vec::new())
             }
-            Body::Files { .. } => self.read_files(progress, keep),
+            Body::Files { .. } => self.read_files(parts, progress, keep),
+        }
+    }
+
+    /// Decodes a part's share of the images into files of a directory, except those already there, for [`Source::read_with`].
+    /// Sources whose images are not in files have no shares. Returns the size of the share. `progress` gets how many of how
+    /// many are done, and returns whether to continue.
+    pub fn decode_share(
+        &self,
+        part: Part,
+        dir: &Path,
+        progress: &mut Progress<'_>,
+    ) -> crate::Result<u64> {
+        let Body::Files { content, items } = &self.body else {
+            return Ok(0);
+        };
+        let shape = [self.height, self.width, self.channels];
+        let own: Vec<_> = decoded::chunks(items.len())
+            .filter(|(chunk, _)| part.takes(*chunk))
+            .collect();
+        let share = |chunks: &[(usize, Range<usize>)]| -> u64 {
+            chunks.iter().map(|(_, range)| range.len() as u64).sum()
+        };
+        let total = share(&own);
+        let is_missing = |(chunk, range): &(usize, Range<usize>)| {
+            DecodedChunk::open(dir, *chunk, &items[range.clone()], shape).is_none()
+        };
+        let missing: Vec<_> = own.into_iter().filter(is_missing).collect();
+        let there = total - share(&missing);
+        let mut goes_on = |done: u64| match progress(there + done, total) {
+            true => Ok(()),
+            false => Err(crate::Error::from(DataError::Cancelled)),
+        };
+        goes_on(0)?;
+        // Archives and tables are read once.
+        let ranges = missing.iter().map(|(_, range)| range.clone());
+        let wanted: Vec<Item> = ranges
+            .flat_map(|range| items[range].iter().cloned())
+            .collect();
+        let mut writer = ChunkWriter::new(dir, part, shape);
+        // The chunk of each of them.
+        let mut chunks = missing
+            .iter()
+            .flat_map(|chunk| std::iter::repeat_n(chunk, chunk.1.len()));
+        content.each(
+            &self.path,
+            &wanted,
+            self.at_once(),
+            self.decoder(),
+            |first, made| {
+                let done = (first + made.len()) as u64;
+                for (image, (chunk, range)) in made.into_iter().zip(&mut chunks) {
+                    writer.push(*chunk, &items[range.clone()], image)?;
+                }
+                goes_on(done)
+            },
+        )?;
+        Ok(total)
+    }
+
+    /// Images that are decoded at a time.
+    fn at_once(&self) -> usize {
+        (HELD / (self.height * self.width * self.channels)).clamp(1, 256)
+    }
+
+    /// Decodes an image file and brings the image to the source's size.
+    fn decoder(&self) -> impl Fn(&Item, &Bytes<'_>) -> Result<Raster, String> + Sync + use<> {
+        let shape = self.shape;
+        move |_, bytes| {
+            let content = bytes.read(LONGEST_FILE)?;
+            let apply = |image| shape.apply(image);
+            let image = raster::decode_then(&content, shape.background, apply)?;
+            // If images are not resized, their headers agree; a decoder may still return another size.
+            match (image.height, image.width) == shape.size {
+                true => Ok(image),
+                false => Err(format!(
+                    "{} x {} pixels, its header says otherwise",
+                    image.height, image.width
+                )),
+            }
         }
     }
 
     fn read_files(
         self,
+        parts: Option<&Path>,
         progress: &mut dyn FnMut(u64) -> bool,
         keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
     ) -> crate::Result<Vec<Damaged>> {
-        let Body::Files { holder, items } = self.body else {
+        let (at_once, decode) = (self.at_once(), self.decoder());
+        let shape = [self.height, self.width, self.channels];
+        let Body::Files { content, items } = self.body else {
             return Ok(Vec::new());
         };
         let known = items.len() + self.damaged.len();
         let (mut damaged, mut kept) = (self.damaged, vec![0u64; self.names.len()]);
-        let at_once = (HELD / (self.height * self.width * self.channels)).clamp(1, 256);
-        let decode = |_: &Item, bytes: &Bytes<'_>| {
-            let image = raster::decode(&bytes.read(LONGEST_FILE)?, self.shape.background)?;
-            self.shape.apply(image)
-        };
         if !progress(0) {
             return Err(DataError::Cancelled.into());
         }
@@ -535,16 +659,6 @@ impl Source {
             let done = first + decoded.len();
             for (item, image) in items[first..].iter().zip(decoded) {
                 match image {
-                    // Where images keep their size, headers have been compared; a decoder may still give another.
-                    Ok(image) if (image.height, image.width) != self.shape.size => {
-                        damaged.push(Damaged {
-                            name: item.name.to_string(),
-                            why: format!(
-                                "{} x {} pixels, its header says otherwise",
-                                image.height, image.width
-                            ),
-                        })
-                    }
                     Ok(image) => {
                         kept[item.label as usize] += 1;
                         keep(Image {
@@ -565,7 +679,34 @@ impl Source {
                 false => Err(DataError::Cancelled.into()),
             }
         };
-        holder.each(&self.path, &items, at_once, decode, &mut take)?;
+        // Merges the images decoded by parts with those decoded here.
+        let mut next = 0;
+        let here = |range: Range<usize>, take: &mut decoded::ImageSink<'_>| {
+            if range.is_empty() {
+                return Ok(());
+            }
+            let first = range.start;
+            content.each(
+                &self.path,
+                &items[range],
+                at_once,
+                &decode,
+                |within, made| take(first + within, made),
+            )
+        };
+        if let Some(dir) = parts {
+            for (chunk, range) in decoded::chunks(items.len()) {
+                let its_own = &items[range.clone()];
+                if let Some(found) = DecodedChunk::open(dir, chunk, its_own, shape) {
+                    here(next..range.start, &mut take)?;
+                    found.read(at_once, &mut |within, made| {
+                        take(range.start + within, made)
+                    })?;
+                    next = range.end;
+                }
+            }
+        }
+        here(next..items.len(), &mut take)?;
         damaged.sort_by(|a, b| a.name.cmp(&b.name));
         if !damaged.is_empty() && !self.skip_damaged {
             return Err(DataError::content(&self.path, told(&damaged, known)).into());
@@ -581,7 +722,7 @@ impl Source {
     }
 }
 
-/// The classes that labels name, and whether they name any; one, if not.
+/// The number of classes in the labels (one without labels), and whether there are labels.
 fn classes_of<'a>(
     path: &Path,
     labels: impl Iterator<Item = Option<&'a str>> + Clone,

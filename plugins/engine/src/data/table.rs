@@ -1,5 +1,5 @@
-//! Tables that say which image files belong to a data set, and their classes or captions: `metadata.jsonl`,
-//! `metadata.csv`, CSV and TSV of paths.
+//! Tables that list the image files of a data set with their classes or captions: `metadata.jsonl`, `metadata.csv`, CSV and
+//! TSV of paths.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -18,7 +18,7 @@ use super::{class, file};
 pub struct Row {
     /// Path from the folder on.
     pub file: Box<str>,
-    /// Its class as written, the same text for all that have it.
+    /// Its class as written, shared by all rows of the class.
     pub label: Option<Arc<str>>,
     /// What it shows.
     pub caption: Option<Box<str>>,
@@ -43,17 +43,16 @@ const LONGEST_LINE: u64 = 1 << 20;
 /// The longest path that is read: as systems allow.
 pub(super) const LONGEST_PATH: usize = 4096;
 
-/// Memory that the names and captions of a source may take: with what lies beside them for a moment the source then stays
-/// below half a gigabyte.
+/// Memory for the names and captions of a source: with temporary data the source stays below half a gigabyte.
 const ROOM: usize = 352 << 20;
 
-/// What else is held while rows are read has this beside what the rows leave of their room.
+/// Additional memory for temporary data while rows are read, on top of what the rows leave of their budget.
 const BESIDE: usize = 96 << 20;
 
-/// Bytes that a file takes beside its texts: as a row with its place, and as what a source makes of it.
+/// Bytes per file in addition to its texts: the row, and the item made from it.
 const EACH: usize = 144;
 
-/// What is held of the files of a source, and how much more may be.
+/// The memory used for a source's files, and its limit.
 #[derive(Debug)]
 pub struct MemoryBudget {
     room: usize,
@@ -72,16 +71,16 @@ impl Default for MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// Makes room for a row.
+    /// Accounts for a row.
     ///
     /// # Errors
-    /// There is none, in words.
+    /// The budget is exhausted, in words.
     pub fn add(&mut self, row: &Row) -> Result<(), String> {
         self.take(row.caption.as_deref().map_or(0, cost))?;
         self.file(&row.file)
     }
 
-    /// Makes room for a file of this name.
+    /// Accounts for a file with this name.
     ///
     /// # Errors
     /// As of [`MemoryBudget::add`].
@@ -91,12 +90,12 @@ impl MemoryBudget {
         Ok(())
     }
 
-    /// Bytes for what is held beside the rows while they are read.
+    /// Bytes available for temporary data while rows are read.
     pub fn beside(&self) -> u64 {
         (self.room + BESIDE) as u64
     }
 
-    /// Makes room for some bytes.
+    /// Accounts for some bytes.
     ///
     /// # Errors
     /// As of [`MemoryBudget::add`].
@@ -112,7 +111,7 @@ impl MemoryBudget {
         Ok(())
     }
 
-    /// A class as written, of which one copy is held.
+    /// A class as written, stored once.
     ///
     /// # Errors
     /// As of [`MemoryBudget::add`].
@@ -128,7 +127,7 @@ impl MemoryBudget {
     }
 }
 
-/// Bytes that a text takes with what the allocator adds.
+/// Bytes of a text, including the allocator's overhead.
 pub fn cost(text: &str) -> usize {
     (text.len() + 8).next_multiple_of(16).max(32)
 }
@@ -200,7 +199,7 @@ pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
     Ok(rows)
 }
 
-/// The path from a folder on, if it stays in it.
+/// The path relative to a folder, if it stays inside.
 fn within(file: &str, folder: &Path) -> Option<String> {
     let path = Path::new(file);
     let path = match path.is_absolute() {
@@ -274,10 +273,10 @@ fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
     }
 }
 
-/// The text, or the number as text, that stands in an object under the first of some names that it has.
+/// The text, or the number as text, of the first of these names that an object has.
 ///
 /// # Errors
-/// Something else stands there.
+/// The value is something else.
 pub(super) fn text(object: &Value, names: &[&str]) -> Result<Option<String>, String> {
     let Some((name, value)) = names
         .iter()
@@ -313,7 +312,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         .has_headers(false)
         .flexible(true)
         .trim(csv::Trim::All)
-        // Of CR LF the first is trimmed: lines are counted right.
+        // The CR of CR LF is trimmed, so lines are counted correctly.
         .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
         .from_reader(records);
@@ -473,7 +472,7 @@ mod tests {
         );
         let mut count = 0;
         let said = loop {
-            // One copy of a class is held, however many files are of it.
+            // A class is stored once, however many files it has.
             held.label("cat").unwrap();
             if let Err(said) = held.add(&file) {
                 break said;

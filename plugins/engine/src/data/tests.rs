@@ -1,6 +1,7 @@
 mod folders;
 mod many;
 mod parquet;
+mod parts;
 mod pixels;
 mod training;
 
@@ -20,10 +21,10 @@ fn csv(text: &[u8], options: DataOptions) -> Result<Images, String> {
     read(&options, dir.path())
 }
 
-/// What options give, or the message without the directory's path.
+/// The images of options, or the error message without the directory's path.
 fn read(options: &DataOptions, dir: &Path) -> Result<Images, String> {
     let images = || {
-        let source = Source::open(options, dir)?;
+        let source = Source::open(options, dir, &mut |_, _| true)?;
         let (images, _) = Images::read(source, &mut |_| true)?;
         Ok(images.seen_as(options)?)
     };
@@ -108,11 +109,11 @@ fn of_many_files_that_are_not_there_some_are_looked_at() {
     };
     table("");
     let error = read(&folder("i"), dir.path()).unwrap_err();
-    let expected = "i: none of 4096 images can be read that were looked at, one in 24 of 100000; the others were not:\n  \
+    let expected = "i: none of the 4096 images examined can be read, one in 24 of 100000; the others were not examined:\n  \
                     d/000000.png: no such file\n  d/000024.png: no such file\n";
     assert!(error.starts_with(expected), "{error}");
     assert!(error.contains("\n  and 4076 more\n"), "{error}");
-    // One that is there is enough for all to be looked at, and told.
+    // If one exists, all are examined and reported.
     save(dir.path(), "i/a.png", grey(1));
     table("a.png,0\n");
     let text = std::fs::read_to_string(dir.path().join("i/metadata.csv")).unwrap();
@@ -231,7 +232,9 @@ fn sources_are_checked() {
         ..none.clone()
     };
     assert_eq!(fault(&missing), "no/such.csv: no such file");
-    let error = Source::open(&missing, Path::new("/base")).err().unwrap();
+    let error = Source::open(&missing, Path::new("/base"), &mut |_, _| true)
+        .err()
+        .unwrap();
     assert_eq!(
         retort_abi::Failure::from(error).code,
         retort_abi::FailureCode::MissingInput
@@ -385,7 +388,7 @@ fn arrays_of_more_than_a_piece_are_read_and_labels_without_end_are_not() {
     let found = pixels(&read(&arrays("wide.npy"), dir).unwrap());
     let expected = values.iter().map(|&value| f32::from(value) * 2.0 - 1.0);
     assert!(found.iter().copied().eq(expected));
-    // As many as the header says, of which nothing is there.
+    // As many as the header says, but without data.
     write("many.npy", &[200_000_000, 1, 1], &[]);
     write("labels.npy", &[200_000_000, 1, 1], &[]);
     assert_eq!(
@@ -418,12 +421,12 @@ fn the_class_stands_first_last_or_under_its_name() {
         error,
         "a.csv: no column named \"class\" in the first line, which begins `a`, `b`, `kind`, `c`"
     );
-    // Other numbers than bytes keep 255 levels.
+    // Values other than bytes keep 255 levels.
     let wide = DataOptions::default();
     let images = csv(b"0,500,1000,250.5,0", wide).unwrap();
     let value = |byte: f32| byte / 255.0 * 2.0 - 1.0;
     assert_eq!(pixels(&images), [-1.0, value(128.0), 1.0, value(64.0)]);
-    // Brought to a size, sixteen levels become as many as there are.
+    // When resized, sixteen levels become as many as a byte can hold.
     let sized = DataOptions {
         size: Some(Size::Side(1)),
         filter: Filter::Box,
@@ -440,4 +443,45 @@ fn the_schema_marks_paths_and_closes_the_object() {
     assert_eq!(schema["additionalProperties"], false);
     assert_eq!(schema["properties"]["header"]["default"], false);
     assert!(schema["properties"]["csv"].get("default").is_none());
+}
+
+/// Reading headers and rows of tables reports progress, and can be stopped.
+#[test]
+fn a_source_is_looked_over_as_long_as_one_lets_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    (0..3).for_each(|i| save(dir, &format!("set/a/{i}.png"), grey(i)));
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/parquet");
+    std::fs::copy(golden.join("hub.parquet"), dir.join("a.parquet")).unwrap();
+    let png = std::fs::read(dir.join("set/a/0.png")).unwrap();
+    let tar = super::archived_images::tests::tar(&[("a/0.png", &png), ("b/1.png", &png)]);
+    std::fs::write(dir.join("a.tar"), tar).unwrap();
+    let named = |option: &str, name: &str| -> DataOptions {
+        serde_json::from_value(serde_json::json!({ option: name })).unwrap()
+    };
+    for (options, images) in [
+        (named("folder", "set"), 3),
+        (named("parquet", "a.parquet"), 12),
+        (named("tar", "a.tar"), 2),
+    ] {
+        let mut heard = Vec::new();
+        let source = Source::open(&options, dir, &mut |done, total| {
+            heard.push((done, total));
+            true
+        });
+        assert_eq!(source.unwrap().count(), images);
+        assert_eq!(heard.last(), Some(&(images as u64, images as u64)));
+        for last in 1..=heard.len() {
+            let mut asked = 0;
+            let source = Source::open(&options, dir, &mut |_, _| {
+                asked += 1;
+                asked < last
+            });
+            assert!(
+                matches!(source.err(), Some(DataError::Cancelled)),
+                "{options:?}"
+            );
+            assert_eq!(asked, last);
+        }
+    }
 }

@@ -28,14 +28,14 @@ const LONGEST_LINE: u64 = 1 << 24;
 /// Memory that the values of a file may take while it is read.
 const ROOM: usize = 352 << 20;
 
-/// Values so far: whole numbers that fit bytes for as long as there are no others.
+/// Values so far: stored as bytes while all are whole numbers that fit.
 enum Numbers {
     Bytes(Vec<u8>),
     Floats(Vec<f32>),
 }
 
 impl Numbers {
-    /// Bytes that they take at most, when they end: a fraction among them makes all of them longer for a moment.
+    /// The most bytes they may take at the end: one fraction among them temporarily makes all of them larger.
     fn memory(&self) -> usize {
         match self {
             Self::Bytes(bytes) => bytes.len(),
@@ -184,7 +184,7 @@ fn read_within(room: usize, options: &DataOptions, path: &Path) -> Result<Values
     })
 }
 
-/// The column whose name in the first line is `name`.
+/// The column named `name` in the first line.
 fn column_named(name: &str, header: &csv::ByteRecord, path: &Path) -> Result<usize, DataError> {
     let mut bearing = (0..header.len()).filter(|&at| &header[at] == name.as_bytes());
     match (bearing.next(), bearing.next()) {
@@ -326,8 +326,8 @@ fn expected_number(line: u64, header: bool) -> &'static str {
     }
 }
 
-/// Line, from 1, of the record found from `byte` on, for a message: the file is read again. The reader's own count is the
-/// line where it began to look, before any blank lines.
+/// Line, from 1, of the record at `byte`, for a message; the file is read again. The reader's own count is the line at which
+/// it started to look, before any blank lines.
 fn line_of(path: &Path, byte: u64) -> u64 {
     let Ok(file) = file::open(path, "a CSV file") else {
         return 0;
@@ -343,7 +343,7 @@ fn line_of(path: &Path, byte: u64) -> u64 {
     line
 }
 
-/// A cell as shown in a message: quoted, cut when long.
+/// A cell for a message: quoted, and cut if long.
 fn quoted(text: &[u8]) -> String {
     if text.is_empty() {
         return "nothing".to_owned();
@@ -378,7 +378,7 @@ mod tests {
         let whole = "0,1,2,3,7\n".repeat(100);
         check(&whole, 800, "");
         check(&whole, 700, "(88 images until then)");
-        // With one fraction all are kept as such, beside what they were.
+        // With one fraction all are stored as floats, in addition to the bytes so far.
         let last = format!("{whole}0,1,0.5,3,7\n");
         check(&last, 5000, "");
         check(&last, 1999, "(100 images until then)");

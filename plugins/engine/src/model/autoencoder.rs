@@ -1,5 +1,5 @@
-//! The convolutional encoder and decoder of a VQ tokenizer (after VQGAN, Esser et al. 2021, arXiv 2012.09841), shared
-//! by LlamaGen's and VAR's, which differ in the names of their parameters.
+//! The convolutional encoder and decoder of a VQ tokenizer (after VQGAN, Esser et al. 2021, arXiv 2012.09841), shared by
+//! LlamaGen and VAR, which differ in the names of parameters.
 //!
 //! ```text
 //! image (b, c, H, W) -> conv -> levels, each halving the sides but the last -> middle -> norm, conv -> z (b, Z, H/f, W/f)
@@ -123,7 +123,7 @@ impl<B: Backend> Conv<B> {
         self.run(x, Some(residual))
     }
 
-    /// The same of images twice as high and wide, where the kernel keeps the size.
+    /// The same on images enlarged twofold, with a kernel that keeps the size.
     fn forward_upsampled(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.conv2d_upsampled(&self.weight, &self.bias, [self.padding; 2])
     }
@@ -261,7 +261,7 @@ impl<B: Backend> AttnBlock<B> {
         let s = x.shape();
         let [q, k, v] = self.qkv.forward(&self.norm.forward(x)?)?;
         let scale = (s[1] as f64).sqrt().recip();
-        // A few positions, one wide head: no reason to let a backend round it, as in a transformer.
+        // A few positions and one wide head: unlike in a transformer, rounding would gain nothing here.
         let weights = q.affine(scale, 0.0)?.matmul(&k, true)?.softmax()?;
         let y = weights.matmul(&v, false)?; // (b, h w, c)
         let y = y.permute(&[0, 2, 1])?.reshape(&s)?;
@@ -354,7 +354,7 @@ pub(super) struct Encoder<B: Backend> {
     mid: MidBlock<B>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
-    /// Whether the backward pass computes blocks again.
+    /// Whether the backward pass recomputes blocks.
     pub(super) recompute: bool,
 }
 
@@ -411,7 +411,7 @@ pub(super) struct Decoder<B: Backend> {
     levels: Vec<Level<B>>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
-    /// Whether the backward pass computes blocks again.
+    /// Whether the backward pass recomputes blocks.
     pub(super) recompute: bool,
 }
 
@@ -449,7 +449,7 @@ impl<B: Backend> Decoder<B> {
         self.conv_out.forward(&self.body(z)?)
     }
 
-    /// The same with what the last convolution saw.
+    /// The same with the last convolution's input.
     pub(super) fn forward_seen(
         &self,
         z: &Variable<B>,
@@ -462,7 +462,7 @@ impl<B: Backend> Decoder<B> {
         Ok((self.conv_out.forward(&x)?, last))
     }
 
-    /// What the last convolution sees.
+    /// The last convolution's input.
     fn body(&self, z: &Variable<B>) -> Result<Variable<B>> {
         let mut x = self.mid.forward(self.conv_in.forward(z)?, self.recompute)?;
         for level in &self.levels {

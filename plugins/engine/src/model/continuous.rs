@@ -21,7 +21,7 @@ pub(super) struct Continuous<B: Backend> {
 }
 
 impl<B: Backend> Continuous<B> {
-    /// Takes the parameters of a head from width C to D, whose matrix is drawn with the family's standard deviation.
+    /// Loads the parameters of a head from width C to D, whose matrix is drawn with the family's standard deviation.
     pub(super) fn load(
         loader: &mut Loader<B>,
         width: usize,
@@ -39,7 +39,7 @@ impl<B: Backend> Continuous<B> {
     }
 
     /// Codebook vectors (b, L, D): LN(h) (1 + scale + c) + shift + c with c the condition's embedding, then linear. The
-    /// condition's positions go.
+    /// condition's positions are dropped.
     pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Variable<B>> {
         let l = prediction.logits.shape()[1];
         let front = prediction.hidden.shape()[1] - l;

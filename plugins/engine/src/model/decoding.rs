@@ -1,4 +1,4 @@
-//! What a generation of any family keeps and does at each AR step: the KV cache and classifier-free guidance.
+//! Generation in any family: the KV cache and classifier-free guidance.
 
 use crate::backend::{Backend, Binary};
 use crate::error::Result;
@@ -36,8 +36,8 @@ impl<B: Backend> Cache<B> {
         self.until(at + B::shape(k)[1])
     }
 
-    /// The same for queries, keys and values of which the former two turn by cos and sin: those queries, all keys, all
-    /// values.
+    /// The same for queries, keys and values, the former two rotated by cos and sin: returns the rotated queries, all keys
+    /// and all values.
     pub(super) fn extend_turned(
         &self,
         at: usize,
@@ -49,8 +49,8 @@ impl<B: Backend> Cache<B> {
         Ok((q, k, v))
     }
 
-    /// What the position after `at` others makes of all up to it (b, 1, h, d): its queries and keys turn by row `at` of cos
-    /// and sin; `place` (1) holds `at` too, `hidden` (b, 1, 1, l) is added to the scores.
+    /// Attention of position `at` to all positions up to it (b, 1, h, d): its queries and keys are rotated by row `at` of cos
+    /// and sin; `place` (1) also contains `at`; `hidden` (b, 1, 1, l) is added to the scores.
     pub(super) fn attend_next(
         &self,
         qkv: [&B::Tensor; 3],
@@ -71,7 +71,7 @@ impl<B: Backend> Cache<B> {
     }
 }
 
-/// Class ids (b) of a batch: with guidance the labels, then as many times the unconditional row, which is number
+/// Class ids (b) of a batch. With guidance the labels, followed by the same number of the unconditional row, number
 /// `classes`.
 pub(super) fn rows<B: Backend>(
     labels: &B::Tensor,
@@ -86,7 +86,7 @@ pub(super) fn rows<B: Backend>(
     B::cat(&[labels, &without], 0)
 }
 
-/// The guidance of a step: so many have followed the first one that was chosen.
+/// The guidance of a step, given the number of steps since the first chosen one.
 pub(super) fn guided(guidance: Option<Guidance>, after: usize) -> Option<f64> {
     let guidance = guidance?;
     let ended = guidance

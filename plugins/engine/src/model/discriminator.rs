@@ -5,8 +5,8 @@
 //! image (b, c, H, W) -> conv/2, leaky -> n - 1 times (conv/2, norm, leaky) -> conv, norm, leaky -> conv -> (b, 1, h, w)
 //! ```
 //!
-//! Kernels are 4 x 4, padded by 1; norms are batch norms over what is looked at together. It is used in training only, so
-//! there are no running statistics.
+//! Kernels are 4 x 4, padded by 1; norms are batch norms over one pass. It is used only in training, so there are no running
+//! statistics.
 
 use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
@@ -32,9 +32,9 @@ struct Normed<B: Backend> {
     shift: Variable<B>,
 }
 
-/// Refuses so many strided convolutions for images of a side of which they would leave nothing.
+/// Refuses more strided convolutions than images with this side allow.
 pub fn check(side: usize, layers: usize, pointer: &str) -> Result<()> {
-    // The two last convolutions take a pixel each.
+    // Each of the last two convolutions removes a pixel.
     if side >> layers > 2 {
         return Ok(());
     }
@@ -52,7 +52,7 @@ pub fn check(side: usize, layers: usize, pointer: &str) -> Result<()> {
 }
 
 impl<B: Backend> Discriminator<B> {
-    /// Takes the parameters, whose names begin with `prefix`: so many strided convolutions, the first one to `width`
+    /// Loads the parameters, whose names begin with `prefix`: this many strided convolutions, the first one to `width`
     /// channels.
     pub fn load(
         loader: &mut Loader<B>,
@@ -115,7 +115,7 @@ fn batch_norm<B: Backend>(
 ) -> Result<Variable<B>> {
     let s = x.shape();
     let (b, c) = (s[0], s[1]);
-    // One image of so many channels, each a group of its own.
+    // One image with this many channels, each its own group.
     let channels = x
         .permute(&[1, 0, 2, 3])?
         .reshape(&[1, c, b * s[2], s[3]])?

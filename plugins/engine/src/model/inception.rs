@@ -1,14 +1,13 @@
-//! The Inception network by which images are compared: Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) in the
-//! variant of December 2015 that the Frechet distance was defined with (Heusel et al. 2017, arXiv 1706.08500), as
-//! pytorch-fid has it. Parameter names are those of `pt_inception-2015-12-05-*.pth`.
+//! The Inception network for comparing images: Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) in the variant of
+//! December 2015 with which the Frechet distance was defined (Heusel et al. 2017, arXiv 1706.08500), as in pytorch-fid.
+//! Parameter names are those of `pt_inception-2015-12-05-*.pth`.
 //!
 //! ```text
 //! images (b, c, h, w) in [0, 1] -> 299 x 299 in [-1, 1] -> stem -> Mixed_5b .. Mixed_7c -> mean -> classes
 //! ```
 //!
-//! It differs from the Inception-v3 of today: mean poolings do not count the border, the last block pools by the
-//! maximum, and there are 1008 classes. Batch normalisations are folded into the convolutions.
-//! Deliberately absent: the auxiliary classifier.
+//! It differs from today's Inception-v3: average pooling excludes the border, the last block uses max pooling, and there are
+//! 1008 classes. Batch normalisations are folded into the convolutions. Deliberately absent: the auxiliary classifier.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -30,8 +29,8 @@ pub const SPATIAL_FEATURES: usize = SPATIAL.0 * SPATIAL.1 * SPATIAL.1;
 /// and at the end, where the Frechet distance is usually taken.
 pub const FEATURES: [usize; 4] = [64, 192, 768, 2048];
 
-/// How images come to the size and the range that the network expects. The network was made for TensorFlow's way; most
-/// figures of PyTorch code are made in the other. They differ by a few percent.
+/// How images are resized and scaled for the network. The network was trained with TensorFlow's method; most figures from
+/// PyTorch code use the other. They differ by a few percent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Preparation {
@@ -39,7 +38,7 @@ pub enum Preparation {
     /// pytorch-fid.
     #[default]
     Pytorch,
-    /// Bilinear with pixels as points, the first of which coincide; 0..255 becomes -1..127/128. As ADM's evaluation suite
+    /// Bilinear with pixels as points, aligned at the first pixel; 0..255 becomes -1..127/128. As ADM's evaluation suite
     /// (TensorFlow 1) and torch-fidelity.
     Tensorflow,
 }
@@ -80,7 +79,7 @@ pub struct Outputs<B: Backend> {
     /// The first seven channels of the first branch of Mixed_6d, (b, 2023): row by row, channels last, as ADM's
     /// evaluation suite orders them.
     pub spatial: Variable<B>,
-    /// Logits of the classes without their biases (b, 1008): the inception score is taken from these.
+    /// Logits of the classes without their biases (b, 1008): for the inception score.
     pub logits: Variable<B>,
 }
 
@@ -116,7 +115,7 @@ impl<B: Backend> Inception<B> {
         })
     }
 
-    /// Looks at images (b, c, h, w) in [0, 1]; c is 3, or 1 for grey.
+    /// Runs the network on images (b, c, h, w) in [0, 1]; c is 3, or 1 for grey.
     pub fn look(&self, images: &Variable<B>, preparation: Preparation) -> Result<Outputs<B>> {
         let shape = images.shape();
         // Grey becomes three equal colours.
@@ -250,7 +249,7 @@ const HALVE: Window = Window {
     padding: 0,
 };
 
-/// A way through a block: a pooling, units one after the other, and units side by side at the end.
+/// A branch of a block: a pooling, units in sequence, and parallel units at the end.
 struct Branch<B: Backend> {
     pool: Pool,
     units: Vec<Unit<B>>,
@@ -425,7 +424,7 @@ fn mean<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     x.mean(&[2, 3])?.reshape(&s[..2])
 }
 
-/// Mean of the 3 x 3 neighbours of each pixel, those outside not counted.
+/// Mean of the 3 x 3 neighbours of each pixel, excluding those outside.
 fn neighbours<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let s = x.shape();
     let (h, w) = (s[2], s[3]);
@@ -435,7 +434,7 @@ fn neighbours<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
         .map(|i| ((inside(i / w, h) * inside(i % w, w)) as f32).recip())
         .collect();
     let share = Variable::constant(B::of(x.value()).floats(&share, &[h, w])?);
-    // Each channel is an image of its own.
+    // Each channel is a separate image.
     x.reshape(&[s[0] * s[1], 1, h, w])?
         .conv2d(&ones, 1, [1, 1])?
         .mul(&share)?
@@ -471,7 +470,7 @@ fn resize<B: Backend>(x: &Variable<B>, preparation: Preparation) -> Result<Varia
 
 /// The matrix (to, from) of the interpolation along one side.
 fn bilinear(from: usize, to: usize, preparation: Preparation) -> Vec<f32> {
-    // Where the centre of a pixel lies.
+    // The source position of a pixel's centre.
     let centre = match preparation {
         Preparation::Pytorch => 0.5,
         Preparation::Tensorflow => 0.0,

@@ -9,12 +9,12 @@
 //! ```
 //!
 //! b batch, l positions, T positions of the condition, C width, h heads, d = C/h. Rotary positions are two-dimensional: the
-//! first half of the head dimension turns by the row, the second by the column; at the condition the table is zero, and so
-//! q and k are. A caption ends at position T; the positions before it see themselves and nobody sees them. With guidance
-//! the unconditional rows have the features `uncond_embedding` and hide the same positions.
+//! first half of the head dimension is rotated by the row, the second by the column. At the condition the table is zero, and
+//! so are q and k. A caption ends at position T; padding before it sees only itself and is hidden from all others. With
+//! guidance the unconditional rows have the features `uncond_embedding` and the same padding.
 //!
-//! No student of captions was published. Here it is the class's, with T positions in front that count as data, and the
-//! mean of the caption's embeddings as the condition of the continuous head.
+//! No student of captions was published. Here it is the student of classes with T leading positions that count as data, and
+//! the mean of the caption's embeddings as the condition of the continuous head.
 
 use std::sync::Arc;
 
@@ -25,14 +25,14 @@ use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
 use crate::model::{
-    CaptionFeatures, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask,
-    Student, Teacher, TokenShape,
+    BatchConditioning, CaptionBatch, ConditioningShape, Generation, Guidance, Prediction,
+    PrefixMask, Student, Teacher, TokenShape,
 };
 use crate::size::Sides;
 use crate::tape::{Variable, unpack};
-use crate::weights::{Init, Loader, Start, numbered};
+use crate::weights::{Init, InitialValue, Loader, numbered};
 
-/// Prefixes of the parameters from which a student's logits alone come.
+/// Prefixes of the parameters that affect only a student's logits.
 pub const LOGITS: [&str; 2] = ["norm.", "output."];
 
 const NORM_EPS: f64 = 1e-5;
@@ -42,7 +42,7 @@ const DEVIATION: f32 = 0.02;
 
 /// Name of the parameter with an embedding for each class.
 pub const CLASS_EMBEDDING: &str = "cls_embedding.embedding_table.weight";
-/// Name of the features that stand for no caption. As published, they stay as they were drawn.
+/// Name of the features that stand for no caption. As published, they are random and never trained.
 pub const UNCONDITIONAL: &str = "cls_embedding.uncond_embedding";
 
 /// Shape of a LlamaGen network.
@@ -61,9 +61,9 @@ pub struct Config {
     /// Rows and columns of the map of tokens.
     #[serde(rename = "side")]
     pub map: Sides,
-    /// What its images are made for.
+    /// What its images are conditioned on.
     #[serde(flatten)]
-    pub condition: ConditionShape,
+    pub condition: ConditioningShape,
 }
 
 impl Config {
@@ -89,19 +89,19 @@ impl Config {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
-    /// From what a parameter starts in a student with at least as many blocks as this teacher: token embeddings become a
-    /// linear map of codebook vectors and are drawn anew; blocks beyond the teacher's add nothing at first.
-    pub fn start(&self, name: &str) -> Start {
+    /// The initial value of a parameter in a student with at least as many blocks as this teacher: token embeddings become a
+    /// linear map of codebook vectors and are drawn anew; blocks beyond the teacher's start as the identity.
+    pub fn start(&self, name: &str) -> InitialValue {
         if name == "tok_embeddings.weight" {
-            return Start::Drawn;
+            return InitialValue::Drawn;
         }
         match numbered(name, "layers.") {
             Some((block, "attention.wo.weight" | "feed_forward.w2.weight"))
                 if block >= self.depth =>
             {
-                Start::Zeros
+                InitialValue::Zeros
             }
-            _ => Start::Weight(name.to_owned()),
+            _ => InitialValue::Weight(name.to_owned()),
         }
     }
 
@@ -123,12 +123,12 @@ struct Block<B: Backend> {
     ffn_norm: Variable<B>,
     w1: Variable<B>,
     w3: Variable<B>,
-    /// w1 above w3, kept when they do not change.
+    /// w1 stacked on w3, cached if they are constant.
     w13: Option<Variable<B>>,
     w2: Variable<B>,
 }
 
-/// The map from the condition to the positions in front.
+/// The map from the condition to the leading positions.
 enum Embedder<B: Backend> {
     /// Class embeddings; the last row is the unconditional one.
     Classes(Variable<B>),
@@ -140,7 +140,7 @@ enum Embedder<B: Backend> {
 struct PrefixPositions<B: Backend> {
     /// Embeddings (b, T, C); those of a caption are zero before its first token.
     embeddings: Variable<B>,
-    /// Positions of each row that nobody sees, where there are any.
+    /// Hidden positions of each row, if there are any.
     padding: Vec<usize>,
 }
 
@@ -149,7 +149,7 @@ struct Stack<B: Backend> {
     config: Config,
     embedder: Embedder<B>,
     blocks: Vec<Arc<Block<B>>>,
-    /// Whether the backward pass computes blocks again.
+    /// Whether the backward pass recomputes blocks.
     recompute: bool,
     norm: Variable<B>,
     output: Variable<B>,
@@ -221,8 +221,7 @@ impl<B: Backend> Block<B> {
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
 
-    /// The first positions of a generation, whose keys and values go into the cache, or the one after `at` others:
-    /// x (b, l, C).
+    /// The first positions of a generation, whose keys and values go into the cache, or position `at`: x (b, l, C).
     fn step(
         &self,
         x: &Variable<B>,
@@ -253,12 +252,12 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// What positions of a generation see.
+/// The attention mask of a generation's positions.
 enum VisiblePositions<'a, B: Backend> {
-    /// The first ones each other.
+    /// The first positions see each other causally.
     First(&'a Mask<B::Tensor>),
-    /// A later one itself and those before it: `at`, on the host and as a tensor (1). `hidden` (b, 1, 1, l) is added to its
-    /// scores.
+    /// A later position, `at` (on the host and as a tensor (1)), sees itself and those before it. `hidden` (b, 1, 1, l) is
+    /// added to its scores.
     Before {
         at: usize,
         place: &'a B::Tensor,
@@ -293,7 +292,7 @@ impl<B: Backend> Stack<B> {
             .recip()
     }
 
-    /// All positions, x (b, l, C), of which the first of each row are padding.
+    /// All positions, x (b, l, C); the first ones of each row are padding.
     fn forward(&self, mut x: Variable<B>, padding: &[usize]) -> Result<Variable<B>> {
         let l = x.shape()[1];
         let mask = mask::<B>(x.value(), padding, l)?;
@@ -316,11 +315,11 @@ impl<B: Backend> Stack<B> {
             .linear(&self.output, None)
     }
 
-    /// The positions in front: (b, T, C).
-    fn front(&self, conditions: &Conditions<B>) -> Result<PrefixPositions<B>> {
+    /// The leading positions: (b, T, C).
+    fn front(&self, conditioning: &BatchConditioning<B>) -> Result<PrefixPositions<B>> {
         Ok(match &self.embedder {
             Embedder::Classes(table) => {
-                let ids = conditions.classes()?;
+                let ids = conditioning.classes()?;
                 let shape = [B::shape(ids)[0], 1, self.config.width];
                 PrefixPositions {
                     embeddings: table.rows(ids)?.reshape(&shape)?,
@@ -328,7 +327,7 @@ impl<B: Backend> Stack<B> {
                 }
             }
             Embedder::Captions { fc1, fc2 } => {
-                let captions = conditions.captions()?;
+                let captions = conditioning.captions()?;
                 let features = Variable::constant(captions.features.clone());
                 let inner = features.linear(fc1, None)?.unary(Unary::GeluTanh)?;
                 PrefixPositions {
@@ -344,10 +343,10 @@ impl<B: Backend> Embedder<B> {
     fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let (w, normal) = (config.width, Init::Normal(DEVIATION));
         Ok(match config.condition {
-            ConditionShape::Classes(classes) => {
+            ConditioningShape::Classes(classes) => {
                 Self::Classes(loader.get(CLASS_EMBEDDING, &[classes + 1, w], normal)?)
             }
-            ConditionShape::Captions(shape) => Self::Captions {
+            ConditioningShape::Captions(shape) => Self::Captions {
                 fc1: loader.factor(
                     "cls_embedding.cap_proj.fc1.weight",
                     &[w, shape.width],
@@ -360,7 +359,7 @@ impl<B: Backend> Embedder<B> {
 }
 
 impl<B: Backend> PrefixPositions<B> {
-    /// One embedding of the condition (b, 1, C): of a caption the mean over its tokens.
+    /// A single embedding of the condition (b, 1, C): for a caption the mean over its tokens.
     fn summary(&self) -> Result<Variable<B>> {
         if self.padding.is_empty() {
             return Ok(self.embeddings.clone());
@@ -374,7 +373,7 @@ impl<B: Backend> PrefixPositions<B> {
     }
 }
 
-/// The causal mask of l positions, in which nobody but itself sees a position of the padding.
+/// The causal mask of l positions, in which padding is visible only to itself.
 fn mask<B: Backend>(beside: &B::Tensor, padding: &[usize], l: usize) -> Result<Mask<B::Tensor>> {
     if padding.iter().all(|&p| p == 0) {
         return Ok(Mask::Causal);
@@ -413,7 +412,7 @@ fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tens
     Ok((backend.floats(&cos, &shape)?, backend.floats(&sin, &shape)?))
 }
 
-/// What stands for no condition.
+/// The unconditional input.
 enum Unconditional<B: Backend> {
     /// A row of the class embedding.
     Class(usize),
@@ -435,8 +434,8 @@ impl<B: Backend> Gpt<B> {
         let stack = Stack::load(loader, config)?;
         let shape = [config.vocabulary, config.width];
         let without = match config.condition {
-            ConditionShape::Classes(classes) => Unconditional::Class(classes),
-            ConditionShape::Captions(c) => {
+            ConditioningShape::Classes(classes) => Unconditional::Class(classes),
+            ConditioningShape::Captions(c) => {
                 let normal = Init::Normal((c.width as f32).sqrt().recip());
                 let shape = [c.positions, c.width];
                 Unconditional::Features(loader.get(UNCONDITIONAL, &shape, normal)?)
@@ -450,15 +449,15 @@ impl<B: Backend> Gpt<B> {
         })
     }
 
-    /// The positions in front: with guidance those of the conditions, then as many times those of no condition.
+    /// The leading positions: with guidance those of the conditioning, then the unconditional ones.
     fn front(
         &self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
     ) -> Result<PrefixPositions<B>> {
         match guidance {
-            Some(_) => self.stack.front(&self.doubled(conditions)?),
-            None => self.stack.front(conditions),
+            Some(_) => self.stack.front(&self.doubled(conditioning)?),
+            None => self.stack.front(conditioning),
         }
     }
 
@@ -470,10 +469,13 @@ impl<B: Backend> Gpt<B> {
         }
     }
 
-    /// The conditions with no caption's features in the place of those that are dropped, where any are.
-    fn without_dropped(&self, conditions: &Conditions<B>) -> Result<Option<Conditions<B>>> {
-        let (Conditions::Captions(captions), Unconditional::Features(none)) =
-            (conditions, &self.without)
+    /// The conditioning, with dropped captions replaced by the unconditional features.
+    fn without_dropped(
+        &self,
+        conditioning: &BatchConditioning<B>,
+    ) -> Result<Option<BatchConditioning<B>>> {
+        let (BatchConditioning::Captions(captions), Unconditional::Features(none)) =
+            (conditioning, &self.without)
         else {
             return Ok(None);
         };
@@ -494,25 +496,25 @@ impl<B: Backend> Gpt<B> {
         let none = B::reshape(none.value(), &[1, shape[1], shape[2]])?;
         let none = Variable::constant(B::expand(&none, &shape)?);
         let kept = Variable::constant(captions.features.clone()).mul(&share(1.0, 0.0)?)?;
-        Ok(Some(Conditions::Captions(CaptionFeatures {
+        Ok(Some(BatchConditioning::Captions(CaptionBatch {
             features: kept.add(&none.mul(&share(0.0, 1.0)?)?)?.value().clone(),
             padding: captions.padding.clone(),
             dropped: Vec::new(),
         })))
     }
 
-    /// The conditions, then as many times no condition.
-    fn doubled(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
+    /// The conditioning, then the same number of unconditional rows.
+    fn doubled(&self, conditioning: &BatchConditioning<B>) -> Result<BatchConditioning<B>> {
         Ok(match &self.without {
             Unconditional::Class(row) => {
-                Conditions::Classes(rows::<B>(conditions.classes()?, *row, true)?)
+                BatchConditioning::Classes(rows::<B>(conditioning.classes()?, *row, true)?)
             }
             Unconditional::Features(none) => {
-                let captions = conditions.captions()?;
+                let captions = conditioning.captions()?;
                 let shape = B::shape(&captions.features);
                 let none = B::reshape(none.value(), &[1, shape[1], shape[2]])?;
                 let none = B::expand(&none, &shape)?;
-                Conditions::Captions(CaptionFeatures {
+                BatchConditioning::Captions(CaptionBatch {
                     features: B::cat(&[&captions.features, &none], 0)?,
                     padding: captions.padding.repeat(2),
                     dropped: Vec::new(),
@@ -527,10 +529,14 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         &self.tokens
     }
 
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
+    fn forced(
+        &self,
+        conditioning: &BatchConditioning<B>,
+        tokens: &B::Tensor,
+    ) -> Result<Variable<B>> {
         let l = self.tokens.count();
-        let kept = self.without_dropped(conditions)?;
-        let front = self.stack.front(kept.as_ref().unwrap_or(conditions))?;
+        let kept = self.without_dropped(conditioning)?;
+        let front = self.stack.front(kept.as_ref().unwrap_or(conditioning))?;
         let embedded = self.embedding.rows(&B::narrow(tokens, 1, 0, l - 1)?)?; // (b, l-1, C)
         let x = Variable::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
         let x = self.stack.forward(x, &front.padding)?;
@@ -544,12 +550,12 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
 
     fn generate<'a>(
         &'a self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let c = &self.stack.config;
         let guidance = guiding(guidance);
-        let front = self.front(conditions, guidance)?;
+        let front = self.front(conditioning, guidance)?;
         let all = c.condition.positions() + self.tokens.count();
         let batch = front.embeddings.shape()[0];
         let shape = [batch, all, c.heads, c.width / c.heads];
@@ -565,15 +571,15 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         }))
     }
 
-    /// No input stands for a token that is not known: here it is the mean of all tokens' embeddings.
+    /// There is no input for an unknown token: use the mean of all tokens' embeddings.
     fn at_once(
         &self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
         known: Option<&B::Tensor>,
     ) -> Result<B::Tensor> {
         let (l, guidance) = (self.tokens.count(), guiding(guidance));
-        let front = self.front(conditions, guidance)?;
+        let front = self.front(conditioning, guidance)?;
         let given = known.map_or(0, |tokens| B::shape(tokens)[1]);
         let batch = front.embeddings.shape()[0];
         let mut parts = vec![front.embeddings.clone()];
@@ -594,7 +600,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         if guidance.is_none() {
             return Ok(logits.value().clone());
         }
-        // Token k comes k steps after the first that was chosen.
+        // Token k is k steps after the first chosen one.
         let mut runs: Vec<(Option<f64>, usize)> = Vec::new();
         for own in (given..l).map(|k| guided(guidance, k)) {
             match runs.last_mut() {
@@ -616,12 +622,12 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
     }
 }
 
-/// The published sampler guides above 1 only.
+/// The published sampler applies guidance only above 1.
 fn guiding(guidance: Option<Guidance>) -> Option<Guidance> {
     guidance.filter(|guidance| guidance.scale > 1.0)
 }
 
-/// What a position after the condition adds to its scores: (b, 1, 1, l), -inf at the padding; nothing, without padding.
+/// The bias of the scores of positions after the condition: (b, 1, 1, l), -inf at the padding; None without padding.
 fn hidden<B: Backend>(
     beside: &B::Tensor,
     padding: &[usize],
@@ -650,7 +656,7 @@ struct Decoding<'a, B: Backend> {
     recording: Recording,
     /// Positions so far.
     at: usize,
-    /// Steps after the first that was chosen.
+    /// Steps since the first chosen one.
     after: usize,
 }
 
@@ -670,7 +676,7 @@ impl<B: Backend> Decoding<'_, B> {
         }
     }
 
-    /// The same from the positions in front and, after them, those of given tokens.
+    /// The same from the leading positions and those of given tokens.
     fn first(&mut self, x: Variable<B>) -> Result<B::Tensor> {
         self.at = x.shape()[1];
         let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
@@ -694,11 +700,11 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
         let before = guided(self.guidance, self.after);
         self.after += 1;
         if guided(self.guidance, self.after) != before {
-            // From here on the steps are others than those recorded.
+            // From here on the steps differ from the recorded ones.
             self.recording = Recording::default();
         }
         let place = B::of(ids).indices(&[at as u32], &[1])?;
-        // Hundreds of steps that differ in these two alone.
+        // Hundreds of steps that differ only in these two.
         let mut kept = std::mem::take(&mut self.recording);
         let logits = B::repeat(&mut kept, &[ids, &place], &mut |inputs| {
             self.after(inputs[0], at, inputs[1])
@@ -749,11 +755,11 @@ impl<B: Backend> Student<B> for GptStudent<B> {
     fn predict(
         &self,
         x: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
         let (b, l) = (B::shape(x)[0], self.tokens.count());
-        let front = self.stack.front(conditions)?;
+        let front = self.stack.front(conditioning)?;
         let t = self.tokens.condition.positions();
         let x =
             Variable::constant(x.clone()).linear(&self.embedding, Some(&self.embedding_bias))?; // (b, l, C)

@@ -14,8 +14,8 @@ use crate::error::Result;
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
-/// The convolutions of VGG-16 by stage: index in torchvision's `features`, and channels. A stage ends with the map that
-/// is compared; the next one begins with a pooling.
+/// The convolutions of VGG-16 by stage: index in torchvision's `features`, and channels. Each stage ends with a compared map;
+/// the next begins with a pooling.
 const STAGES: [(&[usize], usize); 5] = [
     (&[0, 2], 64),
     (&[5, 7], 128),
@@ -24,7 +24,7 @@ const STAGES: [(&[usize], usize); 5] = [
     (&[24, 26, 28], 512),
 ];
 
-/// Least side of an image: the fourth pooling must leave a pixel.
+/// Minimum side of an image: the fourth pooling must leave a pixel.
 pub const LEAST_SIDE: usize = 16;
 
 /// Mean and deviation of the colours the networks were trained on, for pixels in [-1, 1].
@@ -130,8 +130,8 @@ impl<B: Backend> Lpips<B> {
     }
 }
 
-/// x / (|x| + 1e-10) over the channels. Under the root stands 1e-20 more, which changes no value and leaves the
-/// gradient of a pixel without any activation finite: 0.
+/// x / (|x| + 1e-10) over the channels. The added 1e-20 under the root changes no value, and keeps the gradient of a pixel
+/// without any activation finite: 0.
 pub fn unit<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let norm = x
         .unary(Unary::Square)?

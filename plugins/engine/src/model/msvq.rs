@@ -1,6 +1,6 @@
-//! VAR's multi-scale VQ tokenizer (Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2): tokens of one codebook
-//! describe a feature map scale by scale, each scale what the coarser ones left over. Parameter names are those of the
-//! published checkpoint.
+//! VAR's multi-scale VQ tokenizer (Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2): tokens of one codebook describe a
+//! feature map scale by scale, each scale the residual of the coarser ones. Parameter names are those of the published
+//! checkpoint.
 //!
 //! ```text
 //! encode  z = quant_conv(encoder(image));  for each scale k: q_k = nearest codes of area(z, n_k);  z -= h_k
@@ -8,8 +8,8 @@
 //!         h_k = phi_k(bicubic(codes of q_k, n_S)),  phi(h) = h/2 + conv(h)/2
 //! ```
 //!
-//! Scale k has n_k x n_k tokens, n_S = side of z; `area` and `bicubic` resize a map. Tokens of all scales stand one
-//! behind the other, coarse to fine: L = sum of n_k^2. b batch, D codebook dimension, K codes.
+//! Scale k has n_k x n_k tokens, n_S = side of z; `area` and `bicubic` resize a map. Tokens of all scales are concatenated,
+//! coarse to fine: L = sum of n_k^2. b batch, D codebook dimension, K codes.
 
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +83,7 @@ pub fn check_scales(scales: &[usize], pointer: &str) -> Result<()> {
     Err(Error::option(pointer, message))
 }
 
-/// Refuses a number of shared convolutions of which the scales would leave one unused.
+/// Refuses more shared convolutions than the scales would use.
 pub fn check_sharing(scales: usize, convs: usize, pointer: &str) -> Result<()> {
     let used = ticks(scales, convs);
     if (0..convs).all(|conv| used.contains(&conv)) {
@@ -95,14 +95,14 @@ pub fn check_sharing(scales: usize, convs: usize, pointer: &str) -> Result<()> {
     Err(Error::option(pointer, message))
 }
 
-/// What turns tokens into feature maps: the codebook, the resizes and phi. VAR's transformer feeds on these maps.
+/// Turns tokens into feature maps: the codebook, the resizes and phi. These maps are the input of VAR's transformer.
 pub struct Quantiser<B: Backend> {
     scales: Vec<usize>,
     codebook: Variable<B>,
     phi: Vec<Conv<B>>,
     /// The convolution of `phi` at each scale.
     ticks: Vec<usize>,
-    /// Matrices of the resize from each scale to the side of the map, and back; none where the sizes are equal.
+    /// Matrices of the resize from each scale to the side of the map, and back; None if the sizes are equal.
     up: Vec<Option<Variable<B>>>,
     down: Vec<Option<Variable<B>>>,
 }
@@ -113,7 +113,7 @@ struct Scales<B: Backend> {
     sums: Vec<Variable<B>>,
     /// Tokens (b, L).
     tokens: B::Tensor,
-    /// What was looked up (b L, D).
+    /// The vectors looked up (b L, D).
     looked_up: B::Tensor,
 }
 
@@ -171,7 +171,7 @@ impl<B: Backend> Quantiser<B> {
         h.add(&conv)?.affine(0.5, 0.0)
     }
 
-    /// A map (b, D, n, n) as scale k sees it: (b, n_k^2, D).
+    /// A map (b, D, n, n) resized for scale k: (b, n_k^2, D).
     pub fn view(&self, k: usize, map: &Variable<B>) -> Result<Variable<B>> {
         let s = map.shape();
         let mut x = map.reshape(&[s[0], s[1], s[2] * s[3]])?;
@@ -205,12 +205,12 @@ impl<B: Backend> Quantiser<B> {
         Ok(map)
     }
 
-    /// What each token position after the first scale sees of the coarser scales, given tokens (b, L): (b, L - 1, D).
+    /// The input of each token position after the first scale, from the coarser scales, given tokens (b, L): (b, L - 1, D).
     pub fn coarser(&self, tokens: &B::Tensor) -> Result<Variable<B>> {
         self.coarser_of(B::shape(tokens)[0], Some(tokens))
     }
 
-    /// The same of a batch of b, given the tokens (b, l') of the first scales alone: others add nothing.
+    /// The same for a batch of b, given only the tokens (b, l') of the first scales.
     pub fn coarser_of(&self, b: usize, tokens: Option<&B::Tensor>) -> Result<Variable<B>> {
         let starts = self.starts();
         let known = tokens.map_or(0, |tokens| B::shape(tokens)[1]);
@@ -267,10 +267,10 @@ impl<B: Backend> Quantiser<B> {
     }
 }
 
-/// Which of `convs` convolutions each of `scales` scales uses: the one whose tick is nearest to k/(scales - 1).
+/// Which of `convs` convolutions each of the `scales` scales uses: the one whose tick is nearest to k/(scales - 1).
 ///
-/// Ties occur (k = 2 and 7 of 10 scales lie half-way between ticks) and rounding decides them, so the ticks are computed
-/// in float64 by the steps of the published code (NumPy's `linspace`; the first of equals wins).
+/// Ties occur (k = 2 and 7 of 10 scales lie half-way between ticks) and rounding decides them, so the ticks are computed in
+/// float64 exactly as in the published code (NumPy's `linspace`; the first of equals wins).
 fn ticks(scales: usize, convs: usize) -> Vec<usize> {
     let share = if convs == 4 { 3.0 } else { 2.0 };
     let edge = 1.0 / share / convs as f64;

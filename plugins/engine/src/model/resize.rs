@@ -1,4 +1,4 @@
-//! Changes of a square map's size as matrices: torch's `interpolate` in the modes `area` and `bicubic` (a = -0.75,
+//! Resizing square maps by matrices: torch's `interpolate` in the modes `area` and `bicubic` (a = -0.75,
 //! `align_corners=False`, no antialiasing).
 //!
 //! Both are linear and the same for every map, so one matrix (to^2, from^2) over flattened maps expresses them on any
@@ -14,8 +14,7 @@ pub fn bicubic(from: usize, to: usize) -> Vec<f32> {
     square(&bicubic_axis(from, to), from, to)
 }
 
-/// Planes of pixels, one after the other, brought from a height and width to others on the host: as [`bicubic`], an axis at
-/// a time.
+/// Resizes planes of pixels on the host, like [`bicubic`] but one axis at a time.
 pub fn bicubic_planes(planes: &[f32], from: [usize; 2], to: [usize; 2]) -> Vec<f32> {
     let [rows_of, columns_of] = [0, 1].map(|axis| taps(from[axis], to[axis]));
     let (plane, width) = (from[0] * from[1], to[1]);
@@ -101,7 +100,7 @@ mod tests {
     #[test]
     fn area_means_what_a_cell_touches() {
         assert_eq!(area_axis(4, 2), [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]);
-        // Cells that do not divide overlap.
+        // Cells overlap if the sizes do not divide.
         assert_eq!(area_axis(3, 2), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]);
         assert_eq!(area(2, 1), [0.25; 4]);
     }
@@ -124,7 +123,7 @@ mod tests {
 
     #[test]
     fn height_and_width_change_apart() {
-        // Rows that are all alike stay so, whatever the height becomes, and are those of a square.
+        // Equal rows stay equal at any height, and equal those of a square.
         let row: Vec<f32> = (0..6).map(|i| (i * 7 % 11) as f32).collect();
         let wide = bicubic_planes(&row.repeat(4), [4, 6], [3, 9]);
         let square = bicubic_planes(&row.repeat(6), [6, 6], [9, 9]);
@@ -142,7 +141,7 @@ mod tests {
 
     #[test]
     fn bicubic_keeps_what_it_must() {
-        // The same size is the identity; rows sum to 1 at any size, so that a constant stays.
+        // The same size is the identity; rows sum to 1 at any size, so constants are preserved.
         assert_eq!(
             bicubic_axis(3, 3),
             [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]

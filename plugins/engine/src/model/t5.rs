@@ -1,4 +1,4 @@
-//! The encoder of T5 (Raffel et al. 2020, arXiv 1910.10683), version 1.1, as flan-t5 has it: tokens of a text to features.
+//! The encoder of T5 (Raffel et al. 2020, arXiv 1910.10683), version 1.1, as in flan-t5: tokens of a text to features.
 //! Parameter names are those of the checkpoints on Hugging Face.
 //!
 //! ```text
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
-/// `config.json`, as far as it says something of the encoder.
+/// The encoder's part of `config.json`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Config {
     /// Width C.
@@ -40,7 +40,7 @@ pub struct Config {
     /// Added to the mean square in norms.
     #[serde(default = "epsilon")]
     pub layer_norm_epsilon: f64,
-    /// The feed-forward part; `gated-gelu` is what there is.
+    /// The feed-forward part; only `gated-gelu` is supported.
     #[serde(default = "feed_forward_proj")]
     pub feed_forward_proj: String,
 }
@@ -59,7 +59,7 @@ fn feed_forward_proj() -> String {
 }
 
 impl Config {
-    /// Refuses what is no encoder of this kind.
+    /// Refuses other kinds of encoder.
     pub fn check(&self) -> Result<(), String> {
         if self.feed_forward_proj != "gated-gelu" {
             return Err(format!(
@@ -90,8 +90,8 @@ impl Config {
         }
     }
 
-    /// The bucket of keys so many positions after the query (Raffel et al., section 2.1): half of them for each
-    /// direction, of which half are exact and the others grow by powers up to the greatest distance.
+    /// The bucket of a key this many positions after the query (Raffel et al., section 2.1). Half of the buckets are for each
+    /// direction; half of those are exact, and the others grow exponentially up to the greatest distance.
     fn bucket(&self, offset: isize) -> usize {
         let half = self.relative_attention_num_buckets / 2;
         let (exact, distance) = (half / 2, offset.unsigned_abs());
@@ -106,7 +106,7 @@ impl Config {
     }
 }
 
-/// Where the embeddings of tokens are, in the order in which they are looked for.
+/// Names of the token embeddings, in order of preference.
 pub const EMBEDDINGS: [&str; 2] = ["shared.weight", "encoder.embed_tokens.weight"];
 
 struct Block<B: Backend> {
@@ -210,7 +210,7 @@ impl<B: Backend> Encoder<B> {
             .clone())
     }
 
-    /// What relative positions add to the scores: (1, h, l, l).
+    /// The bias of relative positions: (1, h, l, l).
     fn bias(&self, backend: &B, l: usize) -> Result<B::Tensor> {
         let buckets: Vec<u32> = (0..l * l)
             .map(|at| self.config.bucket((at % l) as isize - (at / l) as isize) as u32)

@@ -23,21 +23,21 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, Mask, Precision, Unary};
 use crate::error::{Error, Result};
 use crate::model::msvq;
-use crate::model::{ConditionShape, TokenShape};
+use crate::model::{ConditioningShape, TokenShape};
 use crate::tape::Variable;
-use crate::weights::{Init, Loader, Start, numbered};
+use crate::weights::{Init, InitialValue, Loader, numbered};
 
 pub use student::TransformerStudent;
 pub use teacher::Transformer;
 
-/// Prefixes of the parameters from which a student's logits alone come.
+/// Prefixes of the parameters that affect only a student's logits.
 pub const LOGITS: [&str; 2] = ["head_nm.", "head."];
 
 const NORM_EPS: f64 = 1e-6;
 /// Queries are at most this much longer than unit vectors.
 const LONGEST_QUERY: f64 = 100.0;
-/// Freshly drawn modulation, in parts of what other matrices are drawn with: gammas, by which blocks begin as almost the
-/// identity, and scales and shifts.
+/// Standard deviations of freshly drawn modulation, relative to those of other matrices: of gammas, so that blocks start
+/// close to the identity, and of scales and shifts.
 const FIRST_GAMMA: f32 = 1e-5;
 const FIRST_MODULATION: f32 = 0.5;
 
@@ -113,32 +113,32 @@ impl Config {
             steps: self.scales.iter().map(|n| n * n).collect(),
             vocabulary: self.vocabulary,
             dim: self.codebook_dim,
-            condition: ConditionShape::Classes(self.classes),
+            condition: ConditioningShape::Classes(self.classes),
         }
     }
 
-    /// From what a parameter starts in a student with at least as many blocks as this teacher.
+    /// The initial value of a parameter in a student with at least as many blocks as this teacher.
     ///
-    /// The student has the class as a scale of its own in front, which takes the level and position of the teacher's
-    /// first token. Blocks beyond the teacher's are modulated like its last one and add nothing at first.
-    pub fn start(&self, name: &str) -> Start {
+    /// The student has the class as a separate first scale, which takes the level and position of the teacher's first token.
+    /// Blocks beyond the teacher's are modulated like its last one and start as the identity.
+    pub fn start(&self, name: &str) -> InitialValue {
         match name {
-            "pos_1LC" => return Start::Longer(1),
-            "lvl_embed.weight" => return Start::Longer(0),
+            "pos_1LC" => return InitialValue::Longer(1),
+            "lvl_embed.weight" => return InitialValue::Longer(0),
             _ => {}
         }
         let Some((block, part)) = numbered(name, "blocks.") else {
-            return Start::Weight(name.to_owned());
+            return InitialValue::Weight(name.to_owned());
         };
         match part {
-            _ if block < self.depth => Start::Weight(name.to_owned()),
+            _ if block < self.depth => InitialValue::Weight(name.to_owned()),
             "attn.proj.weight" | "attn.proj.bias" | "ffn.fc2.weight" | "ffn.fc2.bias" => {
-                Start::Zeros
+                InitialValue::Zeros
             }
             _ if part.starts_with("ada_") => {
-                Start::Weight(format!("blocks.{}.{part}", self.depth - 1))
+                InitialValue::Weight(format!("blocks.{}.{part}", self.depth - 1))
             }
-            _ => Start::Drawn,
+            _ => InitialValue::Drawn,
         }
     }
 
@@ -147,7 +147,7 @@ impl Config {
         (3.0 * self.width as f32).sqrt().recip()
     }
 
-    /// That of a matrix that writes into the residual stream.
+    /// The standard deviation of a matrix that writes into the residual stream.
     fn residual_deviation(&self) -> f32 {
         self.deviation() / (2.0 * self.depth as f32).sqrt()
     }
@@ -181,17 +181,17 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// What the class says to every part of the network.
+/// The class conditioning of all parts of the network.
 struct Condition<B: Backend> {
     /// Class embedding (b, C).
     embedding: Variable<B>,
     /// SiLU of it (b, C).
     silu: Variable<B>,
-    /// The blocks' shared modulation (b, 6 C), where they share it.
+    /// The blocks' shared modulation (b, 6 C), if they share it.
     shared: Option<Variable<B>>,
 }
 
-/// How a block's modulation follows from the class.
+/// A block's map from the class to its modulation.
 enum AdaLn<B: Backend> {
     Own(Linear<B>),
     /// Offset (6 C) to the shared one.
@@ -260,7 +260,7 @@ struct Block<B: Backend> {
     fc2: Linear<B>,
 }
 
-/// Mixes positions: q, k, v (b, l, h, d) and the softmax scale -> (b, l, h, d).
+/// The attention: q, k, v (b, l, h, d) and the softmax scale -> (b, l, h, d).
 type Attend<'a, B> =
     dyn Fn(&Variable<B>, &Variable<B>, &Variable<B>, f64) -> Result<Variable<B>> + 'a;
 
@@ -296,7 +296,7 @@ impl<B: Backend> Block<B> {
         })
     }
 
-    /// x (b, l, C) -> (b, l, C); `kinds` (b, l, C) is what a student adds between attention and feed-forward.
+    /// x (b, l, C) -> (b, l, C); `kinds` (b, l, C) is added between attention and feed-forward in a student.
     fn forward(
         &self,
         x: &Variable<B>,
@@ -320,7 +320,7 @@ impl<B: Backend> Block<B> {
     fn attention(&self, x: &Variable<B>, attend: &Attend<'_, B>) -> Result<Variable<B>> {
         let s = x.shape();
         let (w, h) = (s[2], self.heads);
-        // Three products instead of one: cutting the weights moves less than cutting the activations.
+        // Three products instead of one: slicing the weights copies less than slicing the activations.
         let project = |i: usize, bias: Option<&Variable<B>>| {
             x.linear(&self.qkv.narrow(0, i * w, w)?, bias)?
                 .reshape(&[s[0], s[1], h, w / h])
@@ -413,12 +413,12 @@ impl<B: Backend> Stack<B> {
         })
     }
 
-    /// The first position (b, 1, C), without its place.
+    /// The first position (b, 1, C), without its position embedding.
     fn first(&self, condition: &Condition<B>) -> Result<Variable<B>> {
         part(&condition.embedding, 0, condition.embedding.shape()[1])?.add(&self.start)
     }
 
-    /// What every position adds for its place and scale: (1, l, C).
+    /// The embeddings of every position's place and scale: (1, l, C).
     fn places(&self) -> Result<Variable<B>> {
         self.positions.add(&self.levels.rows(&self.level_of)?)
     }
@@ -485,14 +485,14 @@ mod tests {
             depth: 2,
             ..Config::published("d16").expect("a size")
         };
-        let check = |name: &str, expected: Start| assert_eq!(config.start(name), expected);
-        let weight = |name: &str| Start::Weight(name.to_owned());
-        check("pos_1LC", Start::Longer(1));
-        check("lvl_embed.weight", Start::Longer(0));
+        let check = |name: &str, expected: InitialValue| assert_eq!(config.start(name), expected);
+        let weight = |name: &str| InitialValue::Weight(name.to_owned());
+        check("pos_1LC", InitialValue::Longer(1));
+        check("lvl_embed.weight", InitialValue::Longer(0));
         check("word_embed.weight", weight("word_embed.weight"));
         check("blocks.1.ffn.fc2.weight", weight("blocks.1.ffn.fc2.weight"));
-        check("blocks.2.ffn.fc2.weight", Start::Zeros);
+        check("blocks.2.ffn.fc2.weight", InitialValue::Zeros);
         check("blocks.2.ada_gss", weight("blocks.1.ada_gss"));
-        check("blocks.2.attn.mat_qkv.weight", Start::Drawn);
+        check("blocks.2.attn.mat_qkv.weight", InitialValue::Drawn);
     }
 }

@@ -74,7 +74,7 @@ impl<B: Backend> VqModel<B> {
         }
     }
 
-    /// Encoder outputs (b L, D), normalised where codes are.
+    /// Encoder outputs (b L, D), normalised if codes are.
     fn project(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let z = self.quant_conv.forward(&self.encoder.forward(images)?)?; // (b, D, h, w)
         let s = z.shape();

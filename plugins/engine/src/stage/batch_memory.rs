@@ -1,7 +1,7 @@
-//! The minimum memory of a batch's sample, from the shapes of networks: checked before a batch is begun, because a failed
-//! allocation ends the process, or the stage after hours ([`crate::memory`]).
+//! The minimum memory per sample of a batch, from the shapes of networks. It is checked before a batch starts, because a
+//! failed allocation ends the process, perhaps after hours ([`crate::memory`]).
 //!
-//! Lower bounds: what surely exists at one time. What passes may still not fit.
+//! These are lower bounds: the tensors that certainly exist at the same time. A batch that passes may still not fit.
 
 use crate::backend::Backend;
 use crate::bundle::{NetworkConfig, TokenizerConfig};
@@ -21,7 +21,7 @@ pub fn generating(
         true => 2,
         false => 1,
     };
-    // They are kept as products read them: in two bytes where these are rounded.
+    // They are stored as operands of products: in two bytes if these are rounded.
     let floats = match dtype {
         "f32" => 2,
         _ => 1,
@@ -35,20 +35,20 @@ fn student(network: &NetworkConfig) -> Option<u64> {
     memory::floats(&[shape.count(), shape.vocabulary])
 }
 
-/// Decoding: the larger of what goes into and comes out of a convolution at the image's full size, and the attention between
-/// the coarsest feature maps.
+/// Decoding: the larger of a convolution's input and output at the image's full size, and the attention of the coarsest
+/// feature maps.
 fn decoding(tokenizer: &TokenizerConfig) -> Option<u64> {
     let [_, height, width] = tokenizer.image();
     let convolution = memory::floats(&[2, tokenizer.finest_channels(), height, width])?;
     Some(convolution.max(attention(tokenizer.positions())?))
 }
 
-/// The attention of a tokenizer between its coarsest feature maps: scores of all pairs of positions, and their softmax.
+/// A tokenizer's attention in its coarsest feature maps: scores of all pairs of positions, and their softmax.
 pub fn attention(positions: usize) -> Option<u64> {
     memory::floats(&[2, positions, positions])
 }
 
-/// A sample: the larger of drawing and decoding it. A student draws it, or a teacher by a distribution, or both do.
+/// A sample: the larger of drawing and decoding it. It is drawn by a student, by a teacher with a distribution, or by both.
 pub fn sampling(
     by_student: bool,
     distribution: Option<&Distribution>,
@@ -68,8 +68,8 @@ pub fn sampling(
     Some(drawing.max(decoding))
 }
 
-/// A sample of a step that trains a network of tokens: its logits and their gradient, if the loss reaches them, and in each
-/// block the input of its products, or of the block alone where the rest is computed again.
+/// A sample in a training step of a network of tokens: its logits and their gradient, if the loss reaches them, and for each
+/// block the inputs of its products, or only the block's input if the rest is recomputed.
 pub fn training(network: &NetworkConfig, logits: bool, recompute: bool) -> Option<u64> {
     let (depth, width) = network.size();
     let shape = network.token_shape();
@@ -82,7 +82,7 @@ pub fn training(network: &NetworkConfig, logits: bool, recompute: bool) -> Optio
     blocks.checked_add(logits)
 }
 
-/// Refuses a batch that does not fit into the memory that it is computed in: the device's, or the host's.
+/// Refuses a batch that does not fit into the memory of its device, or of the host.
 ///
 /// # Errors
 /// At the option `pointer`.
@@ -99,12 +99,12 @@ pub fn check<B: Backend>(
 mod tests {
     use super::*;
     use crate::bundle::Family;
-    use crate::published::{Hints, published};
+    use crate::published::{ShapeHints, published};
     use crate::size::Sides;
 
     #[test]
     fn the_attention_of_a_decoder_counts() {
-        let size = |size: &str| Hints {
+        let size = |size: &str| ShapeHints {
             size: Some(size.into()),
             ..Default::default()
         };

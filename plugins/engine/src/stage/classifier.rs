@@ -1,7 +1,7 @@
 //! `classifier`: trains a small convolutional classifier. Its features evaluate samples (`evaluate`) and can be a
 //! perceptual loss (`distill`, `tokenizer`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Host, LogLevel, StageResult};
@@ -10,11 +10,11 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::Backend;
-use crate::collective::Single;
+use crate::collective::SingleRank;
 use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::files::write_json;
+use crate::files::{machine, make_once, remove, write_json};
 use crate::memory;
 use crate::model::classifier::{Config, MODEL, Net};
 use crate::stage::Stage;
@@ -48,7 +48,7 @@ fn held_out() -> f64 {
 fn features() -> usize {
     64
 }
-/// How a classifier is trained unless a recipe says otherwise.
+/// Default training of a classifier.
 pub(crate) fn training() -> TrainOptions {
     TrainOptions {
         steps: 600,
@@ -88,7 +88,7 @@ pub fn train<B: Backend>(
         backend,
         work_dir,
         name: "classifier",
-        ranks: &Single,
+        ranks: &SingleRank,
         options,
         params: &params,
         ema: None,
@@ -134,6 +134,52 @@ pub fn train<B: Backend>(
     Ok((config, weights, accuracy))
 }
 
+/// Features of the classifier that is trained for figures if none is given.
+pub const FEATURES_FOR_FIGURES: usize = 64;
+
+/// Trains a classifier for figures.
+pub fn train_for_figures<B: Backend>(
+    context: &Context<'_, B>,
+    work_dir: Option<&Path>,
+    images: &Arc<Images>,
+) -> Result<(Config, Weights, f64)> {
+    let with = (context.host, context.backend, context.job.seed);
+    let shape = (0.1, FEATURES_FOR_FIGURES);
+    train(with, work_dir, images, shape, &training())
+}
+
+/// The folder of that classifier, shared by a stage's parts: the first of them on this machine trains it. The worker of the
+/// whole uses it if it exists.
+pub fn trained_for_parts<B: Backend>(
+    context: &Context<'_, B>,
+    images: &Arc<Images>,
+) -> Result<Option<PathBuf>> {
+    let Some(work) = &context.job.work_dir else {
+        return Ok(None);
+    };
+    let folder = work.join("classifier");
+    if context.job.part.is_some() && !folder.exists() {
+        let lock = context.lock("classifier")?;
+        if !folder.exists() {
+            // Its checkpoints, separate for each machine.
+            let own = work.join(format!("classifier.{}", machine()));
+            std::fs::create_dir_all(&own).map_err(Error::io(&own))?;
+            let (config, weights, _) = train_for_figures(context, Some(&own), images)?;
+            make_once(&folder, &lock, |partial| {
+                std::fs::create_dir(partial).map_err(Error::io(partial))?;
+                write(partial, &config, &weights)
+            })?;
+            remove(&own)?;
+        }
+    }
+    Ok(folder.exists().then_some(folder))
+}
+
+fn write(dir: &Path, config: &Config, weights: &Weights) -> Result<()> {
+    write_json(&dir.join("config.json"), config)?;
+    weights::write(&dir.join(MODEL), weights)
+}
+
 /// The stage.
 pub struct Classifier;
 
@@ -167,8 +213,7 @@ impl<B: Backend> Stage<B> for Classifier {
         )?;
         let summary = json!({ "held_out_accuracy": accuracy });
         context.finish("classifier", ArtifactMeta::default(), summary, |dir| {
-            write_json(&dir.join("config.json"), &config)?;
-            weights::write(&dir.join(MODEL), &weights)
+            write(dir, &config, &weights)
         })
     }
 }

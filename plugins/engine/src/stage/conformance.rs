@@ -1,8 +1,8 @@
 //! `conformance`: does this backend compute correctly on this device and in this dtype?
 //!
-//! Out: `cases.json`, every comparison of [`crate::conformance`] (or of [`crate::conformance::golden`]), and a table of
-//! those that failed or came closest to it. The stage succeeds even if checks fail: they are its result. Its
-//! summary counts cases and failures, and names the first of these.
+//! Out: `cases.json`, every comparison of [`crate::conformance`] (or of [`crate::conformance::golden`]), and a table of those
+//! that failed or came closest to failing. The stage succeeds even if checks fail: they are its result. Its summary counts
+//! cases and failures, and names the first of these.
 
 use std::path::Path;
 
@@ -69,7 +69,7 @@ impl<B: Backend> Stage<B> for Conformance {
         let device = &context.job.device;
         let text = format!("{failed} of {count} comparisons failed on {device} in {name}");
         context.host.log(level, &text);
-        // The worst first, by how much of their tolerance they use.
+        // The worst first, by the used share of their tolerance.
         cases.sort_by(|a, b| share(b).total_cmp(&share(a)));
         let mut table = Table::new(text, &["operation", "error", "allowed"]);
         for case in cases.iter().take(SHOWN.max(failed)) {
@@ -94,7 +94,7 @@ impl<B: Backend> Stage<B> for Conformance {
     }
 }
 
-/// Every operation and gradient; where products round, also those of the backend that does not.
+/// Every operation and gradient; if products round, also with the backend that does not round.
 fn operations<B: Backend>(backend: &B, rounding: f64) -> Vec<Case> {
     let mut cases = conformance::check_rounded(backend, rounding);
     if rounding > 0.0 {
@@ -108,7 +108,7 @@ fn operations<B: Backend>(backend: &B, rounding: f64) -> Vec<Case> {
     cases
 }
 
-/// How far products round their operands in a dtype, relative to their size.
+/// The relative rounding error of products' operands in a dtype.
 fn rounding(dtype: &str) -> f64 {
     match dtype {
         "bf16" => 2f64.powi(-8),
@@ -117,7 +117,7 @@ fn rounding(dtype: &str) -> f64 {
     }
 }
 
-/// How much of its tolerance a case uses.
+/// The share of its tolerance that a case uses.
 fn share(case: &Case) -> f64 {
     match case.passed {
         // A zero tolerance allows no error at all.

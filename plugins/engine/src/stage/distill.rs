@@ -1,7 +1,7 @@
 //! `distill`: trains a few-step student on a teacher's trajectories (arXiv 2412.17153, section 3.3).
 //!
-//! For a sample's noise eps and tokens q, and a timestep t drawn from a small set, the student sees
-//! X_t = (q_1 .. q_t, eps_{t+1} .. eps_n) and predicts the final sequence. Loss, weights by option:
+//! For a sample's noise eps and tokens q, and a timestep t drawn from a small set, the student sees X_t = (q_1 .. q_t,
+//! eps_{t+1} .. eps_n) and predicts the final sequence. The loss, whose weights are options:
 //!
 //! ```text
 //! cross-entropy of the logits against q
@@ -9,7 +9,7 @@
 //! + squared distance of the continuous head to the codebook vectors   (no gradient), the continuous head after it
 //! ```
 //!
-//! The sequence is made by the function that samples with the student ([`crate::splice`]).
+//! The sequence is assembled by the same function as in sampling ([`crate::splice`]).
 
 mod objective;
 mod training_memory;
@@ -35,7 +35,7 @@ use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::stage::{Stage, batch_memory};
 use crate::train::{HeldOut, TrainOptions, TrainingLoop, average, check_parts, one_part, shared};
-use crate::weights::{self, Loader, Params, Source, Stored, Weights, write_each};
+use crate::weights::{self, CheckpointWeights, Loader, Params, Source, Weights, write_each};
 
 use objective::Objective;
 
@@ -62,7 +62,7 @@ pub struct Options {
     /// AR steps whose tokens come from logits; later ones use the continuous head. All, if left out.
     #[serde(default)]
     pub split: Option<usize>,
-    /// Use only the first so many pairs of the trajectories; all, if left out.
+    /// Use only this many pairs of the trajectories, from the first; all, if left out.
     #[serde(default, rename = "use")]
     #[schemars(range(min = 1))]
     pub used: Option<usize>,
@@ -207,11 +207,11 @@ impl<B: Backend> Stage<B> for Distill {
 /// What a student is made from.
 struct Inputs<'a, B: Backend> {
     teacher: Bundle<'a>,
-    /// The student to go on from, and the stage that made it.
+    /// The student to start from, and its stage.
     from: Option<(String, Bundle<'a>)>,
     shape: TokenShape,
     dataset: Dataset,
-    /// Pairs that are trained on, the first ones of the dataset, and the others that are used, which are held out.
+    /// The training pairs, at the beginning of the dataset, and the held-out pairs after them.
     trained: usize,
     held: Vec<usize>,
     tokenizer: Box<dyn Tokenizer<B>>,
@@ -287,8 +287,8 @@ impl<'a, B: Backend> Inputs<'a, B> {
         })
     }
 
-    /// The student's network, and the file of the weights that it starts from.
-    fn start(&self, o: &Options) -> Result<(NetworkConfig, Stored)> {
+    /// The student's network, and the file of its initial weights.
+    fn start(&self, o: &Options) -> Result<(NetworkConfig, CheckpointWeights)> {
         match &self.from {
             Some((_, student)) => Ok((student.network()?.clone(), student.network_file()?)),
             None => Ok((
@@ -305,17 +305,17 @@ struct Networks<B: Backend> {
     student: Box<dyn Student<B>>,
     /// What it learns.
     params: Params<B>,
-    /// Weights that no term of the loss reaches.
+    /// Weights without a gradient from any term of the loss.
     idle: Params<B>,
     average: Option<BTreeMap<String, B::Tensor>>,
-    /// The weights that are kept in the end: the average, where there is one.
+    /// The final weights: the average, if there is one.
     kept: BTreeMap<String, B::Tensor>,
     /// The student with these.
     measured: Box<dyn Student<B>>,
 }
 
 impl<B: Backend> Networks<B> {
-    /// Loads them, where memory is enough for the training.
+    /// Loads them, if there is enough memory for the training.
     fn load(context: &Context<'_, B>, o: &Options, inputs: &Inputs<'_, B>) -> Result<Self> {
         let (host, backend) = (context.host, context.backend);
         let (config, file) = inputs.start(o)?;
@@ -348,12 +348,13 @@ impl<B: Backend> Networks<B> {
             &config,
             &inputs.teacher.config.tokenizer,
             parameters,
+            context.ranks.size(),
         );
         host.log(
             LogLevel::Info,
             &format!("training needs {}", needed.describe()),
         );
-        // The weights are there already.
+        // The weights are already in memory.
         let free = memory::free_for(backend);
         let free = free.map(|free| free.saturating_add(4 * parameters as u64));
         if let Some(free) = free
@@ -418,7 +419,7 @@ fn train<B: Backend>(
         let mut choice = Sequence::new(seed, Stream::Step, step);
         let samples: Vec<usize> = (0..batch)
             .map(|i| {
-                // Every sample once per epoch, in an order of its own.
+                // Every sample once per epoch, in a different order each time.
                 let at = step * batch + i;
                 let (number, place) = (at / trained, (at % trained) as usize);
                 if epoch.0 != number {
@@ -472,7 +473,7 @@ fn train<B: Backend>(
     Ok(context.job.part.is_none().then_some(weights))
 }
 
-/// Loss and share of right tokens of the held-out pairs from each timestep, recorded and returned.
+/// Records and returns the held-out pairs' loss and token accuracy at each timestep.
 fn measure<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
@@ -500,10 +501,10 @@ fn measure<B: Backend>(
     Ok(figures)
 }
 
-/// Most trajectories that are held out.
+/// The most trajectories that are held out.
 const HELD_OUT_MOST: usize = 2000;
 
-/// Writes tensors of the device, with one on the host at a time.
+/// Writes tensors of the device, copying one to the host at a time.
 fn write_tensors<B: Backend>(path: &Path, tensors: &BTreeMap<String, B::Tensor>) -> Result<()> {
     let shapes = tensors.iter().map(|(name, t)| (name.clone(), B::shape(t)));
     write_each(path, shapes.collect(), |name| {
@@ -512,12 +513,12 @@ fn write_tensors<B: Backend>(path: &Path, tensors: &BTreeMap<String, B::Tensor>)
 }
 
 impl Options {
-    /// Whether a term of the loss moves the continuous head.
+    /// Whether a term of the loss trains the continuous head.
     fn moves_head(&self) -> bool {
         self.codebook_distance > 0.0 || self.perceptual.weight() > 0.0
     }
 
-    /// Refuses a split beyond the AR steps, or behind all that the perceptual term could move.
+    /// Refuses a split beyond the AR steps, or one that leaves the perceptual term nothing to train.
     fn check_split(&self, shape: &TokenShape) -> Result<()> {
         let (steps, looks) = (shape.steps.len(), self.perceptual.weight() > 0.0);
         let split = self.split.unwrap_or(steps);
@@ -532,13 +533,13 @@ impl Options {
         Err(Error::option("/split", message))
     }
 
-    /// Whether the weights after so many steps are kept.
+    /// Whether the weights after this many steps are kept.
     fn keeps(&self, step: u64) -> bool {
         self.snapshots
             .is_some_and(|n| step > 0 && step.is_multiple_of(n))
     }
 
-    /// A timestep by the weights.
+    /// Draws a timestep by the weights.
     fn draw(&self, choice: &mut Sequence) -> usize {
         if self.timestep_weights.is_empty() {
             return self.timesteps[choice.below(self.timesteps.len())];

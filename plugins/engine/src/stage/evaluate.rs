@@ -1,19 +1,19 @@
 //! `evaluate`: how close sets of samples come to real images.
 //!
-//! Images are compared in the features of a network: of a classifier trained on the data, or of the Inception network
-//! with which published figures are made. Figures: the Frechet distance (Heusel et al. 2017, arXiv 1706.08500: FID with
-//! Inception), improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991); with a classifier, the share
-//! of samples that it gives their class; with Inception, its score (Salimans et al. 2016, arXiv 1606.03498) and the
-//! Frechet distance of its spatial features (Nash et al. 2021, arXiv 2103.03841: sFID).
+//! Images are compared in the features of a network: a classifier trained on the data, or the Inception network of published
+//! figures. Figures: the Frechet distance (Heusel et al. 2017, arXiv 1706.08500: FID with Inception), improved precision and
+//! recall (Kynkaanniemi et al. 2019, arXiv 1904.06991); with a classifier, the share of samples that it assigns to their
+//! class; with Inception, its score (Salimans et al. 2016, arXiv 1606.03498) and the Frechet distance of its spatial features
+//! (Nash et al. 2021, arXiv 2103.03841: sFID).
 //!
 //! For few samples: the kernel distance (Binkowski et al. 2018, arXiv 1801.01401: KID). For sets made from the same noise:
 //! LPIPS between their images.
 //!
-//! Real images and samples are read a batch at a time; of all images at most their features are kept, as f32.
+//! Real images and samples are read a batch at a time; at most their features are kept, as f32.
 //!
-//! Out: `evaluation.json`, `grid.png`, and on request `statistics.npz` of the real images (mu, sigma; mu_s, sigma_s of
-//! the spatial features), as pytorch-fid and ADM's evaluation suite write them and as this stage reads them, with the hash of
-//! the network's weights and the preparation beside them.
+//! Out: `evaluation.json`, `grid.png`, and on request `statistics.npz` of the real images (mu, sigma; mu_s, sigma_s of the
+//! spatial features), in the format of pytorch-fid and ADM's evaluation suite, which this stage also reads, with the hash of
+//! the network's weights and the preparation.
 
 mod comparison;
 mod feature_memory;
@@ -21,6 +21,7 @@ pub mod figure;
 pub mod measure;
 mod pairs;
 pub mod reference;
+mod shards;
 mod source;
 
 use std::collections::BTreeMap;
@@ -38,15 +39,18 @@ use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::files::{resolve, write_json};
+use crate::model::Tokenizer;
 use crate::model::inception::{self, Preparation};
 use crate::picture::{self, Pixels};
 use crate::samples::{Samples, by_class};
 use crate::stage::Stage;
+use crate::stage::classifier::FEATURES_FOR_FIGURES;
 use comparison::{ReferenceMeasurements, figures};
 use figure::{Figure, Row, relate, table};
-use measure::{CLASSIFIER_FEATURES, Measurement, Network, SetMeasurements, SetMeasurer};
+use measure::{Measurement, Network, SetMeasurements, SetMeasurer};
 use pairs::lpips_distances;
 use reference::{ReferenceStatistics, StatisticsFile, save};
+use shards::FeatureShards;
 use source::{ReferenceImages, open_set, reconstructions, samples_source, sizing};
 
 /// Options of `evaluate`.
@@ -112,7 +116,7 @@ pub struct Options {
     /// samplers that map noise to images, which a flow map and a student do, with the same `seed` in both stages.
     #[serde(default)]
     pub lpips: Option<LpipsOptions>,
-    /// Images that the network sees at a time.
+    /// Images per batch of the network.
     #[serde(default = "batch")]
     #[schemars(range(min = 1))]
     pub batch: usize,
@@ -166,7 +170,7 @@ pub struct LpipsOptions {
 pub enum Preparations {
     /// One.
     One(Preparation),
-    /// Several, each with rows of its own in the table.
+    /// Several, each with its own rows in the table.
     Several(Vec<Preparation>),
 }
 
@@ -210,6 +214,7 @@ impl<B: Backend> Stage<B> for Evaluate {
     const OUTPUT: &'static str = "evaluation";
     const REVISION: u32 = 4;
     const SUMMARY: &'static str = "measure sample sets against real images";
+    const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         if let Some(data) = &o.data {
@@ -289,13 +294,18 @@ impl<B: Backend> Stage<B> for Evaluate {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        // Figures are compared with other people's: they never depend on `dtype`.
+        // Figures are compared with other people's, so they never depend on `dtype`.
         let context = &Context {
             backend: &context.backend.exact(),
             ..*context
         };
         let inputs = Inputs::open(context, o)?;
-        let (rows, measured) = inputs.measure(context, o)?;
+        let mut plan = inputs.plan(context, o)?;
+        if context.job.part.is_some() {
+            inputs.look_at_share(context, o, &mut plan)?;
+            return Ok(StageResult::of_part());
+        }
+        let (rows, measured) = inputs.measure(context, o, plan)?;
         for row in &rows {
             for figure in &row.figures {
                 let name = format!("{}/{}", row.name, figure.key);
@@ -312,12 +322,20 @@ impl<B: Backend> Stage<B> for Evaluate {
     }
 }
 
-/// What is compared, and with what.
+/// What is looked at, and by whom.
+struct MeasurementPlan<'a, 'b, B: Backend> {
+    real: ReferenceImages<'a>,
+    /// Whether the real images are measured.
+    looks: bool,
+    measurer: SetMeasurer<'a, 'b, B>,
+}
+
+/// The inputs of the comparison.
 struct Inputs<'o, B: Backend> {
     data: Option<Arc<Images>>,
     network: Network<B>,
     sets: Vec<(&'o str, Samples)>,
-    /// The file of statistics, and what it holds.
+    /// The file of statistics, and its contents.
     given: Option<(PathBuf, ReferenceStatistics)>,
     /// How the images of sets were resized, for people.
     sizes: Vec<String>,
@@ -382,7 +400,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         Ok(ReferenceImages::None)
     }
 
-    /// Warns where Inception, which takes any size, sees samples of another size than the real images.
+    /// Warns if Inception, which accepts any size, sees samples of another size than the real images.
     fn compare_sizes(&self, context: &Context<'_, B>, real: &ReferenceImages<'_>) {
         let Some([_, height, width]) = real.image() else {
             return;
@@ -400,7 +418,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         }
     }
 
-    /// What sets are measured against, given what was measured of the real images.
+    /// The reference for sets, from the measurements of the real images.
     fn reference_measurements<'a>(
         &'a self,
         measured: Option<&'a SetMeasurements>,
@@ -416,7 +434,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
             },
             spatial: match (spatial, measured) {
                 (Some(own), _) => Ok(own),
-                // Statistics that were given beside images are those of more images.
+                // Given statistics take precedence over images: they are based on more of them.
                 (None, Some(real)) if moments.is_none() => match &real.spatial {
                     Some(own) => own.as_ref().map_err(of_real),
                     None => Err("the network has no spatial features".to_owned()),
@@ -427,32 +445,37 @@ impl<'o, B: Backend> Inputs<'o, B> {
         })
     }
 
-    /// The rows of the table, and what was measured of the real images last, if they were looked at.
-    fn measure(
-        &self,
-        context: &Context<'_, B>,
+    /// What is looked at, and by whom.
+    fn plan<'a, 'b>(
+        &'a self,
+        context: &'a Context<'b, B>,
         o: &Options,
-    ) -> Result<(Vec<Row>, Option<SetMeasurements>)> {
+    ) -> Result<MeasurementPlan<'a, 'b, B>> {
         let (real, sets) = (self.real(context, o)?, &self.sets);
-        self.compare_sizes(context, &real);
+        if context.job.part.is_none() {
+            self.compare_sizes(context, &real);
+        }
         let is_given = matches!(&self.given, Some((_, given)) if given.moments.is_some());
         let compares = o.neighbours > 0 || o.kernel.is_some();
-        // Given statistics leave only comparisons of single images.
+        // With given statistics, images are only needed for comparisons of single images.
         let looks = real.count() > 0 && (!is_given || compares || o.save_statistics);
-        let preparations = o.preparation.all();
-        let mut images = sets.iter().map(|(_, set)| set.len()).sum::<usize>();
-        images += real.count() * (usize::from(looks) + o.tokenizers.len());
-        let mut measurer = SetMeasurer {
+        let mut counts = vec![real.count(); usize::from(looks)];
+        counts.extend(sets.iter().map(|(_, set)| set.len()));
+        counts.extend(o.tokenizers.iter().map(|_| real.count()));
+        let name = format!("features-{}", &self.network.hash.to_hex()[..16]);
+        let shards = || FeatureShards::new(context, &name, o.batch);
+        let measurer = SetMeasurer {
             context,
             network: &self.network,
             batch: o.batch,
             splits: o.splits,
             keep: feature_memory::keeps(o) && real.count() > 0,
+            shards: shards(),
             done: 0,
-            total: (images * preparations.len()) as u64,
+            total: shards().share(&counts.repeat(o.preparation.all().len())),
         };
         if measurer.keep {
-            // Of one set at a time, and those of the real images.
+            // Those of one set at a time, and of the real images.
             let reconstructed = if o.tokenizers.is_empty() {
                 0
             } else {
@@ -462,6 +485,71 @@ impl<'o, B: Backend> Inputs<'o, B> {
             let most = most.unwrap_or(0).max(reconstructed);
             feature_memory::check(o, self.network.dim(), real.count(), most)?;
         }
+        Ok(MeasurementPlan {
+            real,
+            looks,
+            measurer,
+        })
+    }
+
+    /// Measures this part's share of the images, in the same order as `measure`.
+    fn look_at_share(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        plan: &mut MeasurementPlan<'_, '_, B>,
+    ) -> Result<()> {
+        let MeasurementPlan {
+            real,
+            looks,
+            measurer,
+        } = plan;
+        lpips_distances(context, o, &self.sets)?;
+        for &preparation in o.preparation.all() {
+            if *looks {
+                measurer.look_at_share(real.source()?, preparation)?;
+            }
+            for (name, set) in &self.sets {
+                measurer.look_at_share(samples_source(name, set), preparation)?;
+            }
+            for (name, stage) in &o.tokenizers {
+                let (images, tokenizer) = self.reconstructed(context, stage)?;
+                let source = reconstructions(context.backend, &*tokenizer, images, name);
+                measurer.look_at_share(source, preparation)?;
+            }
+        }
+        let message = format!("looked at {} images", measurer.done);
+        context.host.log(LogLevel::Info, &message);
+        Ok(())
+    }
+
+    /// The images that a tokenizer reconstructs, and the tokenizer.
+    fn reconstructed(
+        &self,
+        context: &Context<'_, B>,
+        stage: &str,
+    ) -> Result<(&Images, Box<dyn Tokenizer<B>>)> {
+        let images = self
+            .data
+            .as_deref()
+            .ok_or_else(|| Error::Internal("no images".into()))?;
+        let bundle = Bundle::open(context.input_dir(stage)?)?;
+        Ok((images, bundle.tokenizer(context.backend)?))
+    }
+
+    /// The rows of the table, and the last measurements of the real images, if they were measured.
+    fn measure(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        plan: MeasurementPlan<'_, '_, B>,
+    ) -> Result<(Vec<Row>, Option<SetMeasurements>)> {
+        let MeasurementPlan {
+            real,
+            looks,
+            mut measurer,
+        } = plan;
+        let (sets, preparations) = (&self.sets, o.preparation.all());
         let lpips = lpips_distances(context, o, sets)?;
         let mut rows = Vec::new();
         let mut last = None;
@@ -470,7 +558,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
                 1 => name.to_owned(),
                 _ => format!("{name}/{}", preparation.name()),
             };
-            // Of one preparation at a time.
+            // One preparation at a time.
             drop(last.take());
             let measured = match looks {
                 true => Some(measurer.measure(real.source()?, preparation)?),
@@ -500,12 +588,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
                 add(name, set.len(), set.manifest.passes, &seen, lpips)?;
             }
             for (name, stage) in &o.tokenizers {
-                let images = self
-                    .data
-                    .as_deref()
-                    .ok_or_else(|| Error::Internal("no images".into()))?;
-                let bundle = Bundle::open(context.input_dir(stage)?)?;
-                let tokenizer = bundle.tokenizer(context.backend)?;
+                let (images, tokenizer) = self.reconstructed(context, stage)?;
                 let source = reconstructions(context.backend, &*tokenizer, images, name);
                 let seen = measurer.measure(source, preparation)?;
                 let lpips = o.lpips.as_ref();
@@ -519,7 +602,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         Ok((rows, last))
     }
 
-    /// Writes the artifact: the figures, a picture of the sets, and the statistics of the real images where they are wanted.
+    /// Writes the artifact: the figures, a picture of the sets, and the statistics of the real images if requested.
     fn publish(
         &self,
         context: &Context<'_, B>,
@@ -531,7 +614,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
             .iter()
             .map(|row| (row.name.clone(), row.summary()))
             .collect();
-        // A picture of sets of one size, each with as many classes.
+        // A picture of sets of the same image size and number of classes.
         let mut tiles = Vec::new();
         for (name, set) in &self.sets {
             let (picks, height) = by_class(&set.labels, o.grid_columns);
@@ -584,12 +667,12 @@ impl<'o, B: Backend> Inputs<'o, B> {
 }
 
 impl Options {
-    /// Refuses a file of statistics that is there already and cannot serve, before anything is computed.
+    /// Refuses an existing file of statistics that is unsuitable, before anything is computed.
     fn check_statistics(&self, base: &Path) -> Result<()> {
         let Some(path) = self.statistics.as_ref().map(|file| resolve(base, file)) else {
             return Ok(());
         };
-        // The runner speaks of missing files.
+        // The runner reports missing files.
         if !path.exists() {
             return Ok(());
         }
@@ -597,14 +680,14 @@ impl Options {
             (Some(_), _) => Some(self.dims),
             // The classifier knows it.
             (None, Some(_)) => None,
-            (None, None) => Some(CLASSIFIER_FEATURES),
+            (None, None) => Some(FEATURES_FOR_FIGURES),
         };
         let file = StatisticsFile::open(&path, dim, self.inception.is_some())
             .map_err(|e| Error::option("/statistics", e.to_string()))?;
         file.check(self)
     }
 
-    /// The set that the others are related to.
+    /// The reference set of the ratios.
     fn reference(&self) -> &str {
         self.reference.as_deref().unwrap_or("teacher")
     }

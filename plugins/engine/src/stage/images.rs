@@ -1,4 +1,6 @@
 //! `images`: prepares a data set once for all stages that read it.
+//!
+//! Parts decode image files into the work directory, which holds a second copy of the decoded images until the stage ends.
 
 use std::path::Path;
 
@@ -10,6 +12,7 @@ use serde_json::json;
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::data::DataOptions;
+use crate::data::cache;
 use crate::data::content::Damaged;
 use crate::data::prepared::{self, Description};
 use crate::data::source::Source;
@@ -34,6 +37,8 @@ impl<B: Backend> Stage<B> for Images {
     const REVISION: u32 = 1;
     const SUMMARY: &'static str = "decode and resize a data set's images once for all stages";
 
+    const DIVISIBLE: bool = true;
+
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(stage) = &o.data.images {
             let message =
@@ -51,17 +56,28 @@ impl<B: Backend> Stage<B> for Images {
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let host = context.host;
-        let source = Source::open(&o.data, &context.job.base_dir)?;
+        let source = Source::open(&o.data, &context.job.base_dir, &mut |done, total| {
+            host.progress(done, total, cache::LOOKED_AT);
+            host.cancelled() == Cancel::Run
+        })?;
+        let goes_on = |done, total| {
+            host.progress(done, total, "images");
+            host.cancelled() == Cancel::Run
+        };
+        let work = context.job.work_dir.as_deref();
+        if let Some(part) = context.job.part {
+            let count = source.decode_share(part, context.work_dir()?, &mut { goes_on })?;
+            host.log(LogLevel::Info, &format!("decoded {count} image files"));
+            return Ok(StageResult::of_part());
+        }
         for (level, message) in &source.notices {
             host.log(*level, message);
         }
         host.log(LogLevel::Info, &source.summary());
         let total = source.count() as u64;
         let draft = ArtifactDraft::begin(host, "images", &context.job.stage)?;
-        let (description, damaged) = prepared::write(source, draft.path(), &mut |done| {
-            host.progress(done, total, "images");
-            host.cancelled() == Cancel::Run
-        })?;
+        let (description, damaged) =
+            prepared::write(source, draft.path(), work, &mut |done| goes_on(done, total))?;
         for Damaged { name, why } in damaged.iter().take(20) {
             host.log(LogLevel::Warn, &format!("left out: {name}: {why}"));
         }

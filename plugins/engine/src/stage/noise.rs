@@ -1,10 +1,10 @@
-//! The noise of samples, as `sample` and `trajectories` take it: drawn from the seed, or given in a file.
+//! The noise of samples for `sample` and `trajectories`: drawn from the seed, or read from a file.
 
 use std::ops::Range;
 use std::path::Path;
 
 use retort_abi::StageJob;
-use retort_checkpoint::pieces::Shard;
+use retort_checkpoint::sample_shards::Shard;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ use crate::files::resolve;
 use crate::model::TokenShape;
 use crate::random;
 use crate::stage::shards::batches;
-use crate::weights::Stored;
+use crate::weights::CheckpointWeights;
 
 /// A tensor of a safetensors file.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -27,8 +27,8 @@ pub struct TensorFile {
 }
 
 impl TensorFile {
-    fn open(&self, base: &Path) -> Result<Stored> {
-        Stored::open(&resolve(base, &self.file), None)
+    fn open(&self, base: &Path) -> Result<CheckpointWeights> {
+        CheckpointWeights::open(&resolve(base, &self.file), None)
     }
 
     /// Its floats, of a shape, read on demand.
@@ -52,7 +52,7 @@ impl TensorFile {
 
 /// A tensor of a file, one row a sample.
 struct ExternalNoise {
-    stored: Stored,
+    stored: CheckpointWeights,
     tensor: String,
 }
 
@@ -73,7 +73,7 @@ pub struct Noise {
 }
 
 impl Noise {
-    /// That of `count` samples of a shape.
+    /// The noise of `count` samples of a shape.
     pub fn open(
         job: &StageJob,
         given: Option<&TensorFile>,
@@ -93,7 +93,7 @@ impl Noise {
         })
     }
 
-    /// That of some samples (n, L, D).
+    /// The noise of some samples (n, L, D).
     pub fn read(&self, samples: Range<u64>) -> Result<Vec<f32>> {
         match &self.given {
             Some(given) => given.read(samples),
@@ -101,18 +101,17 @@ impl Noise {
         }
     }
 
-    /// Whether a file gives it: what cannot be drawn again is stored with the samples.
+    /// Whether it comes from a file: then it cannot be regenerated and is stored with the samples.
     pub fn is_given(&self) -> bool {
         self.given.is_some()
     }
 
-    /// Refuses a file if it holds samples made with other labels than these, or with other noise. `batch` samples are
-    /// compared at a time.
+    /// Refuses a file whose samples were made with other labels or other noise. Compares `batch` samples at a time.
     pub fn check(
         &self,
         path: &Path,
         shard: &Shard,
-        (stored, found): (&Stored, &[u32]),
+        (stored, found): (&CheckpointWeights, &[u32]),
         labels: &[u32],
         batch: usize,
     ) -> Result<()> {
@@ -127,8 +126,8 @@ impl Noise {
         Err(Error::data(path, message))
     }
 
-    /// Whether a shard holds the noise that was given, or none where none was.
-    fn is_in(&self, stored: &Stored, shard: &Shard, batch: usize) -> Result<bool> {
+    /// Whether a shard contains the given noise, or none if none was given.
+    fn is_in(&self, stored: &CheckpointWeights, shard: &Shard, batch: usize) -> Result<bool> {
         let Some(given) = &self.given else {
             return Ok(stored.shape("noise").is_none());
         };

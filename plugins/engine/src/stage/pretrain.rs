@@ -1,7 +1,7 @@
 //! `pretrain`: trains an AR teacher on a tokenizer's tokens, of classes or of captions.
 //!
-//! Captions as LlamaGen learns them: features of a text encoder, at the end of 120 positions; a dropped caption has the
-//! unconditional features behind the same padding, and these stay as they were drawn.
+//! Captions are learned as in LlamaGen: features of a text encoder at the end of 120 positions. A dropped caption is replaced
+//! by the unconditional features after the same padding; these are random and never trained.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,24 +15,24 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
-use crate::captions::Subjects;
+use crate::captions::ConditioningSource;
 use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::files::replace;
-use crate::model::{CODEBOOK, ConditionShape, Teacher, TokenShape, llamagen, var};
+use crate::files::{make_once, remove};
+use crate::model::{CODEBOOK, ConditioningShape, Teacher, TokenShape, llamagen, var};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
 use crate::size::Sides;
-use crate::stage::condition::Features;
-use crate::stage::condition::training::{POSITIONS, TrainingCaptions};
+use crate::stage::conditioning::Features;
+use crate::stage::conditioning::training::{POSITIONS, TrainingCaptions};
 use crate::stage::tokenizer::batch_shape;
 use crate::stage::{Stage, batch_memory};
 use crate::tape::Variable;
 use crate::train::{
     HeldOut, Mean, StepOutput, TrainOptions, TrainingLoop, average, check_parts, one_part, shared,
 };
-use crate::weights::{self, Loader, Params, Source, Start, Stored, Weights};
+use crate::weights::{self, CheckpointWeights, InitialValue, Loader, Params, Source, Weights};
 
 /// Options of `pretrain`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -161,10 +161,10 @@ impl<B: Backend> Stage<B> for Pretrain {
             return Err(Error::option(pointer, message));
         }
         o.captions().check(base_dir)?;
-        // The rest of the shape comes with the tokenizer.
+        // The tokenizer determines the rest of the shape.
         match o.family {
             Family::Llamagen => {
-                let classes = ConditionShape::Classes(1);
+                let classes = ConditioningShape::Classes(1);
                 shape_of_llamagen(o, (2, 1), Sides::square(1), classes).check()
             }
             Family::Var => shape_of_var(o, (2, 1), &[1, 2], 1).check(),
@@ -187,19 +187,19 @@ impl<B: Backend> Stage<B> for Pretrain {
     }
 }
 
-/// What a teacher is made from.
+/// The inputs of a teacher's training.
 struct Inputs<'a> {
     /// The tokenizer, and its weights.
     source: Bundle<'a>,
-    frozen: Stored,
+    frozen: CheckpointWeights,
     images: Images,
-    /// What the teacher knows, and the class or the caption of each image.
-    subjects: Subjects,
-    subject: Vec<u32>,
-    /// Images that are trained on, and those that are held out.
+    /// The teacher's conditioning, and the class or caption of each image.
+    conditioning: ConditioningSource,
+    labels: Vec<u32>,
+    /// Training images, and held-out images.
     train: Vec<usize>,
     held: Vec<usize>,
-    /// Tokens (n, L) of all images as they may be seen: as they are, and mirrored.
+    /// Tokens (n, L) of all images, unmirrored and, if used, mirrored.
     views: Vec<Vec<u32>>,
     network: NetworkConfig,
     shape: TokenShape,
@@ -207,7 +207,7 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// Opens them and refuses what does not fit together.
+    /// Opens them and checks that they match.
     fn open<B: Backend>(context: &Context<'a, B>, o: &Options) -> Result<Self> {
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
         let images = context.images(&o.data)?;
@@ -224,8 +224,8 @@ impl<'a> Inputs<'a> {
         }
         let captions = o.captions().resolve(context, &images)?;
         let condition = match &captions {
-            Some(captions) => ConditionShape::Captions(captions.shape),
-            None => ConditionShape::Classes(images.classes),
+            Some(captions) => ConditioningShape::Captions(captions.shape),
+            None => ConditioningShape::Classes(images.classes),
         };
         let network = network(o, &source.config.tokenizer, condition)?;
         batch_memory::check(
@@ -234,7 +234,7 @@ impl<'a> Inputs<'a> {
             o.train.batch.div_ceil(o.accumulate * context.ranks.size()),
             batch_memory::training(&network, true, o.recompute),
         )?;
-        // Tokens are made once, of each image as it may be seen.
+        // Tokens are computed once, for each image and its mirror image if needed.
         let mirrored: &[bool] = if images.flips() {
             &[false, true]
         } else {
@@ -250,17 +250,20 @@ impl<'a> Inputs<'a> {
             Some(stage) => Some(start_from(context, stage, &source, &network, &images)?),
             None => None,
         };
-        let (subjects, subject) = match captions {
+        let (conditioning, labels) = match captions {
             Some(captions) => (
-                Subjects::Captions(captions.captions.into()),
+                ConditioningSource::Captions(captions.captions.into()),
                 captions.numbers,
             ),
-            None => (Subjects::Classes(images.classes), images.labels.clone()),
+            None => (
+                ConditioningSource::Classes(images.classes),
+                images.labels.clone(),
+            ),
         };
         Ok(Self {
             frozen,
-            subjects,
-            subject,
+            conditioning,
+            labels,
             train,
             held,
             views,
@@ -302,9 +305,9 @@ impl<'a> Inputs<'a> {
             false => &self.held,
         };
         let mut losses = Mean::default();
-        // What a step of training takes, whatever the number of images.
+        // Fixed parameters of a training step.
         for picks in picks.chunks(o.train.batch) {
-            let labels: Vec<u32> = picks.iter().map(|&i| self.subject[i]).collect();
+            let labels: Vec<u32> = picks.iter().map(|&i| self.labels[i]).collect();
             let tokens = picks.iter().flat_map(|&i| self.tokens(0, i));
             let wanted: Vec<u32> = tokens.copied().collect();
             let logits = self.logits(backend, model, (&labels, &[]), &wanted)?;
@@ -314,7 +317,7 @@ impl<'a> Inputs<'a> {
         Ok(losses.value())
     }
 
-    /// Logits (n L, K) of all tokens (n, L) of n images of these classes or captions, of which some are dropped.
+    /// Logits (n L, K) of all tokens (n, L) of n images with these classes or captions, some of them dropped.
     fn logits<B: Backend>(
         &self,
         backend: &B,
@@ -324,14 +327,16 @@ impl<'a> Inputs<'a> {
     ) -> Result<Variable<B>> {
         let (n, shape) = (labels.len(), model.token_shape());
         let l = shape.count();
-        let conditions = self.subjects.conditions_but(backend, labels, dropped)?;
-        let logits = model.forced(&conditions, &backend.indices(seen, &[n, l])?)?;
+        let conditioning = self
+            .conditioning
+            .batch_with_dropout(backend, labels, dropped)?;
+        let logits = model.forced(&conditioning, &backend.indices(seen, &[n, l])?)?;
         logits.reshape(&[n * l, shape.vocabulary])
     }
 
-    /// Names of the classes, where they are more than numbers.
+    /// Names of the classes, if they have names.
     fn names(&self) -> &[String] {
-        if let Subjects::Captions(_) = self.subjects {
+        if let ConditioningSource::Captions(_) = self.conditioning {
             return &[];
         }
         let mut numbered = self.images.names.iter().enumerate();
@@ -346,10 +351,10 @@ impl<'a> Inputs<'a> {
 struct Networks<B: Backend> {
     model: Box<dyn Teacher<B>>,
     params: Params<B>,
-    /// Those that training leaves as they are.
+    /// Parameters that are not trained.
     still: Params<B>,
     average: Option<BTreeMap<String, B::Tensor>>,
-    /// The teacher with the weights that are kept in the end, if the last ones are.
+    /// The teacher with the weights that would be kept now.
     measured: Box<dyn Teacher<B>>,
 }
 
@@ -358,8 +363,10 @@ impl<B: Backend> Networks<B> {
         let (backend, seed) = (context.backend, context.job.seed);
         let from = inputs.from.as_ref();
         let anew = |name: &str| match from {
-            Some(from) if from.anew && name == inputs.network.class_embedding() => Start::Drawn,
-            _ => Start::Weight(name.into()),
+            Some(from) if from.anew && name == inputs.network.class_embedding() => {
+                InitialValue::Drawn
+            }
+            _ => InitialValue::Weight(name.into()),
         };
         let start = match from {
             Some(from) => Source::Start {
@@ -392,15 +399,15 @@ impl<B: Backend> Networks<B> {
     }
 }
 
-/// What a step of training sees.
+/// The data of a training step.
 struct Batch {
     /// Classes or numbers of captions (n).
     labels: Vec<u32>,
-    /// Which of them are left out, for guidance.
+    /// Which of them are dropped, for guidance.
     dropped: Vec<bool>,
     /// Tokens (n, L) to predict.
     wanted: Vec<u32>,
-    /// The same as the teacher is given them, some replaced.
+    /// The teacher's input: the same with some tokens replaced.
     seen: Vec<u32>,
 }
 
@@ -411,7 +418,7 @@ impl Batch {
         let picks: Vec<usize> = (0..o.train.batch)
             .map(|_| inputs.train[choice.below(inputs.train.len())])
             .collect();
-        let labels = picks.iter().map(|&i| inputs.subject[i]).collect();
+        let labels = picks.iter().map(|&i| inputs.labels[i]).collect();
         let dropped = picks.iter().map(|_| choice.uniform() < o.label_dropout);
         let dropped = dropped.collect();
         let mut wanted = Vec::with_capacity(picks.len() * inputs.shape.count());
@@ -461,7 +468,7 @@ fn train<B: Backend>(
     };
     let part = |step: u64, part: usize| {
         let batch = Batch::draw(o, inputs, context.job.seed, step);
-        // What is drawn does not depend on who else takes a share.
+        // Random choices do not depend on the number of workers.
         let (n, l) = (batch.labels.len(), inputs.shape.count());
         let own = ranks.share(n, part, o.accumulate);
         let whole = own.len() == n;
@@ -491,7 +498,7 @@ fn train<B: Backend>(
     Ok(context.job.part.is_none().then_some(weights))
 }
 
-/// The held-out loss of the weights that are kept, logged and returned.
+/// Logs and returns the held-out loss of the final weights.
 fn measure<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
@@ -510,12 +517,12 @@ fn measure<B: Backend>(
 /// A teacher to go on from.
 struct StartingTeacher {
     /// Its weights.
-    file: Stored,
-    /// Whether it knows other classes.
+    file: CheckpointWeights,
+    /// Whether its classes differ.
     anew: bool,
 }
 
-/// Opens the teacher to go on from, if it fits a new one of this shape on these tokens.
+/// Opens the teacher to start from, and checks that it matches the new one's shape and tokens.
 fn start_from<B: Backend>(
     context: &Context<'_, B>,
     stage: &str,
@@ -569,18 +576,18 @@ fn start_from<B: Backend>(
     })
 }
 
-/// The teacher's shape, for a tokenizer and what it is made for.
+/// The teacher's shape, for a tokenizer and a conditioning.
 fn network(
     o: &Options,
     tokenizer: &TokenizerConfig,
-    condition: ConditionShape,
+    condition: ConditioningShape,
 ) -> Result<NetworkConfig> {
     let codebook = tokenizer.codebook();
     match (o.family, tokenizer, condition) {
         (Family::Llamagen, TokenizerConfig::Vq(t), _) => Ok(NetworkConfig::Llamagen(
             shape_of_llamagen(o, codebook, t.autoencoder.map(), condition),
         )),
-        (Family::Var, TokenizerConfig::Msvq(t), ConditionShape::Classes(classes)) => Ok(
+        (Family::Var, TokenizerConfig::Msvq(t), ConditioningShape::Classes(classes)) => Ok(
             NetworkConfig::Var(shape_of_var(o, codebook, &t.scales, classes)),
         ),
         _ => {
@@ -599,7 +606,7 @@ fn shape_of_llamagen(
     o: &Options,
     (vocabulary, codebook_dim): (usize, usize),
     map: Sides,
-    condition: ConditionShape,
+    condition: ConditioningShape,
 ) -> llamagen::Config {
     llamagen::Config {
         width: o.width,
@@ -631,8 +638,8 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, perhaps mirrored: made once, and kept in the work directory for other workers and for a
-/// training that is taken up again.
+/// Tokens (n, L) of all images, perhaps mirrored: computed once, and kept in the work directory for other workers and for a
+/// resumed training.
 fn tokens<B: Backend>(
     context: &Context<'_, B>,
     source: &Bundle<'_>,
@@ -646,13 +653,18 @@ fn tokens<B: Backend>(
         "tokens.npy"
     };
     let path = context.work_dir()?.join(name);
-    let _turn = context.lock(name)?;
+    let lock = context.lock(name)?;
     let (vocabulary, _) = source.config.tokenizer.codebook();
+    let is_there = path.exists();
     if let Some(found) = kept_tokens(&path, images.len(), vocabulary) {
         return Ok(found);
     }
     let tokens = encode_all(context, source, images, mirrored, at_once)?;
-    replace(&path, |partial| {
+    if is_there {
+        // It is incomplete, so nobody is making it: files appear only when they are complete.
+        remove(&path)?;
+    }
+    make_once(&path, &lock, |partial| {
         let header = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
         let write = || {
             let mut file = BufWriter::new(File::create(partial)?);
@@ -670,7 +682,7 @@ fn tokens<B: Backend>(
 /// Images whose tokens are read from a file at a time.
 const READ_AT_ONCE: usize = 4096;
 
-/// Tokens of so many images in a file, if it is whole.
+/// Tokens of this many images in a file, if it is complete.
 fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>> {
     let rows = numpy::Rows::open(path).ok()?;
     let l = match *rows.shape() {
@@ -690,7 +702,7 @@ fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>
         .then_some(found)
 }
 
-/// Tokens (n, L) of all images, so many at once.
+/// Tokens (n, L) of all images, this many at once.
 fn encode_all<B: Backend>(
     context: &Context<'_, B>,
     source: &Bundle<'_>,

@@ -1,8 +1,8 @@
 //! `sample`: images from a teacher, a student, both together, or the independent baseline.
 //!
-//! Out: a set of samples (`samples.rs`), `grid.png`, and on request a PNG of each image and `samples.npz`. Labels number the
-//! captions of `captions.json`, where these were given as text. Samples are made in shards (`shards.rs`), a batch at a time:
-//! memory holds the networks and one batch, however many samples there are.
+//! Out: a set of samples (`samples.rs`), `grid.png`, and on request a PNG of each image and `samples.npz`. For captions given
+//! as text, labels are indices into `captions.json`. Samples are made in shards (`shards.rs`), a batch at a time: memory
+//! holds the networks and one batch, however many samples there are.
 
 pub mod drawer;
 
@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
-use retort_checkpoint::pieces::{MANIFEST, Shard, hash};
+use retort_checkpoint::sample_shards::{MANIFEST, Shard, hash};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::backend::Backend;
 use crate::bundle::Bundle;
-use crate::captions::{self, Subjects};
+use crate::captions::{self, ConditioningSource};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::files::{link, resolve, write_json};
@@ -27,14 +27,19 @@ use crate::picture::{self, Npz, Pixels};
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, KeptTensors, Manifest, Samples, ShardWriter, by_class};
 use crate::size::Size;
-use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
+use crate::stage::conditioning::{
+    CaptionText, Conditioning, ConditioningOptions, Features, Labels,
+};
 use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{
-    self, Division, PartDir, Planned, ShardProgress, Written, batches, hashed,
+    self, Division, PartDir, PlannedShard, ShardProgress, WrittenShards, batches, hashed,
 };
 use crate::stage::{Stage, batch_memory};
 use drawer::{Drawer, Sampler, SamplerContext, drawer};
 
+// `trajectories` has nine of these options too (`range` to `batch`, `noise` to `features`). They are duplicated because serde
+// ignores `deny_unknown_fields` with a flattened struct: misspelt options would no longer be refused, and errors inside would
+// lose their position. Help texts and defaults differ too.
 /// Options of `sample`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -83,7 +88,7 @@ pub struct Options {
     /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
     /// model of captions.
     #[serde(default)]
-    pub caption: Option<Texts>,
+    pub caption: Option<CaptionText>,
     /// Folder of the flan-t5 that encodes captions: config.json, tokenizer.json and its weights.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
@@ -114,8 +119,8 @@ fn columns() -> usize {
 }
 
 impl Options {
-    fn condition_options(&self) -> ConditionOptions<'_> {
-        ConditionOptions {
+    fn conditioning_options(&self) -> ConditioningOptions<'_> {
+        ConditioningOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
             text_encoder: self.text_encoder.as_deref(),
@@ -155,7 +160,7 @@ impl<B: Backend> Stage<B> for Sample {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.division().check()?;
-        o.condition_options().check(base)?;
+        o.conditioning_options().check(base)?;
         if o.tokens && !o.sampler.chooses() {
             let message = "this sampler makes vectors, not codes: there are no tokens to keep; keep `latents`";
             return Err(Error::option("/tokens", message));
@@ -187,14 +192,14 @@ impl<B: Backend> Stage<B> for Sample {
     }
 }
 
-/// What samples are made from.
+/// The inputs of sampling.
 struct Inputs<'a> {
-    /// The networks, but for a teacher that assists.
+    /// The networks, except an assisting teacher.
     bundle: Bundle<'a>,
     shape: TokenShape,
     conditioning: Conditioning,
     noise: Noise,
-    /// What the set says of itself, but for its shards.
+    /// The set's manifest, without its shards.
     manifest: Manifest,
 }
 
@@ -214,7 +219,7 @@ impl<'a> Inputs<'a> {
         batch_memory::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, bundle.config.classes.as_slice());
-        let conditioning = o.condition_options().resolve(context, model, o.count)?;
+        let conditioning = o.conditioning_options().resolve(context, model, o.count)?;
         let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
         let [channels, decoded @ ..] = bundle.config.tokenizer.image();
         let [height, width] = o.resize.map_or(decoded, |size| size.sides().into());
@@ -223,9 +228,11 @@ impl<'a> Inputs<'a> {
             count: o.count,
             seed: context.job.seed,
             sampler: described(context)?,
-            captions: match &conditioning.subjects {
-                Subjects::Classes(_) => None,
-                Subjects::Captions(_) => Some(hash(&context.work_dir()?.join(captions::FILE))?),
+            captions: match &conditioning.source {
+                ConditioningSource::Classes(_) => None,
+                ConditioningSource::Captions(_) => {
+                    Some(hash(&context.work_dir()?.join(captions::FILE))?)
+                }
             },
             passes: Some(o.sampler.passes(&shape)),
             image: [channels, height, width],
@@ -233,7 +240,7 @@ impl<'a> Inputs<'a> {
             tokens: shape.count(),
             vocabulary: shape.vocabulary,
             dim: shape.dim,
-            labels: conditioning.subjects.len(),
+            labels: conditioning.source.len(),
             kept: o.kept(),
             shards: Vec::new(),
         };
@@ -246,8 +253,8 @@ impl<'a> Inputs<'a> {
         })
     }
 
-    /// The shards of the set, with those that parts hold already.
-    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
+    /// The shards of the set, including those that parts already contain.
+    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<PlannedShard>> {
         let mut parts: Vec<(PathBuf, Vec<Shard>)> = Vec::new();
         for PartDir(part) in &o.parts {
             let dir = resolve(base, part);
@@ -262,21 +269,21 @@ impl<'a> Inputs<'a> {
         &self.conditioning.labels[samples.start as usize..samples.end as usize]
     }
 
-    /// Makes the shards that are this process's share. Returns how long it took too.
+    /// Makes this process's share of the shards. Also returns how long it took.
     fn make<B: Backend>(
         &self,
         context: &Context<'_, B>,
         o: &Options,
-        planned: &[Planned],
-    ) -> Result<(Written, Times)> {
-        // Whether a file has the samples that this stage would make.
+        planned: &[PlannedShard],
+    ) -> Result<(WrittenShards, SamplingTimes)> {
+        // Whether a file contains the samples that this stage would make.
         let check = |path: &Path, shard: &Shard| {
             let (stored, found) = self.manifest.open_shard(path, shard)?;
             let labels = self.labels_of(shard.start..shard.end);
             self.noise
                 .check(path, shard, (&stored, &found), labels, o.batch)
         };
-        // Loaded once there is something to make.
+        // Loaded when the first shard has to be made.
         let mut maker = None;
         let written = shards::make(
             context,
@@ -300,7 +307,7 @@ impl<'a> Inputs<'a> {
         self,
         context: &Context<'_, B>,
         o: &Options,
-        planned: Vec<Planned>,
+        planned: Vec<PlannedShard>,
         summary: Value,
     ) -> Result<StageResult> {
         let work = context.work_dir()?;
@@ -308,10 +315,10 @@ impl<'a> Inputs<'a> {
         let texts = &self.conditioning.texts;
         let columns = match texts.len() {
             0 => o.grid_columns,
-            // Few images of each caption: all of them.
+            // With few images per caption, show all of them.
             n => o.grid_columns.min((o.count as usize / n).max(1)),
         };
-        // What stands for a row of the picture: its caption, or the name of its class.
+        // The title of a row of the picture: its caption, or the name of its class.
         let names = match texts.is_empty() {
             true => &self.bundle.config.classes,
             false => texts,
@@ -341,21 +348,21 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Seconds that samples took.
+/// Seconds of sampling and decoding.
 #[derive(Default)]
-struct Times {
+struct SamplingTimes {
     sampling: f64,
     decoding: f64,
 }
 
-/// Makes shards, with its networks loaded.
+/// Makes shards; its networks are loaded.
 struct ShardMaker<'a, 'c, B: Backend> {
     backend: &'a B,
     options: &'a Options,
     inputs: &'a Inputs<'c>,
     tokenizer: Box<dyn Tokenizer<B>>,
     draw: Drawer<'a, B>,
-    times: Times,
+    times: SamplingTimes,
 }
 
 impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
@@ -370,7 +377,7 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
             seed: context.job.seed,
             shape: &inputs.shape,
             codebook: tokenizer.codebook()?,
-            subjects: &inputs.conditioning.subjects,
+            conditioning: &inputs.conditioning.source,
         };
         let draw = drawer(context, &options.sampler, &inputs.bundle, setting)?;
         Ok(Self {
@@ -379,7 +386,7 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
             inputs,
             tokenizer,
             draw,
-            times: Times::default(),
+            times: SamplingTimes::default(),
         })
     }
 
@@ -427,13 +434,13 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
     }
 }
 
-/// Records how fast samples were made, if any were. Returns the summary.
+/// Records the sampling speed, if any samples were made. Returns the summary.
 fn report<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
     shape: &TokenShape,
-    written: &Written,
-    times: &Times,
+    written: &WrittenShards,
+    times: &SamplingTimes,
 ) -> Value {
     let (samples, passes) = (o.division().samples(), o.sampler.passes(shape));
     let mut summary = json!({ "images": samples.end - samples.start, "passes": passes });
@@ -441,7 +448,7 @@ fn report<B: Backend>(
         return summary;
     }
     let (host, count, share) = (context.host, written.samples, written.share);
-    let Times { sampling, decoding } = times;
+    let SamplingTimes { sampling, decoding } = times;
     let rate = count as f64 / sampling;
     host.metric("sample/images_per_second", share, rate);
     host.metric("sample/sampling_seconds", share, *sampling);
@@ -455,7 +462,7 @@ fn report<B: Backend>(
     summary
 }
 
-/// Writes what people look at and what other tools read, a block of images in memory at a time.
+/// Writes pictures and files for other tools, with one block of images in memory at a time.
 fn write_pictures<B: Backend>(
     context: &Context<'_, B>,
     dir: &Path,
@@ -505,7 +512,7 @@ fn write_pictures<B: Backend>(
     archive.map_or(Ok(()), |archive| Ok(archive.finish()?))
 }
 
-/// Images that are written as pictures at a time.
+/// Images per block when pictures are written.
 const BLOCK: usize = 64;
 
 /// Refuses non-finite values, naming the sample. A sample has `size` values.
@@ -520,7 +527,7 @@ fn finite(what: &str, values: &[f32], first: u64, size: usize) -> Result<()> {
     }
 }
 
-/// The sampler as it was asked for, with the content hashes of the stages that it names.
+/// The sampler's options, with the content hashes of the stages that it names.
 fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     let mut sampler = context.job.options["sampler"].clone();
     for name in ["teacher", "student", "trajectories"] {
@@ -531,13 +538,13 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// What the picture shows: the captions of its rows, the longer ones cut, or the names of their classes.
+/// The picture's caption: the captions of its rows, long ones cut, or the names of their classes.
 fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
     }
     let (picks, rows) = by_class(labels, columns);
-    // Where no label has enough samples for a row, rows stand for none.
+    // If no label has enough samples for a row, rows have no titles.
     let length = (picks.len() / rows).max(1);
     let mixed = |row: &[usize]| row.iter().any(|&i| labels[i] != labels[row[0]]);
     if picks.chunks(length).any(mixed) {

@@ -1,15 +1,15 @@
-//! Stages that make samples in shards: which shards there are, which of them this process makes, and which remain
-//! after a stop. For `trajectories` and `sample`.
+//! Stages that make samples in shards (`trajectories` and `sample`): the list of shards, this process's share of them, and
+//! the rest after an interruption.
 //!
-//! A finished shard stays in the work directory: an interruption loses at most the open one. A part of a divided stage
-//! makes every so many-th shard there, and the whole takes over all of them. Other machines make other samples (`range`),
-//! and their folders are taken over (`parts`). Deliberately absent: what a sample is.
+//! Finished shards stay in the work directory, so an interruption loses at most the open one. With n parts, each part of a
+//! divided stage makes every n-th shard there, and the worker of the whole takes over all of them. Other machines make other
+//! samples (`range`), and their folders are taken over (`parts`). Deliberately absent: what a sample is.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use retort_checkpoint::pieces::{Shard, cut, hash, joined};
+use retort_checkpoint::sample_shards::{Shard, cut, hash, joined};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -24,26 +24,26 @@ use crate::files::replace;
 #[schemars(rename = "Part")]
 pub struct PartDir(#[schemars(extend("x-retort-file" = "dir"))] pub String);
 
-/// What a stage's options say of its samples.
+/// A stage's options about its samples.
 pub struct Division {
     /// Number of samples.
     pub count: u64,
-    /// Those that are made here; all, if left out.
+    /// The samples to make; all, if left out.
     pub range: Option<[u64; 2]>,
     /// Samples per file.
     pub size: u64,
 }
 
-/// A shard of the result, and the file that holds it already, if a part does.
-pub struct Planned {
-    /// The shard; its hash where a part says it.
+/// A shard of the result, and its existing file, if a part contains it.
+pub struct PlannedShard {
+    /// The shard, with its hash if a part has it.
     pub shard: Shard,
     /// The file.
     pub from: Option<PathBuf>,
 }
 
 impl Division {
-    /// Refuses a range that is none.
+    /// Refuses an empty or invalid range.
     pub fn check(&self) -> Result<()> {
         match self.range {
             Some([start, end]) if start >= end || end > self.count => {
@@ -63,18 +63,18 @@ impl Division {
         start..end
     }
 
-    /// The largest batch that there is, where batches have at most so many samples.
+    /// The largest actual batch, given the maximum batch size.
     pub fn at_once(&self, batch: usize) -> usize {
         let all = self.samples();
         let most = (all.end - all.start).min(self.size);
         usize::try_from(most).map_or(batch, |most| batch.min(most))
     }
 
-    /// The shards of the result, in order, with what parts hold of them.
-    pub fn shards(&self, parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<Planned>> {
+    /// The shards of the result, in order, with existing files of parts.
+    pub fn shards(&self, parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<PlannedShard>> {
         let all = self.samples();
         let (mut shards, mut next) = (Vec::new(), all.start);
-        let gap = |samples| cut(samples, self.size).map(|shard| Planned { shard, from: None });
+        let gap = |samples| cut(samples, self.size).map(|shard| PlannedShard { shard, from: None });
         for (dir, found) in joined(parts)? {
             let from = dir.join(&found.file);
             if found.start < all.start || found.end > all.end {
@@ -94,7 +94,7 @@ impl Division {
                 hash: found.hash,
                 ..Shard::of(found.start..found.end)
             };
-            shards.push(Planned {
+            shards.push(PlannedShard {
                 shard,
                 from: Some(from),
             });
@@ -115,12 +115,12 @@ pub struct ShardProgress<'a, 'b, B: Backend> {
 }
 
 impl<B: Backend> ShardProgress<'_, '_, B> {
-    /// Ends the stage when it has been asked to stop. For the time before each batch.
+    /// Ends the stage if it has been asked to stop; called before each batch.
     pub fn go_on(&self) -> Result<()> {
         self.context.go_on()
     }
 
-    /// So many samples more are made.
+    /// Adds this many finished samples.
     pub fn made(&mut self, samples: u64) {
         self.made += samples;
         self.done(samples);
@@ -133,26 +133,26 @@ impl<B: Backend> ShardProgress<'_, '_, B> {
 }
 
 /// What a process wrote.
-pub struct Written {
+pub struct WrittenShards {
     /// Samples made by this process.
     pub samples: u64,
-    /// Samples of its share, those that were there already among them.
+    /// Samples of its share, including existing ones.
     pub share: u64,
-    /// The seconds that making took.
+    /// The seconds it took.
     pub seconds: f64,
 }
 
-/// Makes the shards that are this process's share and not there yet, each in the work directory. `check` refuses a file
-/// that does not hold the samples that would be made; `make` writes a shard.
+/// Makes the missing shards of this process's share in the work directory. `check` refuses a file with other samples than
+/// those to be made; `make` writes a shard.
 pub fn make<'b, B: Backend>(
     context: &Context<'b, B>,
-    shards: &[Planned],
+    shards: &[PlannedShard],
     unit: &'static str,
     check: impl Fn(&Path, &Shard) -> Result<()>,
     mut make: impl FnMut(&Path, &Shard, &mut ShardProgress<'_, 'b, B>) -> Result<()>,
-) -> Result<Written> {
+) -> Result<WrittenShards> {
     let work = context.work_dir()?;
-    let own: Vec<&Planned> = match context.job.part {
+    let own: Vec<&PlannedShard> = match context.job.part {
         None => shards.iter().collect(),
         Some(part) => {
             let open = shards.iter().filter(|planned| planned.from.is_none());
@@ -172,10 +172,10 @@ pub fn make<'b, B: Backend>(
         clock: Instant::now(),
     };
     if context.job.part.is_some() {
-        // What all parts have to do is known once each has said its share.
+        // The total work is known once each part has reported its share.
         progress.done(0);
     }
-    for Planned { shard, from } in own {
+    for PlannedShard { shard, from } in own {
         let path = work.join(&shard.file);
         if let Some(from) = from {
             progress.go_on()?;
@@ -192,7 +192,7 @@ pub fn make<'b, B: Backend>(
             replace(&path, |partial| make(partial, shard, &mut progress))?;
         }
     }
-    Ok(Written {
+    Ok(WrittenShards {
         samples: progress.made,
         share: total,
         seconds: progress.clock.elapsed().as_secs_f64(),
@@ -207,10 +207,10 @@ pub fn batches(samples: Range<u64>, size: usize) -> impl Iterator<Item = Range<u
 }
 
 /// The shards with the hashes of their files in a directory.
-pub fn hashed(dir: &Path, shards: Vec<Planned>) -> Result<Vec<Shard>> {
+pub fn hashed(dir: &Path, shards: Vec<PlannedShard>) -> Result<Vec<Shard>> {
     shards
         .into_iter()
-        .map(|Planned { shard, .. }| {
+        .map(|PlannedShard { shard, .. }| {
             let hash = Some(hash(&dir.join(&shard.file))?);
             Ok(Shard { hash, ..shard })
         })

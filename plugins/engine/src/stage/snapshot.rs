@@ -1,4 +1,4 @@
-//! `snapshot`: a student as it was at an earlier step of its training, as an artifact of its own.
+//! `snapshot`: a student at an earlier step of its training, as a separate artifact.
 
 use std::path::Path;
 

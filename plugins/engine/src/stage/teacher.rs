@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use retort_checkpoint::regular;
-use retort_checkpoint::shards::ShardPlace;
+use retort_checkpoint::sharded_weights::ShardPlace;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -18,14 +18,13 @@ use crate::bundle::{self, Family};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::files::resolve;
-use crate::published::{self, Hints, NetworkRole};
+use crate::published::{self, NetworkRole, ShapeHints};
 use crate::sampler::check_from_zero;
 use crate::size::{Sides, Size};
 use crate::stage::Stage;
-use crate::weights::{self, Loader, Params, Source, Stored};
+use crate::weights::{self, CheckpointWeights, Loader, Params, Source};
 
-/// The files, and what they do not contain. For a network in several files, the folder or the index
-/// (`*.index.json`) stands for them.
+/// The files, and information that they lack. For a network in several files, name the folder or the index (`*.index.json`).
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
@@ -68,8 +67,8 @@ pub struct Options {
 }
 
 impl Options {
-    fn hints(&self) -> Hints {
-        Hints {
+    fn hints(&self) -> ShapeHints {
+        ShapeHints {
             size: self.size.clone(),
             heads: self.heads,
             image_size: self.image_size.map(Sides::from),
@@ -77,7 +76,7 @@ impl Options {
         }
     }
 
-    /// Refuses contradictions; files that are there already must hold such networks.
+    /// Refuses contradictions; existing files must contain such networks.
     fn check(&self, role: NetworkRole, base: &Path) -> Result<()> {
         if let Some(size) = &self.size {
             published::check_size(self.family, size)?;
@@ -122,7 +121,7 @@ impl Options {
         Ok(resolve(base, path.as_ref().ok_or_else(missing)?))
     }
 
-    fn open(&self, role: NetworkRole, base: &Path) -> Result<Stored> {
+    fn open(&self, role: NetworkRole, base: &Path) -> Result<CheckpointWeights> {
         let select = match role {
             NetworkRole::Tokenizer => &self.tokenizer_select,
             _ => &self.select,
@@ -180,9 +179,9 @@ impl<B: Backend> Stage<B> for StudentStage {
     }
 }
 
-/// Weights that go into a file of the result.
+/// Weights for a file of the result.
 struct WeightFile<'a, B: Backend> {
-    source: Option<&'a Stored>,
+    source: Option<&'a CheckpointWeights>,
     params: Params<B>,
 }
 
@@ -206,7 +205,7 @@ fn run<B: Backend>(
     let (tokenizer_file, network_file) =
         (files.as_ref().map(|f| &f.0), files.as_ref().map(|f| &f.1));
 
-    // Building a network asks for all its weights, and so checks them.
+    // Building a network requests all its weights, which checks them.
     let tokenizer_weights = WeightFile {
         params: build(context, tokenizer_file, |loader| {
             tokenizer.build(loader).map(drop)
@@ -270,7 +269,10 @@ fn run<B: Backend>(
     })
 }
 
-fn loader<'a, B: Backend>(context: &Context<'a, B>, file: Option<&'a Stored>) -> Loader<'a, B> {
+fn loader<'a, B: Backend>(
+    context: &Context<'a, B>,
+    file: Option<&'a CheckpointWeights>,
+) -> Loader<'a, B> {
     let (source, origin) = match file {
         Some(stored) => (
             Source::Files(std::slice::from_ref(stored)),
@@ -283,7 +285,7 @@ fn loader<'a, B: Backend>(context: &Context<'a, B>, file: Option<&'a Stored>) ->
 
 fn build<'a, B: Backend>(
     context: &Context<'a, B>,
-    file: Option<&'a Stored>,
+    file: Option<&'a CheckpointWeights>,
     network: impl FnOnce(&mut Loader<'a, B>) -> Result<()>,
 ) -> Result<Params<B>> {
     let mut loader = loader(context, file);
@@ -292,7 +294,7 @@ fn build<'a, B: Backend>(
 }
 
 impl<B: Backend> WeightFile<'_, B> {
-    /// Writes the weights as they are in the file, or as they were drawn.
+    /// Writes the weights from the file, or the drawn ones.
     fn write(&self, path: &Path) -> Result<()> {
         let shapes = self
             .params
@@ -325,7 +327,7 @@ fn report_prefix<B: Backend>(context: &Context<'_, B>, weights: &WeightFile<'_, 
     }
 }
 
-/// Warns of weights in a file that the network has no place for.
+/// Warns about weights in a file that the network does not use.
 fn report_unexpected<B: Backend>(context: &Context<'_, B>, weights: &WeightFile<'_, B>) {
     let Some(stored) = weights.source else { return };
     let known: BTreeSet<&str> = weights
@@ -358,8 +360,8 @@ fn report_unexpected<B: Backend>(context: &Context<'_, B>, weights: &WeightFile<
     );
 }
 
-/// What the weights were read from.
-fn source(stored: &Stored) -> Result<Value> {
+/// The source of the weights.
+fn source(stored: &CheckpointWeights) -> Result<Value> {
     let path = stored.path();
     let name = |path: &Path| {
         let name = path.file_name();

@@ -1,4 +1,4 @@
-//! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
+//! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs no downloads.
 //!
 //! Out: the tokenizer, and `reconstructions.png`: held-out images, and below each row their reconstructions.
 
@@ -30,7 +30,7 @@ use crate::random::{Sequence, Stream};
 use crate::size::Sides;
 use crate::stage::{Stage, batch_memory};
 use crate::train::{TrainOptions, check_parts, one_part};
-use crate::weights::{Loader, Source, Stored, Weights};
+use crate::weights::{CheckpointWeights, Loader, Source, Weights};
 use loss::{Adversarial, PixelLoss};
 use quality::{Quality, look};
 use training::{Networks, train};
@@ -145,9 +145,9 @@ fn temperature() -> f64 {
 }
 
 impl Options {
-    /// What a step of training holds of an image at least: its pixels, before and after, in each residual block of encoder
-    /// and decoder the input of both norms and both convolutions, or that of the block where the rest is computed again, and
-    /// the attention between these.
+    /// The minimum memory per image in a training step: its pixels before and after; in each residual block of encoder and
+    /// decoder the inputs of both norms and both convolutions, or only the block's input if the rest is recomputed; and the
+    /// attention.
     fn bytes_of_an_image(&self, images: &Images) -> Option<u64> {
         let pixels = memory::floats(&[2, images.channels, images.height, images.width])?;
         let side = |n: usize, level: usize| (n >> level).max(1);
@@ -278,20 +278,20 @@ impl<B: Backend> Stage<B> for TokenizerStage {
     }
 }
 
-/// What a tokenizer is made from.
+/// The inputs of a tokenizer's training.
 struct Inputs<B: Backend> {
     config: TokenizerConfig,
     images: Arc<Images>,
-    /// Images that are trained on, and those that are held out.
+    /// Training images, and held-out images.
     train: Vec<usize>,
     held: Vec<usize>,
     metric: PerceptualMetric<B>,
-    /// The weights to go on from.
-    from: Option<Stored>,
+    /// The weights to start from.
+    from: Option<CheckpointWeights>,
 }
 
 impl<B: Backend> Inputs<B> {
-    /// Opens them and refuses what does not fit together.
+    /// Opens them and checks that they match.
     fn open(context: &Context<'_, B>, o: &Options) -> Result<Self> {
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
@@ -327,7 +327,7 @@ impl<B: Backend> Inputs<B> {
     }
 }
 
-/// How good the trained tokenizer is, recorded and returned.
+/// Records and returns the quality of the trained tokenizer.
 fn measure<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
@@ -349,7 +349,7 @@ fn measure<B: Backend>(
     Ok(quality)
 }
 
-/// Writes the artifact: the tokenizer, and a picture of what it makes of images.
+/// Writes the artifact: the tokenizer, and a picture of its reconstructions.
 fn publish<B: Backend>(
     context: &Context<'_, B>,
     inputs: &Inputs<B>,
@@ -368,12 +368,12 @@ fn publish<B: Backend>(
         bundle::write_tokenizer(dir, &inputs.config, trained)
     })
 }
-/// The weights of the tokenizer to go on from, if it has this shape.
+/// The weights of the tokenizer to start from, which must have this shape.
 fn start_from<B: Backend>(
     context: &Context<'_, B>,
     stage: &str,
     config: &TokenizerConfig,
-) -> Result<Stored> {
+) -> Result<CheckpointWeights> {
     let bundle = Bundle::open(context.input_dir(stage)?)?;
     if bundle.config.tokenizer != *config {
         let what = bundle::differences(config, &bundle.config.tokenizer);
@@ -454,7 +454,7 @@ pub(crate) fn batch_shape(images: &Images, count: usize) -> [usize; 4] {
     [count, c, h, w]
 }
 
-/// The batches of a training: at each step images drawn from `train`, with every draw anew; of each batch those of a share.
+/// The batches of a training: at each step images drawn from `train` with replacement; returns one share of the batch.
 pub(crate) fn training_feed(
     images: &Arc<Images>,
     train: &[usize],

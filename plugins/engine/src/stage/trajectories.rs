@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
-use retort_checkpoint::pieces::{MANIFEST, Shard};
+use retort_checkpoint::sample_shards::{MANIFEST, Shard};
 use retort_checkpoint::trajectories::{FORMAT, Manifest};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -15,17 +15,19 @@ use serde_json::json;
 use crate::backend::flow;
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
-use crate::captions::{self, Subjects};
+use crate::captions::{self, ConditioningSource};
 use crate::context::Context;
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::files::{link, resolve, write_json};
 use crate::model::{Teacher, TokenShape};
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
+use crate::stage::conditioning::{
+    CaptionText, Conditioning, ConditioningOptions, Features, Labels,
+};
 use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{
-    self, Division, PartDir, Planned, ShardProgress, Written, batches, hashed,
+    self, Division, PartDir, PlannedShard, ShardProgress, WrittenShards, batches, hashed,
 };
 use crate::stage::{Stage, batch_memory};
 
@@ -73,7 +75,7 @@ pub struct Options {
     /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
     /// model of captions.
     #[serde(default)]
-    pub caption: Option<Texts>,
+    pub caption: Option<CaptionText>,
     /// Folder of the flan-t5 that encodes captions: config.json, tokenizer.json and its weights.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
@@ -98,8 +100,8 @@ impl Options {
         }
     }
 
-    fn condition_options(&self) -> ConditionOptions<'_> {
-        ConditionOptions {
+    fn conditioning_options(&self) -> ConditioningOptions<'_> {
+        ConditioningOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
             text_encoder: self.text_encoder.as_deref(),
@@ -121,7 +123,7 @@ impl<B: Backend> Stage<B> for Trajectories {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.division().check()?;
-        o.condition_options().check(base)
+        o.conditioning_options().check(base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -136,16 +138,16 @@ impl<B: Backend> Stage<B> for Trajectories {
     }
 }
 
-/// What a dataset is made from.
+/// The inputs of a dataset.
 struct Inputs<'a> {
     teacher: Bundle<'a>,
     shape: TokenShape,
     /// Class of each sample, or number of its caption.
     labels: Vec<u32>,
-    /// What the labels stand for.
-    subjects: Subjects,
+    /// The meaning of the labels.
+    conditioning: ConditioningSource,
     noise: Noise,
-    /// What the dataset says of itself, but for its shards.
+    /// The dataset's manifest, without its shards.
     manifest: Manifest,
 }
 
@@ -164,8 +166,10 @@ impl<'a> Inputs<'a> {
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, teacher.config.classes.as_slice());
         let Conditioning {
-            labels, subjects, ..
-        } = o.condition_options().resolve(context, model, o.count)?;
+            labels,
+            source: conditioning,
+            ..
+        } = o.conditioning_options().resolve(context, model, o.count)?;
         let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
         let manifest = Manifest {
             format: FORMAT,
@@ -184,19 +188,19 @@ impl<'a> Inputs<'a> {
             teacher,
             shape,
             labels,
-            subjects,
+            conditioning,
             noise,
             manifest,
         })
     }
 
-    /// The shards of the dataset, with those that parts hold already.
-    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
+    /// The shards of the dataset, including those that parts already contain.
+    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<PlannedShard>> {
         let part = |PartDir(part): &PartDir| -> Result<(PathBuf, Vec<Shard>)> {
             let dir = resolve(base, part);
             let shards = self.manifest.of_part(&dir)?;
             let features = dir.join(captions::FILE);
-            if let Subjects::Captions(own) = &self.subjects
+            if let ConditioningSource::Captions(own) = &self.conditioning
                 && !own.are_in(&features)?
             {
                 let message = "these are not the features of this stage's captions; give all parts the same `features`";
@@ -212,21 +216,21 @@ impl<'a> Inputs<'a> {
         &self.labels[shard.start as usize..shard.end as usize]
     }
 
-    /// Makes the shards that are this process's share.
+    /// Makes this process's share of the shards.
     fn make<B: Backend>(
         &self,
         context: &Context<'_, B>,
         o: &Options,
-        planned: &[Planned],
-    ) -> Result<Written> {
-        // Whether a file holds the samples that this stage would make.
+        planned: &[PlannedShard],
+    ) -> Result<WrittenShards> {
+        // Whether a file contains the samples that this stage would make.
         let check = |path: &Path, shard: &Shard| {
             let (stored, found) = open_shard(&self.manifest, path, shard)?;
             let labels = self.labels_of(shard);
             self.noise
                 .check(path, shard, (&stored, &found), labels, o.batch)
         };
-        // Loaded once there is something to make.
+        // Loaded when the first shard has to be made.
         let mut networks = None;
         shards::make(
             context,
@@ -275,7 +279,7 @@ impl<'a> Inputs<'a> {
             };
             let ids = autoregressive(
                 &*networks.teacher,
-                &self.subjects.conditions(backend, labels)?,
+                &self.conditioning.batch(backend, labels)?,
                 &o.distribution,
                 &mut choice,
                 None,
@@ -293,7 +297,7 @@ impl<'a> Inputs<'a> {
         self,
         context: &Context<'_, B>,
         o: &Options,
-        planned: Vec<Planned>,
+        planned: Vec<PlannedShard>,
     ) -> Result<StageResult> {
         let work = context.work_dir()?;
         let manifest = Manifest {
@@ -302,7 +306,8 @@ impl<'a> Inputs<'a> {
         };
         let samples = o.division().samples();
         let summary = json!({ "count": samples.end - samples.start });
-        let captions = matches!(self.subjects, Subjects::Captions(_)).then_some(captions::FILE);
+        let captions =
+            matches!(self.conditioning, ConditioningSource::Captions(_)).then_some(captions::FILE);
         context.finish("trajectories", ArtifactMeta::default(), summary, |dir| {
             let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
             for file in shards.chain(captions) {
@@ -328,8 +333,8 @@ impl<B: Backend> Networks<B> {
     }
 }
 
-/// Records how fast samples were made, if any were.
-fn report<B: Backend>(context: &Context<'_, B>, written: &Written) {
+/// Records the speed, if any samples were made.
+fn report<B: Backend>(context: &Context<'_, B>, written: &WrittenShards) {
     if written.samples == 0 {
         return;
     }

@@ -1,6 +1,6 @@
 //! The kernel distance (Binkowski et al. 2018, arXiv 1801.01401: KID with Inception): the unbiased estimate of the squared
-//! maximum mean discrepancy under the kernel (x y / d + 1)^3, as a mean over subsets. Unlike the Frechet distance it does
-//! not grow when samples are few.
+//! maximum mean discrepancy under the kernel (x y / d + 1)^3, as a mean over subsets. Unlike the Frechet distance it is not
+//! biased by few samples.
 
 use nalgebra::{DMatrix, DMatrixView};
 use rayon::prelude::*;
@@ -10,9 +10,9 @@ use super::{StatisticsError, rows};
 /// Kernel distance over subsets.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct KernelDistance {
-    /// Mean over the subsets; below 0 when two sets are closer than chance has it.
+    /// Mean over the subsets; it may be negative if the sets are equal up to chance.
     pub mean: f64,
-    /// Standard deviation over the subsets (divisor: their number); none of a single one.
+    /// Standard deviation over the subsets (divisor: their number); None for a single subset.
     pub deviation: Option<f64>,
     /// Subsets that were taken.
     pub subsets: usize,
@@ -20,8 +20,9 @@ pub struct KernelDistance {
     pub size: usize,
 }
 
-/// Kernel distance of `real` (n, d) and `generated` (m, d) over `subsets` pairs of subsets of `size` samples, fewer where a
-/// set has fewer; one pair where there is but one. `below(n)` draws a number below n; `go_on` is asked for each pair.
+/// Kernel distance of `real` (n, d) and `generated` (m, d) over `subsets` pairs of subsets of `size` samples, fewer if a set
+/// has fewer; a single pair if subsets are the whole sets. `below(n)` draws a number below n; `go_on` is called for each
+/// pair.
 pub fn kernel_distance(
     real: &[f32],
     generated: &[f32],
@@ -66,7 +67,7 @@ pub fn kernel_distance(
     })
 }
 
-/// `size` different numbers below n, in the order drawn; all in order, where that is all.
+/// `size` different numbers below n, in drawing order; in ascending order if that is all of them.
 fn choose(n: usize, size: usize, below: &mut dyn FnMut(usize) -> usize) -> Vec<usize> {
     let mut all: Vec<usize> = (0..n).collect();
     if size < n {

@@ -1,8 +1,8 @@
 //! Precision and recall by k-nearest-neighbour manifolds: Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2.
 //!
-//! Distances are looked at in blocks of points, so that memory is that of the features. A block's distances are first known
-//! from norms and a matrix product, which is fast, up to a bound on its rounding; where that does not decide, and only
-//! there, the distance is computed from differences. So the figures are those of the plain definition.
+//! Distances are computed in blocks of points, so that features dominate memory. A block's distances first come from norms
+//! and a matrix product, which is fast, with a bound on the rounding. Only where that does not decide is the distance
+//! computed from differences. So the figures equal those of the plain definition.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -65,9 +65,9 @@ pub fn precision_recall(
     })
 }
 
-/// Points that are compared with as many others at a time.
+/// Points per block; blocks are compared pairwise.
 const ROWS: usize = 256;
-/// Blocks between two questions whether to go on.
+/// Blocks between two calls of `go_on`.
 const GROUP: usize = 8;
 
 /// Points with their squared norms.
@@ -102,7 +102,7 @@ impl<'a> Set<'a> {
     }
 }
 
-/// What is found for each point of a set, block by block on all threads.
+/// Computes a result for each point of a set, block by block on all threads.
 fn by_block<T: Send>(
     set: &Set<'_>,
     go_on: &mut dyn FnMut() -> bool,
@@ -120,10 +120,10 @@ fn by_block<T: Send>(
     Ok(out)
 }
 
-/// The squared distance of two points: nearly known, and exactly when that is needed.
+/// The squared distance of two points: approximate, and exact on demand.
 struct Distance<'a> {
     nearly: f32,
-    /// Most by which `nearly` is off.
+    /// The error bound of `nearly`.
     bound: f32,
     points: (&'a [f32], &'a [f32]),
 }
@@ -133,7 +133,7 @@ impl Distance<'_> {
         squared_distance(self.points.0, self.points.1)
     }
 
-    /// Whether it is at most a radius. Where the norms are too great for f32, only the exact one can say.
+    /// Whether it is at most a radius. If the norms overflow f32, only the exact distance decides.
     fn within(&self, radius: f32) -> bool {
         if self.nearly - self.bound > radius {
             false
@@ -145,7 +145,7 @@ impl Distance<'_> {
     }
 }
 
-/// Shows the distances of the points of a block to all points of another set: (index in the block, index in the other
+/// Calls back with the distances of a block's points to all points of another set: (index in the block, index in the other
 /// set, distance).
 fn compare(
     set: &Set<'_>,
@@ -181,7 +181,7 @@ fn compare(
 fn radii(set: &Set<'_>, block: usize, k: usize) -> Vec<f32> {
     let mut nearest = vec![vec![f32::INFINITY; k]; set.block(block).1.len()];
     compare(set, block, set, |i, j, distance| {
-        // What is surely farther than all of them changes nothing.
+        // Skip distances that are certainly larger than all of them.
         let farther = distance.nearly - distance.bound >= nearest[i][k - 1];
         if block * ROWS + i != j && !farther {
             insert(&mut nearest[i], distance.exact());
@@ -199,8 +199,7 @@ fn insert(smallest: &mut [f32], value: f32) {
     }
 }
 
-/// From differences, not from norms and a product: the same two points give the same bits in either order, and equal
-/// points give 0.
+/// From differences, not from norms and a product: bit-identical in either order of the points, and 0 for equal points.
 fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
     let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
@@ -271,7 +270,7 @@ mod tests {
         let far: Vec<f32> = set.iter().map(|x| x + 100.0).collect();
         let apart = precision_recall(&set, &far, 8, 3, &mut || true).unwrap();
         assert_eq!((apart.precision, apart.recall), (0.0, 0.0));
-        // Collapse onto one real point: looks real, covers nothing else.
+        // Collapse onto one real point: precise, but covers nothing else.
         let collapsed = set[..8].repeat(10);
         let found = precision_recall(&set, &collapsed, 8, 3, &mut || true).unwrap();
         assert_eq!((found.precision, found.recall), (1.0, 1.0 / 40.0));

@@ -13,7 +13,7 @@ pub struct InceptionScore {
     pub deviation: f64,
 }
 
-/// Whether all rows of a class stand together, of several classes: consecutive parts of them have few classes each.
+/// Whether the rows are sorted by class and have several classes, so that consecutive parts have few classes each.
 pub fn is_sorted_by_class(labels: &[u32]) -> bool {
     let runs = labels.chunk_by(|a, b| a == b).count();
     let mut classes = labels.to_vec();
@@ -34,15 +34,15 @@ pub fn inception_score(
     running.finish()
 }
 
-/// The inception score of logits that arrive in parts, of which only sums are held: the score of a split is
-/// exp(mean of sum p ln p - sum q ln q), q the mean of its probabilities p.
+/// The inception score of logits that arrive in parts; only sums are kept: the score of a split is exp(mean of sum p ln p -
+/// sum q ln q), q the mean of its probabilities p.
 #[derive(Debug, Clone)]
 pub struct RunningScore {
     count: usize,
     classes: usize,
     /// Rows so far.
     seen: usize,
-    /// The place of each row among those that are split; its own, if none.
+    /// The position at which each row counts for the splits; its own position if None.
     places: Option<Vec<u32>>,
     /// Per split: its rows so far, the sum of p ln p, and the sums of p.
     splits: Vec<(usize, f64, Vec<f64>)>,
@@ -67,8 +67,7 @@ impl RunningScore {
         })
     }
 
-    /// The same, of rows that are dealt to the splits in another order than they come in: each has its place, a number below
-    /// their count that no other has.
+    /// The same with rows assigned to splits in another order: each row has a unique position below their count.
     pub fn dealt(self, places: Vec<u32>) -> Self {
         Self {
             places: Some(places),
@@ -80,7 +79,7 @@ impl RunningScore {
     pub fn add(&mut self, logits: &[f32]) -> Result<(), StatisticsError> {
         rows("logits", logits, self.classes)?;
         for row in logits.chunks_exact(self.classes) {
-            // Split k begins at place k count / splits, rounded down.
+            // Split k begins at position k count / splits, rounded down.
             let place = match &self.places {
                 Some(places) => places.get(self.seen).map_or(self.count, |&at| at as usize),
                 None => self.seen,

@@ -215,12 +215,12 @@ fn rows_of_sorted_classes_are_dealt_to_the_splits() {
     let mixed: Vec<u32> = (0..count).map(|i| (i % classes) as u32).collect();
     let logits =
         |labels: &[u32]| -> Vec<f32> { labels.iter().flat_map(|&l| sure(l as usize)).collect() };
-    // Each split has one class alone, of which nothing can be told apart.
+    // Each split has a single class, so the score is 1.
     let apart = inception_score(&logits(&sorted), classes, splits).unwrap();
     assert!((apart.mean - 1.0).abs() < 1e-3, "{apart:?}");
     let best = inception_score(&logits(&mixed), classes, splits).unwrap();
     assert!((best.mean - 10.0).abs() < 1e-3, "{best:?}");
-    // A place is that of a deal of 49 apart, which reaches every split from every class.
+    // Positions 49 apart, so that every class reaches every split.
     let places: Vec<u32> = (0..count).map(|i| (i * 49 % count) as u32).collect();
     let running = RunningScore::new(count, classes, splits).unwrap();
     let mut running = running.dealt(places);
@@ -255,7 +255,7 @@ fn what_is_no_covariance_is_refused() {
     let lower = of(&[(1, 0.0), (2, 0.0), (5, 0.0)]);
     let expected = "element (1, 0) is 1, and element (0, 1) 0: a covariance is symmetric";
     assert_eq!(lower, said(expected));
-    // Rounding is none; what is more is.
+    // Asymmetry by rounding is accepted, larger asymmetry is not.
     assert_eq!(of(&[(5, -2.0 + 3e-6)]), Ok(()));
     assert!(of(&[(5, -2.0 + 5e-6)]).is_err());
     let expected = "element (1, 1) is -0.001, and no variance is below 0";
@@ -265,7 +265,7 @@ fn what_is_no_covariance_is_refused() {
         let expected = format!("element (1, 2) is {text}");
         assert_eq!(of(&[(5, value)]), said(&expected));
     }
-    // A feature that does not vary has a variance of 0, whatever is rounded.
+    // A constant feature has variance 0 despite rounding.
     let still: Vec<f32> = (0..6000).map(|i| [0.1, i as f32][i % 2]).collect();
     let moments = Moments::of(&still, 2).unwrap();
     Moments::new(moments.mean, moments.covariance).unwrap();

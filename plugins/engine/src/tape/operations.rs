@@ -1,4 +1,4 @@
-//! The operations on variables: the value of each, and how its gradient goes back.
+//! The operations on variables: each computes its value and defines its backward function.
 
 use super::Variable;
 use crate::backend::{
@@ -61,7 +61,7 @@ impl<B: Backend> Variable<B> {
         ))
     }
 
-    /// Tensors one behind the other along a dimension.
+    /// Concatenates tensors along a dimension.
     pub fn cat(xs: &[&Variable<B>], dim: usize) -> Result<Self> {
         let values: Vec<&B::Tensor> = xs.iter().map(|x| &x.value).collect();
         let sizes: Vec<(usize, bool)> = xs.iter().map(|x| (x.shape()[dim], x.wants())).collect();
@@ -156,7 +156,7 @@ impl<B: Backend> Variable<B> {
         ))
     }
 
-    /// Own value, kept only when the other factor wants a gradient.
+    /// Its own value, kept only if the other factor needs a gradient.
     fn clone_value_if(&self, other: &Self) -> Option<B::Tensor> {
         other.wants().then(|| self.value.clone())
     }
@@ -186,7 +186,7 @@ impl<B: Backend> Variable<B> {
         self.sum(dims)?.affine(1.0 / n as f64, 0.0)
     }
 
-    /// Matrix product of the last two dimensions with equal leading ones; `tb`: the second is given transposed.
+    /// Matrix product of the last two dimensions with equal leading ones; `tb` means that the second is given transposed.
     pub fn matmul(&self, other: &Self, tb: bool) -> Result<Self> {
         let (a, b) = (self.clone_value_if(other), other.clone_value_if(self));
         Ok(Self::from_op(
@@ -263,8 +263,7 @@ impl<B: Backend> Variable<B> {
         self.rms_norm(&Self::constant(scale), eps, Precision::Storage)
     }
 
-    /// x / |x| of (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, as a
-    /// [`Precision::Factor`].
+    /// x / |x| of (b, l, h, d) over the last dimension, times an optional length per head (h), as a [`Precision::Factor`].
     pub fn unit(&self, length: Option<&Self>) -> Result<Self> {
         let y = B::unit(&self.value, length.map(|l| &l.value))?;
         let (x, kept) = (self.value.clone(), length.map(|l| l.value.clone()));
@@ -286,7 +285,7 @@ impl<B: Backend> Variable<B> {
     }
 
     /// The same of x (b, l, c), times scale plus shift, (b, 1, c) each, as a [`Precision::Factor`]. The backward pass
-    /// normalises again instead of keeping what lies between.
+    /// normalises again instead of keeping intermediate values.
     pub fn modulated_norm(&self, scale: &Self, shift: &Self, eps: f64) -> Result<Self> {
         let y = B::modulated_norm(&self.value, &scale.value, &shift.value, eps)?;
         let (x, kept) = (self.value.clone(), scale.value.clone());
@@ -325,7 +324,7 @@ impl<B: Backend> Variable<B> {
         }))
     }
 
-    /// The same, then silu. The backward pass normalises again instead of keeping what lies between.
+    /// The same, then silu. The backward pass normalises again instead of keeping intermediate values.
     pub fn group_norm_silu(&self, groups: usize, w: &Self, bias: &Self, eps: f64) -> Result<Self> {
         let y = B::group_norm_silu(&self.value, groups, &w.value, &bias.value, eps)?;
         let (x, scale, shift) = (self.value.clone(), w.value.clone(), bias.value.clone());
@@ -352,7 +351,7 @@ impl<B: Backend> Variable<B> {
         }))
     }
 
-    /// The same plus bias (o) and, where there is one, a residual of the result's shape.
+    /// The same plus bias (o) and, optionally, a residual of the result's shape.
     pub fn conv2d_bias(
         &self,
         w: &Self,
@@ -396,8 +395,8 @@ impl<B: Backend> Variable<B> {
         ))
     }
 
-    /// [`Variable::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest
-    /// neighbour). The backward pass enlarges again instead of keeping what is four times as large.
+    /// [`Variable::conv2d_bias`] with stride 1 on images enlarged twofold (nearest neighbour). The backward pass enlarges
+    /// again instead of keeping the enlarged images.
     pub fn conv2d_upsampled(&self, w: &Self, bias: &Self, padding: [usize; 2]) -> Result<Self> {
         let y = B::conv2d_upsampled(&self.value, &w.value, &bias.value, padding)?;
         let (x, kept, want) = (
@@ -453,7 +452,7 @@ impl<B: Backend> Variable<B> {
 
     /// Self-attention from the packed projection (b, l, 3 h d), with rotary positions (cos, sin each (l, d/2)).
     ///
-    /// One node instead of seven: the gradient is assembled once instead of padded three times.
+    /// One node instead of seven: the gradient is assembled once instead of being padded three times.
     pub fn packed_attention(
         &self,
         heads: usize,

@@ -1,18 +1,17 @@
-//! Captions as LlamaGen cleans them before its text encoder sees them, in training and in sampling: lower case, without
-//! addresses, markup, file names, numbers of articles and phrases of shops, twice over.
+//! Cleaning captions as LlamaGen does before its text encoder, in training and in sampling: lower case, without URLs, markup,
+//! file names, article numbers and phrases of shops, applied twice.
 //!
-//! In: a text. Out: a text. One thing that its code does is left out: text that went through a wrong encoding is not
-//! mended.
+//! In: a text. Out: a text. One step of its code is left out: mis-encoded text is not repaired.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
 
 use fancy_regex::Regex;
 
-/// What is looked for, in this order, and what stands in its place.
+/// The patterns, in this order, and their replacements.
 type Rules = Vec<(Regex, &'static str)>;
 
-/// Addresses, before markup is taken out.
+/// URLs, before markup is removed.
 const ADDRESSES: [(&str, &str); 3] = [
     ("<person>", "person"),
     (
@@ -56,7 +55,7 @@ const SIGNS: [(&str, &str); 18] = [
     (r"\s+\.\s+", " "),
 ];
 
-/// Codes and phrases, after a second look for entities.
+/// Codes and phrases, after entities are decoded again.
 const PHRASES: [(&str, &str); 17] = [
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
@@ -74,14 +73,14 @@ const PHRASES: [(&str, &str); 17] = [
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", "${1} "),
     (r"\s+", " "),
-    // What stands around the whole.
+    // Characters around the whole text.
     (r#"^["']([\w\W]+)["']$"#, "${1}"),
     (r"^['_,\-:;]", ""),
     (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 ];
 
-/// Marks between words; more than three of them join words.
+/// Separators between words; more than three of them count as joining words.
 const JOINTS: [char; 2] = ['-', '_'];
 
 static RULES: LazyLock<[Rules; 3]> = LazyLock::new(|| {
@@ -93,10 +92,10 @@ static RULES: LazyLock<[Rules; 3]> = LazyLock::new(|| {
     [compiled(&ADDRESSES), compiled(&SIGNS), compiled(&PHRASES)]
 });
 
-/// Characters of a caption that are looked at: text encoders take a hundred words, and some rules look ahead.
+/// Maximum characters of a caption: text encoders take a hundred words, and some rules look ahead.
 const LONGEST: usize = 20_000;
 
-/// The caption as the text encoder gets it.
+/// The caption for the text encoder.
 pub fn clean(caption: &str) -> String {
     let caption = match caption.char_indices().nth(LONGEST) {
         Some((end, _)) => &caption[..end],
@@ -120,7 +119,7 @@ fn once(caption: &str) -> String {
 
 fn applied(rules: &Rules, mut text: String) -> String {
     for (rule, with) in rules {
-        // A text on which a rule gives up stays as it is.
+        // If a rule fails on a text, the text is unchanged.
         if let Ok(Cow::Owned(changed)) = rule.try_replacen(&text, 0, *with) {
             text = changed;
         }
@@ -128,7 +127,7 @@ fn applied(rules: &Rules, mut text: String) -> String {
     text
 }
 
-/// Without the escapes of addresses: `+` for a blank, `%41` for a letter.
+/// Decodes URL escapes: `+` for a space, `%41` for a letter.
 fn unquoted(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut at) = (Vec::with_capacity(bytes.len()), 0);
@@ -151,7 +150,7 @@ fn unquoted(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// What a page shows of a text: without tags and comments, entities in place.
+/// The visible text of HTML: without tags and comments, with entities decoded.
 fn markup(text: &str) -> String {
     let (mut out, mut left) = (String::with_capacity(text.len()), text);
     while let Some(at) = left.find('<') {
@@ -174,7 +173,7 @@ fn markup(text: &str) -> String {
     entities(&out)
 }
 
-/// Characters for their entities: those with numbers, and the names that captions have.
+/// Decodes entities: numeric ones, and the names that occur in captions.
 fn entities(text: &str) -> String {
     let (mut out, mut left) = (String::with_capacity(text.len()), text);
     while let Some(at) = left.find('&') {
@@ -199,7 +198,7 @@ fn entities(text: &str) -> String {
     out
 }
 
-/// The character of an entity, by what stands between `&` and `;`.
+/// The character of an entity, given the text between `&` and `;`.
 fn character(name: &str) -> Option<char> {
     if let Some(number) = name.strip_prefix('#') {
         let code = match number.strip_prefix(['x', 'X']) {
@@ -262,7 +261,7 @@ mod tests {
         assert_eq!(counts, [ADDRESSES.len(), SIGNS.len(), PHRASES.len()]);
     }
 
-    /// What LlamaGen's own code makes of these.
+    /// Results of LlamaGen's own code.
     #[test]
     fn captions_are_cleaned_as_published() {
         let known = [

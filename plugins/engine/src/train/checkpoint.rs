@@ -1,6 +1,8 @@
-//! What an interruption leaves: parameters, moments, averages and the best weights so far, in one file.
+//! Checkpoints: parameters, moments, averages and the best weights so far, in one file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use retort_checkpoint::regular;
 
 use super::{State, TrainingLoop};
 use crate::backend::Backend;
@@ -62,7 +64,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         for (name, t) in self.ema.into_iter().flatten() {
             put(format!("ema.{name}"), t)?;
         }
-        // f32 holds whole numbers exactly up to 2^24 only: the counters travel as two halves.
+        // f32 represents integers exactly only up to 2^24, so counters are stored as two halves.
         let halves = [step, skipped.all, skipped.in_a_row]
             .into_iter()
             .flat_map(|x| [(x >> 20) as f32, (x & 0xf_ffff) as f32]);
@@ -73,6 +75,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 data: halves.collect(),
             },
         );
+        let ranks = Floats {
+            shape: vec![1],
+            data: vec![self.ranks.size() as f32],
+        };
+        all.insert("ranks".into(), ranks);
         if let Some(kept) = self.kept {
             let data = kept.borrow().clone();
             let shape = vec![data.len()];
@@ -99,22 +106,25 @@ impl<B: Backend> TrainingLoop<'_, B> {
         replace(&path, |partial| weights::write(partial, &all))
     }
 
-    /// Takes up the checkpoint and returns the next step.
-    pub(super) fn restore(&self, state: &mut State<B>) -> Result<u64> {
+    /// Loads the checkpoint. Returns the next step, and how many ranks made the previous ones.
+    pub(super) fn restore(&self, state: &mut State<B>) -> Result<(u64, usize)> {
         let State {
             moments,
             best,
             skipped,
         } = state;
-        let Some(path) = self.path().filter(|p| p.exists()) else {
-            return Ok(0);
+        let Some(path) = self.path() else {
+            return Ok((0, self.ranks.size()));
         };
         let damaged =
             |message: &str| Error::data(&path, format!("{message}; delete it to start anew"));
-        let all = weights::read(&path).map_err(|error| match error {
+        let all = found(&path, weights::read).map_err(|error| match error {
             Error::Data { message, .. } => damaged(&message),
             other => other,
         })?;
+        let Some(all) = all else {
+            return Ok((0, self.ranks.size()));
+        };
         let unfit = |name: &str| damaged(&format!("checkpoint without a fitting {name}"));
         let put = |name: String, t: &B::Tensor| -> Result<()> {
             let shape = B::shape(t);
@@ -158,6 +168,54 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let counter =
             |i: usize| ((counters.data[2 * i] as u64) << 20) | counters.data[2 * i + 1] as u64;
         (skipped.all, skipped.in_a_row) = (counter(1), counter(2));
-        Ok(counter(0))
+        // Older checkpoints do not have it.
+        let ranks = all.get("ranks").and_then(|ranks| ranks.data.first());
+        let ranks = ranks.map_or(self.ranks.size(), |ranks| *ranks as usize);
+        Ok((counter(0), ranks))
+    }
+}
+
+/// The contents of a checkpoint, if there is one. On a shared file system its handle, or its directory's, may be stale for a
+/// moment. That must not count as absence, which would restart the training, nor as damage.
+fn found(path: &Path, mut read: impl FnMut(&Path) -> Result<Weights>) -> Result<Option<Weights>> {
+    let is_stale =
+        |error: &Error| matches!(error, Error::Io { source, .. } if regular::is_stale(source));
+    regular::patiently_where(is_stale, || {
+        match path.try_exists().map_err(Error::io(path))? {
+            true => read(path).map(Some),
+            false => Ok(None),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_behind_a_stale_handle_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.checkpoint.safetensors");
+        let stale = || std::io::Error::from(std::io::ErrorKind::StaleNetworkFileHandle);
+        let mut tries = 0;
+        let mut read = |path: &Path| {
+            tries += 1;
+            match tries {
+                1 | 2 => Err(Error::io(path)(stale())),
+                3 => Ok(Weights::new()),
+                _ => Err(Error::io(path)(std::io::Error::other("broken"))),
+            }
+        };
+        assert!(found(&path, &mut read).unwrap().is_none());
+        std::fs::write(&path, "").unwrap();
+        assert!(found(&path, &mut read).unwrap().is_some());
+        assert!(found(&path, &mut read).is_err());
+        assert_eq!(tries, 4, "what is broken is not tried again");
+        // The file system's error kind is preserved when reading a tensor fails.
+        let stale = retort_checkpoint::Error::Io(stale());
+        let Error::Io { source, .. } = Error::checkpoint(&path)(stale) else {
+            panic!("no error of the file system");
+        };
+        assert!(regular::is_stale(&source));
     }
 }

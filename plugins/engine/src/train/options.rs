@@ -1,4 +1,4 @@
-//! Training options, and the learning rate that follows from them.
+//! Training options, and the resulting learning rate.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,41 +1,59 @@
-//! What ranks that train together tell each other.
+//! Exchanges between ranks that train together.
 
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use super::{AdamwMoments, Agreed, TrainingLoop};
+use super::{AdamwMoments, StepDecision, TrainingLoop};
 use crate::backend::{Backend, Binary};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::tape::{Variable, backward_as_ready, scalar};
 
-/// Gradients that ranks add up at a time: 25 MB.
+/// Elements of gradients summed in one exchange: 25 MB.
 pub(super) const BUCKET: usize = 25 << 18;
 
-/// Time that ranks spend on adding up the gradients of a step.
+/// Time that ranks spend on summing a step's gradients.
 pub(super) struct Communication {
-    /// Seconds in which gradients were on their way.
+    /// Seconds during which gradients were in transit.
     pub seconds: f64,
-    /// Those of them in which the backward pass was over already.
+    /// Those of them after the end of the backward pass.
     pub waited: f64,
 }
 
-/// The gradients of parameters, by number.
-type Numbered = Vec<(usize, Vec<f32>)>;
+/// A step's times, as means over ranks: `step` is the seconds from its start to the end of the sums.
+pub(super) fn communication_figures(
+    seconds: f64,
+    waited: f64,
+    step: f64,
+) -> [(&'static str, f64); 2] {
+    let of = |part: f64, whole: f64| match whole > 0.0 {
+        // Means were summed in f32.
+        true => (part / whole).clamp(0.0, 1.0),
+        false => 0.0,
+    };
+    [
+        ("communication_share", of(waited, step)),
+        ("overlap", of(seconds - waited, seconds)),
+    ]
+}
 
-/// Adds up gradients over all ranks in the order in which they come, until there is none, and returns the sums and the
-/// seconds that it took. Nothing is returned where the giver is gone before.
+/// The gradients of parameters, by number.
+type IndexedGradients = Vec<(usize, Vec<f32>)>;
+
+/// Sums gradients over all ranks in order of arrival until the sender is done, and returns the sums and the seconds it took.
+/// None if the sender disappears early.
 fn reduce_buckets(
     ranks: &dyn Collective,
     gradients: &Receiver<Option<(usize, Vec<f32>)>>,
-) -> Result<(Numbered, f64)> {
-    let (mut sums, mut bucket, mut seconds) = (Numbered::new(), Numbered::new(), 0.0);
+) -> Result<(IndexedGradients, f64)> {
+    let (mut sums, mut bucket, mut seconds) =
+        (IndexedGradients::new(), IndexedGradients::new(), 0.0);
     let mut length = 0;
     loop {
         let Ok(next) = gradients.recv() else {
-            return Ok((Numbered::new(), seconds));
+            return Ok((IndexedGradients::new(), seconds));
         };
         let last = next.is_none();
         if let Some((number, values)) = next {
@@ -63,28 +81,39 @@ fn reduce_buckets(
     }
 }
 
+/// The sums for all parameters; all must have arrived.
+fn all_of<T>(sums: Vec<Option<T>>) -> Result<Vec<T>> {
+    let all: Option<Vec<T>> = sums.into_iter().collect();
+    all.ok_or_else(|| Error::Internal("a gradient was not added up".into()))
+}
+
 impl<B: Backend> TrainingLoop<'_, B> {
-    /// Gradients of a loss, summed over all ranks while the backward pass goes on; `before` has those of the parts before
-    /// it, if there are any.
+    /// Gradients of a loss, summed over all ranks during the backward pass; `before` has those of earlier parts, if any. A
+    /// gradient is dropped as soon as it has been summed.
     pub(super) fn gradients_of_all(
         &self,
         loss: Variable<B>,
         params: &[(String, Variable<B>)],
-        before: &[B::Tensor],
+        before: Vec<B::Tensor>,
     ) -> Result<(Vec<B::Tensor>, Communication)> {
+        let mut before: Vec<Option<B::Tensor>> = before.into_iter().map(Some).collect();
+        let mut with_before = move |number: usize, own: B::Tensor| match before
+            .get_mut(number)
+            .and_then(Option::take)
+        {
+            Some(sum) => B::binary(&sum, &own, Binary::Add),
+            None => Ok(own),
+        };
         if let Some(device) = self.ranks.on_device() {
-            return self.gradients_on_device(loss, params, before, device);
+            return self.gradients_on_device(loss, params, &mut with_before, device);
         }
         let (send, receive) = channel();
         let ranks = self.ranks;
         std::thread::scope(|scope| {
             let reducer = scope.spawn(move || reduce_buckets(ranks, &receive));
-            let mut ready = |number: usize, gradient: &B::Tensor| {
-                let values = match before.get(number) {
-                    Some(sum) => B::to_floats(&B::binary(sum, gradient, Binary::Add)?)?,
-                    None => B::to_floats(gradient)?,
-                };
-                // If the thread has ended, its error says more.
+            let mut ready = |number: usize, gradient: B::Tensor| {
+                let values = B::to_floats(&with_before(number, gradient)?)?;
+                // If the thread has ended, its error is more informative.
                 let _ = send.send(Some((number, values)));
                 Ok(())
             };
@@ -97,22 +126,24 @@ impl<B: Backend> TrainingLoop<'_, B> {
             let ended = reducer.join();
             let (sums, seconds) =
                 ended.map_err(|_| Error::Internal("a thread panicked".into()))??;
-            let waited = waiting.elapsed().as_secs_f64();
-            let mut gradients = own?;
+            // Filling the last bucket does not count as communication.
+            let waited = waiting.elapsed().as_secs_f64().min(seconds);
+            own?;
+            let mut gradients = vec![None; params.len()];
             for (number, values) in sums {
-                let shape = B::shape(&gradients[number]);
-                gradients[number] = self.backend.floats(&values, &shape)?;
+                let sum = self.backend.floats(&values, &params[number].1.shape())?;
+                gradients[number] = Some(sum);
             }
-            Ok((gradients, Communication { seconds, waited }))
+            Ok((all_of(gradients)?, Communication { seconds, waited }))
         })
     }
 
-    /// The same where the sums are taken in the device's memory: the device adds up while it goes on with the backward pass.
+    /// The same with sums in the device's memory: the device sums while it continues the backward pass.
     fn gradients_on_device(
         &self,
         loss: Variable<B>,
         params: &[(String, Variable<B>)],
-        before: &[B::Tensor],
+        with_before: &mut dyn FnMut(usize, B::Tensor) -> Result<B::Tensor>,
         device: &dyn Any,
     ) -> Result<(Vec<B::Tensor>, Communication)> {
         let mut begun = None;
@@ -121,7 +152,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let mut exchange = |bucket: &mut Vec<(usize, B::Tensor)>| -> Result<()> {
             let numbers = bucket.iter().map(|(number, _)| *number).collect();
             let flat: Vec<&B::Tensor> = bucket.iter().map(|(_, flat)| flat).collect();
-            // Values of its own, which nobody else looks at meanwhile.
+            // A copy that nobody else reads meanwhile.
             let all = B::affine(&B::cat(&flat, 0)?, 1.0, 0.0)?;
             begun.get_or_insert_with(Instant::now);
             B::begin_exchange_(&all, None, device)?;
@@ -129,11 +160,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
             bucket.clear();
             Ok(())
         };
-        let mut ready = |number: usize, gradient: &B::Tensor| {
-            let own = match before.get(number) {
-                Some(sum) => B::binary(sum, gradient, Binary::Add)?,
-                None => gradient.clone(),
-            };
+        let mut ready = |number: usize, gradient: B::Tensor| {
+            let own = with_before(number, gradient)?;
             let size = B::shape(&own).iter().product();
             bucket.push((number, B::reshape(&own, &[size])?));
             length += size;
@@ -143,33 +171,64 @@ impl<B: Backend> TrainingLoop<'_, B> {
             }
             Ok(())
         };
-        let mut gradients = backward_as_ready(loss, params, &mut ready)?;
+        backward_as_ready(loss, params, &mut ready)?;
         if !bucket.is_empty() {
             exchange(&mut bucket)?;
         }
         let waiting = Instant::now();
         B::end_exchanges(device)?;
         let (seconds, waited) = (begun.unwrap_or(waiting).elapsed(), waiting.elapsed());
+        let mut gradients = vec![None; params.len()];
         for (numbers, all) in &sums {
             let mut at = 0;
             for &number in numbers {
-                let shape = B::shape(&gradients[number]);
+                let shape = params[number].1.shape();
                 let size = shape.iter().product();
-                gradients[number] = B::reshape(&B::narrow(all, 0, at, size)?, &shape)?;
+                gradients[number] = Some(B::reshape(&B::narrow(all, 0, at, size)?, &shape)?);
                 at += size;
             }
         }
         let [seconds, waited] = [seconds, waited].map(|time| time.as_secs_f64());
-        Ok((gradients, Communication { seconds, waited }))
+        Ok((all_of(gradients)?, Communication { seconds, waited }))
     }
 
-    /// Sums over all ranks: loss and figures. Returns what one of them wants all to do.
+    /// Checks that all ranks hold the same weights, bit for bit; all ranks call it at the same time.
+    ///
+    /// # Errors
+    /// They do not: arithmetic differs between their machines, or a memory is at fault.
+    pub(super) fn are_alike(&self, step: u64) -> Result<()> {
+        if !self.ranks.is_shared() {
+            return Ok(());
+        }
+        let mut sum: u64 = 0;
+        for (_, p) in self.params {
+            for value in B::to_floats(p.value())? {
+                sum = sum.rotate_left(5) ^ u64::from(value.to_bits());
+                sum = sum.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            }
+        }
+        let own = [0, 16, 32, 48].map(|shift| ((sum >> shift) & 0xffff) as f32);
+        let mut of_the_first = own;
+        self.ranks.broadcast(&mut of_the_first, 0)?;
+        let mut unlike = [f32::from(own != of_the_first)];
+        self.ranks.all_reduce(&mut unlike)?;
+        match unlike[0] {
+            0.0 => Ok(()),
+            count => Err(Error::RanksDiffer(format!(
+                "before step {step} {count} of {} workers hold other weights than the first: do all run on processors or GPUs of \
+                 the same kind? What they have learnt since the last checkpoint is dropped",
+                self.ranks.size()
+            ))),
+        }
+    }
+
+    /// Sums loss and figures over all ranks. Returns the requests of any rank.
     pub(super) fn reduce(
         &self,
         loss: &mut B::Tensor,
         figures: &mut [(&'static str, f64)],
-        wishes: &Agreed,
-    ) -> Result<Agreed> {
+        wishes: &StepDecision,
+    ) -> Result<StepDecision> {
         let wishes = [wishes.stop, wishes.save].map(f32::from);
         let mut head = vec![wishes[0], wishes[1], scalar::<B>(loss)? as f32];
         head.extend(figures.iter().map(|(_, figure)| *figure as f32));
@@ -178,13 +237,13 @@ impl<B: Backend> TrainingLoop<'_, B> {
         for ((_, figure), sum) in figures.iter_mut().zip(&head[3..]) {
             *figure = f64::from(*sum);
         }
-        Ok(Agreed {
+        Ok(StepDecision {
             stop: head[0] > 0.0,
             save: head[1] > 0.0,
         })
     }
 
-    /// Has all ranks begin with the state of the first.
+    /// Gives all ranks the initial state of the first.
     pub(super) fn agree(&self, start: u64, moments: &[Option<AdamwMoments<B>>]) -> Result<()> {
         if !self.ranks.is_shared() {
             return Ok(());
@@ -202,7 +261,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
             });
         }
         let own = self.params.iter().map(|(_, p)| p.value());
-        // Sharded moments each has from the checkpoint itself.
+        // Each rank loads its sharded moments from the checkpoint itself.
         let sharded = self.owners().is_some();
         let states = moments.iter().flatten().filter(|_| !sharded);
         let states = states.flat_map(|state| [&state.m, &state.v]);
@@ -217,7 +276,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(())
     }
 
-    /// A figure that all have measured, as the first has.
+    /// A figure that all ranks measured: returns the first rank's value.
     pub(super) fn of_the_first(&self, figure: f64) -> Result<f64> {
         if !self.ranks.is_shared() {
             return Ok(figure);
@@ -230,5 +289,23 @@ impl<B: Backend> TrainingLoop<'_, B> {
             .rev()
             .fold(0, |bits, &part| bits << 16 | part as u64);
         Ok(f64::from_bits(bits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_of_communication_are_shares() {
+        let of = |seconds, waited, step| {
+            communication_figures(seconds, waited, step).map(|(_, share)| share)
+        };
+        assert_eq!(of(0.5, 0.125, 2.5), [0.05, 0.75]);
+        assert_eq!(of(0.5, 0.5, 0.625), [0.8, 0.0]);
+        assert_eq!(of(0.5, 0.0, 0.625), [0.0, 1.0]);
+        // Rounded, and without any.
+        assert_eq!(of(0.5, 0.500_000_1, 0.5), [1.0, 0.0]);
+        assert_eq!(of(0.0, 0.0, 0.0), [0.0, 0.0]);
     }
 }

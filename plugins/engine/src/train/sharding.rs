@@ -1,8 +1,8 @@
 //! ZeRO-1 (Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models"): each rank holds
-//! the moments of some parameters, moves these, and gives the others their new values.
+//! the moments of some parameters, updates these, and sends their new values to the others.
 //!
-//! Gradients are summed on all ranks as without it, and a parameter belongs to one rank as a whole: the values are the same,
-//! bit for bit, and Muon sees whole matrices. The moving average stays on all ranks, which measure it.
+//! Gradients are summed on all ranks as usual, and each parameter belongs to one rank as a whole: so values are
+//! bit-identical, and Muon gets whole matrices. All ranks keep the moving average, because all measure it.
 
 use super::ranks::BUCKET;
 use super::{AdamwMoments, TrainingLoop};
@@ -10,10 +10,10 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::tape::Variable;
 
-/// Parameters of these sizes divided among ranks, so that each has about as much: which rank has which.
+/// Divides parameters of these sizes evenly among ranks; returns the rank of each.
 fn dealt(sizes: &[usize], ranks: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..sizes.len()).collect();
-    // The largest first, each to the rank that has least.
+    // The largest first, each to the rank with the least.
     order.sort_by_key(|&at| std::cmp::Reverse(sizes[at]));
     let (mut owners, mut load) = (vec![0; sizes.len()], vec![0; ranks]);
     for at in order {
@@ -25,7 +25,7 @@ fn dealt(sizes: &[usize], ranks: usize) -> Vec<usize> {
 }
 
 impl<B: Backend> TrainingLoop<'_, B> {
-    /// Which rank moves each parameter; none where all move all.
+    /// Which rank updates each parameter; None if all update all.
     pub(super) fn owners(&self) -> Option<Vec<usize>> {
         if self.options.zero_stage == 0 || !self.ranks.is_shared() {
             return None;
@@ -35,7 +35,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Some(dealt(&sizes, self.ranks.size()))
     }
 
-    /// Gives all ranks the parameters as their owners have moved them.
+    /// Sends all parameters from their owners to all ranks.
     pub(super) fn spread(&self, params: &[(String, Variable<B>)], owners: &[usize]) -> Result<()> {
         if let Some(device) = self.ranks.on_device() {
             for ((_, p), &owner) in params.iter().zip(owners) {
@@ -62,7 +62,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(())
     }
 
-    /// Puts the values that one rank has of some tensors into those of all.
+    /// Copies one rank's values of some tensors to all ranks.
     fn hand_out(&self, tensors: &[&B::Tensor], length: usize, owner: usize) -> Result<()> {
         let mut values = Vec::with_capacity(length);
         let own = self.ranks.rank() == owner;
@@ -85,7 +85,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(())
     }
 
-    /// Both moments of a parameter for the first rank, who writes the checkpoint; all ranks ask at the same time.
+    /// Both moments of a parameter, for the first rank, which writes the checkpoint; all ranks call it at the same time.
     pub(super) fn moments_of(
         &self,
         at: usize,

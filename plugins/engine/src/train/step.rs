@@ -1,6 +1,9 @@
-//! A step: gradients of a loss, and what AdamW and Muon make of them.
+//! A step: gradients of a loss, and the updates by AdamW and Muon.
 
-use super::{AdamwMoments, Adversary, Agreed, StepOutput, TrainOptions, TrainingLoop};
+use std::time::Instant;
+
+use super::ranks::communication_figures;
+use super::{AdamwMoments, Adversary, StepDecision, StepOutput, TrainOptions, TrainingLoop};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::model::decays;
@@ -11,15 +14,15 @@ use crate::tape::{Variable, backward};
 const LOG_EVERY: u64 = 10;
 
 impl<B: Backend> TrainingLoop<'_, B> {
-    /// Takes a step. If its loss or its gradient is not finite, nothing changes and what was wrong is returned.
+    /// Takes a step. If its loss or its gradient is not finite, nothing changes and the fault is returned.
     pub(super) fn step(
         &self,
         step: u64,
         moments: &[Option<AdamwMoments<B>>],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
-        wishes: Agreed,
-        agreed: &mut Agreed,
+        wishes: StepDecision,
+        agreed: &mut StepDecision,
     ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
@@ -46,7 +49,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
         let all = params.iter().zip(moments).zip(&gradients);
         for (((name, p), state), g) in all.clone().take(self.own()) {
-            // What another rank moves comes from it.
+            // Parameters of other ranks come from those.
             let Some(state) = state else { continue };
             let weight_decay = match decays(name, &p.shape()) {
                 true => o.weight_decay,
@@ -103,16 +106,17 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(None)
     }
 
-    /// The parts of a step, and the ranks, added up, and what they agree on by it.
+    /// Sums the parts of a step over the ranks, with the ranks' requests.
     fn sums(
         &self,
         step: u64,
         params: &[(String, Variable<B>)],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
-        wishes: &Agreed,
-        agreed: &mut Agreed,
+        wishes: &StepDecision,
+        agreed: &mut StepDecision,
     ) -> Result<Sums<B>> {
+        let begun = Instant::now();
         let mut sums: Option<Sums<B>> = None;
         let mut communication = None;
         for part in 0..parts {
@@ -122,8 +126,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 anew,
             } = part_fn(step, part)?;
             let value = loss.value().clone();
-            let before = sums.as_ref().map_or(&[][..], |sums| &sums.gradients);
-            // The last part brings what the others were added to.
+            let before = sums
+                .as_mut()
+                .map(|sums| std::mem::take(&mut sums.gradients));
+            let before = before.unwrap_or_default();
+            // The last part carries the accumulated sum.
             let of_all = self.ranks.is_shared() && part + 1 == parts;
             let gradients = match of_all {
                 true => {
@@ -133,7 +140,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 }
                 false => {
                     let mut gradients = backward(loss, params)?;
-                    for (g, sum) in gradients.iter_mut().zip(before) {
+                    for (g, sum) in gradients.iter_mut().zip(&before) {
                         *g = B::binary(sum, g, Binary::Add)?;
                     }
                     gradients
@@ -157,16 +164,21 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let mut sums = sums.ok_or_else(|| Error::Internal("a step of no part".into()))?;
         if let Some(took) = communication {
             let share = (self.ranks.size() as f64).recip();
+            let own = sums.figures.len();
             sums.figures.extend([
                 ("communication", took.seconds * share),
                 ("communication_wait", took.waited * share),
+                ("step_seconds", begun.elapsed().as_secs_f64() * share),
             ]);
             *agreed = self.reduce(&mut sums.value, &mut sums.figures, wishes)?;
+            let [seconds, waited, step] = [0, 1, 2].map(|at| sums.figures[own + at].1);
+            sums.figures
+                .extend(communication_figures(seconds, waited, step));
         }
         Ok(sums)
     }
 
-    /// Forgets what led to the former values of some rows of a parameter.
+    /// Resets the moments and the average of some rows of a parameter.
     fn begin_rows_anew(
         &self,
         name: &str,
@@ -202,7 +214,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 }
 
-/// What the parts of a step add up to.
+/// The sum of a step's parts.
 struct Sums<B: Backend> {
     /// Of each parameter.
     gradients: Vec<B::Tensor>,
@@ -212,7 +224,7 @@ struct Sums<B: Backend> {
     anew: Option<(&'static str, Vec<usize>)>,
 }
 
-/// Figures of the same names, added up.
+/// Adds figures of the same names.
 fn added(
     mut sums: Vec<(&'static str, f64)>,
     more: Vec<(&'static str, f64)>,
@@ -241,7 +253,7 @@ fn adamw(o: &TrainOptions, step: u64, norm: f64) -> AdamwStep {
     }
 }
 
-/// Roots of the sums of squares over the first `own` gradients and over the others, and the loss: read at once.
+/// The norms of the first `own` gradients and of the others, and the loss, in one read from the device.
 fn norms_and_loss<B: Backend>(
     gradients: &[B::Tensor],
     loss: &B::Tensor,

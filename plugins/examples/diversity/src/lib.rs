@@ -43,7 +43,7 @@ fn schema() -> Value {
                 "type": "number", "minimum": 0, "maximum": 1, "default": 0.02
             },
             "max": {
-                "description": "Images of each class that are looked at.",
+                "description": "Images of each class to compare.",
                 "type": "integer", "minimum": 2, "default": 200
             }
         }

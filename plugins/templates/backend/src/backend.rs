@@ -1,7 +1,8 @@
 //! Tensors as vectors in host memory, operations as loops over them.
 //!
-//! Only what a backend has to bring is here, the operations of `Tensors`. The engine composes the rest of them (norms,
-//! attention, softmax, AdamW). Override a pair of those where it pays: each has a default in one of the other traits.
+//! It implements only the required operations, those of `Tensors`. The engine composes the rest of them (norms, attention,
+//! softmax, AdamW). Override a pair of those if your library has a faster version: each has a default in one of the other
+//! traits.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,11 +11,11 @@ use retort_engine::backend::{
 };
 use retort_engine::error::{Error, Result};
 
-/// The backend. What a tensor library needs to be opened with (a device, a stream) would be kept here.
+/// The backend. Handles of a tensor library (a device, a stream) belong here.
 #[derive(Debug, Clone, Copy)]
 pub struct Loops;
 
-/// Elements in row-major order. A clone shares them, so that what is written in place is seen by every clone.
+/// Elements in row-major order. Clones share them, so every clone sees writes in place.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     shape: Vec<usize>,
@@ -55,7 +56,7 @@ impl Tensor {
         })
     }
 
-    /// The floats as they are now.
+    /// A snapshot of the floats.
     fn read(&self) -> Result<Arc<Vec<f32>>> {
         match &self.data {
             Data::Floats(data) => Ok(Arc::clone(
@@ -72,7 +73,7 @@ impl Tensor {
         }
     }
 
-    /// Another tensor of elements of this one.
+    /// A new tensor from elements of this one.
     fn select(&self, shape: &[usize], places: &[usize]) -> Result<Self> {
         match &self.data {
             Data::Floats(_) => {
@@ -106,7 +107,7 @@ fn fits(shape: &[usize], count: usize) -> Result<()> {
     )))
 }
 
-/// How far apart neighbours lie in each dimension of a row-major array.
+/// The strides of a row-major array.
 fn strides(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1; shape.len()];
     for d in (1..shape.len()).rev() {
@@ -115,7 +116,7 @@ fn strides(shape: &[usize]) -> Vec<usize> {
     strides
 }
 
-/// Where the elements of an array lie, in row-major order, whose neighbours are `strides` apart.
+/// The offsets of an array's elements, in row-major order, given its strides.
 fn places(shape: &[usize], strides: &[usize], start: usize) -> Vec<usize> {
     let mut places = vec![start];
     for (&n, &stride) in shape.iter().zip(strides) {
@@ -127,7 +128,7 @@ fn places(shape: &[usize], strides: &[usize], start: usize) -> Vec<usize> {
     places
 }
 
-/// Where the elements of `from` lie when it is broadcast to `shape`.
+/// The offsets of the elements of `from` when it is broadcast to `shape`.
 fn spread(from: &[usize], shape: &[usize]) -> Result<Vec<usize>> {
     let lead = shape.len().checked_sub(from.len());
     let fits = |lead: usize| {
@@ -179,8 +180,7 @@ fn function(x: f64, f: Unary) -> f64 {
     }
 }
 
-/// Calls `each` with the places in input (b, c, h, w), kernel (o, c, kh, kw) and output of every product that a
-/// convolution sums.
+/// Calls `each` with the offsets in input (b, c, h, w), kernel (o, c, kh, kw) and output of every product in a convolution.
 fn products(
     [x, w, y]: [&[usize]; 3],
     stride: usize,
@@ -318,7 +318,7 @@ impl Tensors for Loops {
                 .checked_sub(rank)
                 .map_or(1, |d| x.shape[d])
         };
-        // A dimension of one element takes the other's size, which may be none.
+        // A dimension of size 1 takes the other's size, which may be 0.
         let shape: Vec<usize> = (0..rank)
             .map(|d| match (size(a, d), size(b, d)) {
                 (1, n) => n,

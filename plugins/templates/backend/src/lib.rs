@@ -1,8 +1,8 @@
 //! abacus: a backend of retort. The engine brings every stage and every network; this crate brings the tensors.
 //!
-//! It begins with tensors that are plain vectors in host memory and operations that are plain loops: correct, complete
-//! and slow. Replace them in `backend.rs` by those of your tensor library, one at a time; the test below says after
-//! each whether it computes what the engine means.
+//! Initially tensors are plain vectors in host memory and operations are plain loops: correct, complete and slow. Replace
+//! them in `backend.rs` with those of your tensor library, one at a time, and run the test below after each: it checks every
+//! operation against the engine's definition.
 
 mod backend;
 

@@ -22,7 +22,7 @@ impl Plugin for Points {
         Ok(vec![Device::named("cpu")])
     }
     fn validate(&self, _host: &dyn Host, _job: &StageJob) -> Result<Vec<Diagnostic>, Failure> {
-        Ok(Vec::new()) // what the schema cannot say would be said here
+        Ok(Vec::new()) // checks that the schema cannot express belong here
     }
     fn run(&self, host: &dyn Host, job: &StageJob) -> Result<StageResult, Failure> {
         let rounds = job.options["rounds"].as_u64().unwrap_or(100);

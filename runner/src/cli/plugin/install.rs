@@ -96,7 +96,7 @@ fn plan_error(error: trust::TrustError) -> Error {
     crate::plan::DescribeError::from(error).into()
 }
 
-/// Copies a file in one step: whoever loads the target has the old one or the new one.
+/// Copies a file atomically: whoever loads the target gets the old or the new one.
 fn copy(source: &Path, target: &Path) -> io::Result<()> {
     let dir = target.parent().unwrap_or(target);
     fs::DirBuilder::new()

@@ -57,7 +57,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
         let file = args.junit.as_deref().unwrap_or(Path::new("")).display();
         Error::new(Exit::Internal, format!("{file} cannot be written")).cause(&error)
     };
-    // Now, and not when the plugin has been examined for minutes.
+    // Fail now rather than after minutes of tests.
     let report = args.junit.as_deref().map(Target::open);
     let report = report.transpose().map_err(unwritten)?;
     let path = named(&args.plugin, &search_dirs(&context.plugin_dirs))?;
@@ -105,7 +105,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
     }
 }
 
-/// Where the results of the published code lie.
+/// The directory with the published code's results.
 fn golden(dir: &Path) -> Result<PathBuf, Error> {
     match dir.is_dir() {
         true => Ok(std::path::absolute(dir)?),
@@ -117,7 +117,7 @@ fn golden(dir: &Path) -> Result<PathBuf, Error> {
     }
 }
 
-/// The plan of a recipe in which this very file is found by its name.
+/// The plan of a recipe that finds exactly this file by its name.
 fn planned(
     recipe: &Path,
     set: &[String],
@@ -142,9 +142,9 @@ fn planned(
 fn rows(outcomes: &[CheckOutcome]) -> Rows {
     let mut rows = Rows::new(&["check", "of", "verdict", "detail", "seconds"]);
     for outcome in outcomes {
-        let tone = match outcome.verdict {
-            Verdict::Passed => CellStyle::Good,
-            Verdict::Failed => CellStyle::Bad,
+        let cell_style = match outcome.verdict {
+            Verdict::Passed => CellStyle::Ok,
+            Verdict::Failed => CellStyle::Error,
             Verdict::Skipped => CellStyle::Dim,
         };
         let subject = match outcome.subject.is_empty() {
@@ -155,7 +155,7 @@ fn rows(outcomes: &[CheckOutcome]) -> Rows {
         rows.push([
             outcome.check.into(),
             subject,
-            Cell::from(outcome.verdict.name()).tone(tone),
+            Cell::from(outcome.verdict.name()).style(cell_style),
             outcome.detail.as_str().into(),
             Cell::new(format!("{seconds:.1}"), seconds),
         ]);
@@ -163,7 +163,7 @@ fn rows(outcomes: &[CheckOutcome]) -> Rows {
     rows
 }
 
-/// The report as continuous integration reads it.
+/// The report as JUnit XML, for continuous integration.
 fn junit(plugin: &Path, outcomes: &[CheckOutcome]) -> String {
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     let seconds: f64 = outcomes.iter().map(|o| o.time.as_secs_f64()).sum();
@@ -197,7 +197,7 @@ fn junit(plugin: &Path, outcomes: &[CheckOutcome]) -> String {
     text
 }
 
-/// Text for XML: characters that it does not know, most control characters, become U+FFFD.
+/// Escapes text for XML: invalid characters, such as most control characters, become U+FFFD.
 fn xml(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {

@@ -1,4 +1,4 @@
-//! Pixels as what a terminal draws them from: escape sequences, or characters in colours.
+//! Encodes pixels for terminals: as escape sequences, or as coloured characters.
 
 use std::fmt::Write as _;
 use std::io::Cursor;
@@ -10,12 +10,12 @@ use base64::engine::general_purpose::STANDARD;
 use icy_sixel::{EncodeOptions, QuantizeMethod, SixelError, SixelImage};
 use image::{ImageError, ImageFormat, Rgba, RgbaImage};
 
-/// Characters of a chunk; kitty's protocol allows no more.
+/// Characters per chunk, the maximum of kitty's protocol.
 const CHUNK: usize = 4096;
-/// An alpha below this is transparent where a pixel is drawn or not.
+/// Alpha below this counts as transparent in formats without partial transparency.
 const OPAQUE: u8 = 128;
 
-/// A picture that its encoder refuses.
+/// A picture that the encoder refuses.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
     /// As a PNG.
@@ -41,7 +41,7 @@ pub fn kitty(picture: &RgbaImage) -> Result<String, EncodeError> {
     Ok(text + "\n")
 }
 
-/// The protocol of iTerm2: a PNG as an inline file, so many columns wide.
+/// The protocol of iTerm2: a PNG as an inline file, this many columns wide.
 pub fn iterm(picture: &RgbaImage, columns: u32) -> Result<String, EncodeError> {
     let png = png(picture)?;
     let size = png.len();
@@ -73,7 +73,7 @@ pub fn sixel(picture: RgbaImage) -> Result<String, EncodeError> {
 pub fn blocks(picture: &RgbaImage, truecolor: bool) -> String {
     let mut text = String::new();
     for y in (0..picture.height()).step_by(2) {
-        // What was set last in this line.
+        // The colours set last in this line.
         let mut set = (None, None);
         for x in 0..picture.width() {
             let pixel = |y| picture.get_pixel_checked(x, y).filter(|p| p.0[3] >= OPAQUE);

@@ -1,4 +1,4 @@
-//! The terminal that a picture is drawn in: what it can draw, and how large.
+//! The terminal: its graphics protocol and its size.
 
 use std::io::{self, IsTerminal, Read};
 
@@ -9,13 +9,13 @@ use image::imageops::{self, FilterType};
 use crate::cli::output;
 use crate::cli::show::encode::{self, EncodeError};
 
-/// Sides of a picture that is drawn, in pixels.
+/// Maximum sides of a drawn picture, in pixels.
 pub const MOST_PIXELS: u32 = 16_384;
 /// Asks whether kitty's protocol is known, then for the terminal's attributes, which every terminal gives.
 const QUESTION: &str = "\x1b_Gi=1,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[c";
-/// Bytes of an answer that are looked at.
+/// Maximum bytes of an answer.
 const MOST_ANSWER: usize = 1024;
-/// Tenths of a second that a terminal has to continue its answer.
+/// Timeout between bytes of an answer, in tenths of a second.
 const PATIENCE: u8 = 10;
 
 /// How a terminal draws pictures.
@@ -45,7 +45,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// The terminal behind stdout; defaults where it does not say.
+    /// The terminal behind stdout, with defaults for unknown sizes.
     pub fn of_stdout() -> Self {
         // SAFETY: a structure of numbers, for which zeros are values.
         let mut size: libc::winsize = unsafe { std::mem::zeroed() };
@@ -66,8 +66,8 @@ impl Screen {
         }
     }
 
-    /// A picture at its size on this screen: `columns` wide, else enlarged by a whole number while it fits. Never wider
-    /// than the screen. Enlarged pixels stay squares.
+    /// A picture at its size on this screen: `columns` wide, else enlarged by a whole number while it fits. Never wider than
+    /// the screen. Enlarged pixels stay square.
     pub fn fitted(&self, picture: &RgbaImage, columns: Option<u32>, manner: Protocol) -> RgbaImage {
         let (across, down) = match manner {
             Protocol::Blocks => (1, 2),
@@ -76,7 +76,7 @@ impl Screen {
         let most = self.cells.0 * across;
         let (width, height) = picture.dimensions();
         let (width, height) = (width.max(1), height.max(1));
-        // A line is left for the prompt.
+        // One line is reserved for the prompt.
         let lines = self.cells.1.saturating_sub(1) * down;
         let wanted = match columns {
             Some(columns) => (columns * across).min(most),
@@ -98,7 +98,7 @@ impl Screen {
         imageops::resize(picture, wide, tall, filter)
     }
 
-    /// What draws a picture of this size.
+    /// Encodes a picture of this size in the given protocol.
     pub fn drawn(
         &self,
         picture: RgbaImage,
@@ -124,13 +124,13 @@ pub fn truecolor(variable: impl Fn(&str) -> String) -> bool {
     says.contains("truecolor") || says.contains("24bit") || variable("TERM").ends_with("-direct")
 }
 
-/// What the terminal draws best, by its environment (`""` where a variable is not set), else by its answer.
+/// The terminal's best protocol, by its environment (`""` for unset variables), else by its answer.
 pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) -> Protocol {
     let term = variable("TERM");
     let is = |names: &[&str]| names.iter().any(|name| term.contains(name));
     let there = |name| !variable(name).is_empty();
     if there("TMUX") || there("STY") || term.starts_with("tmux") || term.starts_with("screen") {
-        // Both swallow graphics unless configured otherwise.
+        // Both discard graphics unless configured otherwise.
         return Protocol::Blocks;
     }
     let program = variable("TERM_PROGRAM");
@@ -146,7 +146,7 @@ pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) ->
         return Protocol::Sixel;
     }
     if term == "dumb" {
-        // It shows what others obey.
+        // A dumb terminal prints escape sequences instead of interpreting them.
         return Protocol::Paths;
     }
     if term.is_empty() || term == "linux" {
@@ -155,7 +155,7 @@ pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) ->
     by_answer(&ask())
 }
 
-/// What an answer to the question says: kitty's `OK`, or attribute 4 (`ESC [ ? 62 ; 4 c`).
+/// Interprets an answer: kitty's `OK`, or attribute 4 (`ESC [ ? 62 ; 4 c`).
 fn by_answer(answer: &[u8]) -> Protocol {
     let answer = String::from_utf8_lossy(answer);
     let attributes = answer
@@ -170,7 +170,7 @@ fn by_answer(answer: &[u8]) -> Protocol {
     }
 }
 
-/// The terminal's answer, if it can be asked and read.
+/// The terminal's answer, if it can be queried.
 pub fn ask() -> Vec<u8> {
     let mut answer = Vec::new();
     let stdin = io::stdin();
@@ -198,7 +198,7 @@ pub fn ask() -> Vec<u8> {
     answer
 }
 
-/// While it lives, the terminal does not echo input, and passes it on unbuffered.
+/// While it exists, the terminal does not echo input and does not buffer it.
 struct NoEcho(libc::termios);
 
 impl NoEcho {
@@ -210,12 +210,12 @@ impl NoEcho {
             libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp()
                 && libc::tcgetattr(libc::STDIN_FILENO, &raw mut before) == 0
         };
-        // In the background it would be stopped.
+        // A background process would be stopped.
         if !ours {
             return None;
         }
         let mut quiet = before;
-        // Signals are off too: a kill here would leave a terminal without echo.
+        // Signals are disabled too: a kill here would leave the terminal without echo.
         quiet.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG);
         quiet.c_cc[libc::VMIN] = 0;
         quiet.c_cc[libc::VTIME] = PATIENCE;

@@ -27,13 +27,13 @@ use crate::progress::{self, ProgressReporter};
 use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Halving, NextRung, PointProgress};
 
-/// A sweep about to be carried out.
+/// A sweep ready for execution.
 pub struct SweepExecution<'a> {
-    /// What its points have in common.
+    /// The recipe shared by its points.
     pub source: &'a SweepRecipe,
-    /// The sweep, with what is known of its points.
+    /// The sweep, with its points' results so far.
     pub detail: SweepDetail,
-    /// Which points have nothing left to do, in their order.
+    /// Which points have nothing left to do, in order.
     pub done: Vec<bool>,
     /// Where async code runs.
     pub runtime: &'a Runtime,
@@ -53,11 +53,11 @@ impl Schedule {
         match &sweeping.detail.plan.definition.asha {
             None => {
                 let missing = points.filter(|(_, done)| !**done);
-                let legs = missing.map(|(point, _)| NextRung {
+                let first = missing.map(|(point, _)| NextRung {
                     point: point.number,
                     number: 0,
                 });
-                Self::InOrder(legs.collect())
+                Self::InOrder(first.collect())
             }
             Some(asha) => {
                 let courses: BTreeMap<u32, PointProgress> = points
@@ -79,15 +79,15 @@ impl Schedule {
 
     fn next(&mut self, idle: bool) -> Option<NextRung> {
         match self {
-            Self::InOrder(legs) => legs.pop_front(),
+            Self::InOrder(left) => left.pop_front(),
             Self::Halving(halving) => halving.next(idle),
         }
     }
 
-    fn target(&self, leg: NextRung) -> Option<u64> {
+    fn target(&self, next: NextRung) -> Option<u64> {
         match self {
             Self::InOrder(_) => None,
-            Self::Halving(halving) => halving.target(leg),
+            Self::Halving(halving) => halving.target(next),
         }
     }
 }
@@ -99,7 +99,7 @@ struct Counts {
     failed: usize,
 }
 
-/// Runs what is missing, and prints the results.
+/// Runs the missing points, and prints the results.
 pub fn run(
     sweeping: SweepExecution<'_>,
     execution: &ExecutionArgs,
@@ -176,7 +176,7 @@ pub fn run(
                 format!("sweep {id}: nothing to do: {done} of {total} done{early}")
             }
             ran => {
-                // Those of earlier times count too.
+                // Points of earlier executions count too.
                 let done = results.succeeded();
                 let now = match done == ran {
                     true => String::new(),
@@ -218,7 +218,7 @@ struct SweepScheduler<'a> {
 }
 
 impl<'a> SweepScheduler<'a> {
-    /// Carries out legs, as many at once as there may be, until there are no more or the user ends it.
+    /// Runs points to their next rungs, as many at a time as allowed, until none remain or the user stops it.
     fn work(&mut self) -> Result<(), Error> {
         let runtime = self.sweeping.runtime;
         let mut signals = runtime
@@ -235,14 +235,14 @@ impl<'a> SweepScheduler<'a> {
         loop {
             while self.control.first().is_none()
                 && under_way.len() < self.jobs.get()
-                && let Some(leg) = self.schedule.next(under_way.is_empty())
+                && let Some(next) = self.schedule.next(under_way.is_empty())
             {
-                match self.begin(leg, &mut plugins) {
+                match self.begin(next, &mut plugins) {
                     Ok(run) => under_way.push(run),
                     Err(error) => {
                         // For example, a missing file: other points may not need it.
                         self.counts.failed += 1;
-                        output::say(&format!("point {}: cannot be run", leg.point));
+                        output::say(&format!("point {}: cannot be run", next.point));
                         error.show(self.context);
                     }
                 }
@@ -250,7 +250,7 @@ impl<'a> SweepScheduler<'a> {
             if under_way.is_empty() {
                 return Ok(());
             }
-            // Planning, above, is no async code: it waits for the store by itself. Meanwhile runs under way stand still.
+            // Planning, above, is blocking code that waits for the store itself; current runs pause meanwhile.
             let (ended, signal) = runtime.block_on(async {
                 tokio::select! {
                     ended = under_way.next() => (ended, None),
@@ -260,16 +260,16 @@ impl<'a> SweepScheduler<'a> {
             if let Some(signal) = signal {
                 self.interrupt(signal, under_way.len());
             }
-            if let Some((leg, report)) = ended {
-                self.take_back(leg, report?)?;
+            if let Some((next, report)) = ended {
+                self.take_back(next, report?)?;
             }
         }
     }
 
-    /// Ctrl-C and its like, handed on to all runs, and said once.
+    /// Ctrl-C and similar signals: passed on to all runs, and reported once.
     fn interrupt(&self, signal: i32, workers: usize) {
         let is_first = self.control.first().is_none();
-        // A pause has to be counted on the event loop's thread, which is this one.
+        // A pause must be counted on the event loop's thread, which is this one.
         self.control.send(signal);
         match (is_first, signal) {
             (_, libc::SIGTSTP) => {}
@@ -283,10 +283,10 @@ impl<'a> SweepScheduler<'a> {
         }
     }
 
-    /// Plans a point as it is now, and begins its run.
+    /// Plans a point with the current files and plugins, and starts its run.
     fn begin(
         &self,
-        leg: NextRung,
+        next: NextRung,
         plugins: &mut Plugins<'_>,
     ) -> Result<
         Pin<Box<dyn Future<Output = (NextRung, Result<RunReport, ExecutorError>)> + 'a>>,
@@ -298,7 +298,7 @@ impl<'a> SweepScheduler<'a> {
             store,
             ..
         } = self.sweeping;
-        let place = leg.point as usize - 1;
+        let place = next.point as usize - 1;
         let settings = detail.points[place].settings.as_slice();
         let (plan, roles) = source.plan(settings, plugins)?;
         let missing = plan.missing_files();
@@ -306,7 +306,7 @@ impl<'a> SweepScheduler<'a> {
             return Err(source.report(missing).into());
         }
         let series = detail.plan.definition.asha.as_ref();
-        let rung = self.schedule.target(leg).zip(series);
+        let rung = self.schedule.target(next).zip(series);
         match &self.cluster {
             Some(cluster) => {
                 for stage in &plan.stages {
@@ -321,36 +321,36 @@ impl<'a> SweepScheduler<'a> {
             grace: self.execution.grace,
             command: std::env::args().collect(),
             environment: self.environment.clone(),
-            resumed_from: self.before.get(&leg.point).cloned(),
+            resumed_from: self.before.get(&next.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
-            board: None,
+            posted_jobs: None,
             leave: DetachPolicy::Never,
             slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
-                point: leg.point,
+                point: next.point,
             }),
             rung: rung.map(|(step, asha)| Rung {
                 series: asha.metric.clone(),
                 step,
             }),
         };
-        let listener = self.listener(leg, settings);
+        let listener = self.listener(next, settings);
         let (store, control) = (Arc::clone(store), self.control);
         Ok(Box::pin(async move {
             let work = execute_beside(&plan, &roles, store, &options, listener, control);
-            (leg, work.await)
+            (next, work.await)
         }))
     }
 
-    /// Tells what happens in a point's run, with the point's number before its stages.
-    fn listener(&self, leg: NextRung, settings: &[String]) -> Listener {
-        let (point, total) = (leg.point, self.sweeping.done.len());
+    /// Reports the events of a point's run, with the point's number before its stages.
+    fn listener(&self, next: NextRung, settings: &[String]) -> Listener {
+        let (point, total) = (next.point, self.sweeping.done.len());
         let (settings, quiet) = (settings.join(", "), self.context.quiet);
         let rung = self
             .schedule
-            .target(leg)
+            .target(next)
             .map_or_else(String::new, |step| format!(" up to step {step}"));
         let teller = Arc::clone(&self.teller);
         Arc::new(move |event| match event {
@@ -360,19 +360,19 @@ impl<'a> SweepScheduler<'a> {
                 ));
             }
             // Said once for all.
-            Event::Stopping { .. } | Event::Killing => {}
+            Event::Stopping { .. } | Event::Killing | Event::GoingOn => {}
             event => teller.hear(event.renamed(|stage| format!("{point}/{stage}"))),
         })
     }
 
-    fn take_back(&mut self, leg: NextRung, report: RunReport) -> Result<(), Error> {
+    fn take_back(&mut self, next: NextRung, report: RunReport) -> Result<(), Error> {
         let (runtime, store) = (self.sweeping.runtime, self.sweeping.store);
         let place = SweepPlace {
             id: self.sweeping.detail.id.clone(),
-            point: leg.point,
+            point: next.point,
         };
-        let number = leg.number as u32;
-        self.before.insert(leg.point, report.run.clone());
+        let number = next.number as u32;
+        self.before.insert(next.point, report.run.clone());
         let took = progress::duration(report.elapsed);
         let said = match (report.state, report.rung) {
             (RunState::Succeeded, _) => {
@@ -392,18 +392,18 @@ impl<'a> SweepScheduler<'a> {
             }
         };
         if !self.context.quiet {
-            output::say(&format!("point {}: {said}", leg.point));
+            output::say(&format!("point {}: {said}", next.point));
         }
         let Schedule::Halving(halving) = &mut self.schedule else {
             return Ok(());
         };
         if report.state == RunState::Succeeded {
-            halving.finished(leg.point);
+            halving.finished(next.point);
         }
         let judged = match (report.state, report.rung) {
             (RunState::Interrupted, Some(value)) => Some(value),
-            // It came to its end before the rung, or all of it was there: what it ended with speaks for it.
-            (RunState::Succeeded, _) if halving.target(leg).is_some() => {
+            // It ended before the rung, or everything was reused: its final value counts.
+            (RunState::Succeeded, _) if halving.target(next).is_some() => {
                 let asha = self.sweeping.detail.plan.definition.asha.as_ref();
                 let series = runtime.block_on(store.last_metrics(&report.run))?;
                 let found = asha.and_then(|asha| {
@@ -422,7 +422,7 @@ impl<'a> SweepScheduler<'a> {
         };
         if let Some(value) = judged {
             runtime.block_on(store.record_rung(&place, number, value))?;
-            halving.reached(leg, value);
+            halving.reached(next, value);
         }
         Ok(())
     }

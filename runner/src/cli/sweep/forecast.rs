@@ -1,4 +1,4 @@
-//! What a sweep would run, and what its points share, before anything runs.
+//! The forecast of a sweep, before anything runs: the stages it would run, and those that points share.
 
 use std::collections::HashSet;
 
@@ -11,29 +11,29 @@ use crate::plan::decision::{KnownResults, Role};
 use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::Plugins;
 
-/// What would happen in a sweep.
+/// The forecast of a sweep.
 #[derive(Debug, Default)]
 pub struct SweepForecast {
-    /// What each point would do, in their order.
+    /// The forecast of each point, in order.
     pub points: Vec<PointForecast>,
-    /// What no point can do without being told of it: warnings, each once.
+    /// Warnings of all points, each once.
     warnings: Vec<Finding>,
-    /// What plans chose by themselves, each once.
+    /// Notes on the plans' own choices, each once.
     notes: Vec<String>,
     /// Digests that a point makes.
     made: HashSet<String>,
-    /// What plugins have still to look at.
+    /// Jobs that plugins still have to check.
     unchecked: Option<Plan>,
-    /// Hashes of the jobs that they have, or will have, looked at.
+    /// Hashes of the jobs already checked or queued.
     checked: HashSet<blake3::Hash>,
 }
 
 /// What a point would do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PointForecast {
-    /// Stages that it runs, and no point before it.
+    /// Stages that it is the first point to run.
     pub run: usize,
-    /// Stages that a point before it runs.
+    /// Stages that an earlier point runs.
     pub shared: usize,
     /// Stages whose results are in the store.
     pub stored: usize,
@@ -46,11 +46,11 @@ impl PointForecast {
     }
 }
 
-/// Jobs that plugins look at in one go.
+/// Jobs that plugins check per call.
 const MOST_JOBS: usize = 1000;
 
 impl SweepForecast {
-    /// Plans one point after the other, and has plugins check what they would do.
+    /// Plans all points in order, and has plugins check their jobs.
     pub fn of(
         source: &SweepRecipe,
         points: &[Vec<String>],
@@ -111,8 +111,8 @@ impl SweepForecast {
         Ok(())
     }
 
-    /// What becomes of each stage of a point; the stages that it runs. A result that is not there yet goes by the digest of
-    /// the stage that makes it.
+    /// Decides each stage of a point; returns the stages that it runs. A missing result is represented by the digest of the
+    /// stage that makes it.
     fn look_ahead<'p>(
         &mut self,
         plan: &'p Plan,
@@ -161,7 +161,7 @@ impl SweepForecast {
         Ok((ahead, to_run))
     }
 
-    /// The plugins' own checks, of every different stage once.
+    /// The plugins' own checks, once for every distinct stage.
     fn validate(
         &mut self,
         source: &SweepRecipe,
@@ -182,7 +182,7 @@ impl SweepForecast {
                 self.warnings.extend(found);
                 continue;
             }
-            // Which point is it? Only its own plan can tell the place.
+            // Only the point's own plan knows the position in the text.
             for (number, settings) in (1..).zip(points) {
                 let (plan, roles) = source.plan(settings, plugins)?;
                 let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
@@ -198,7 +198,7 @@ impl SweepForecast {
         Ok(())
     }
 
-    /// What is worth saying before the sweep begins.
+    /// The messages before the sweep begins.
     pub fn show_warnings(&self, source: &SweepRecipe, context: &Context) {
         if context.quiet {
             return;
@@ -236,7 +236,7 @@ impl SweepForecast {
 }
 
 impl SweepRecipe {
-    /// Findings with the text that they are in.
+    /// Findings with their text.
     pub(super) fn report(&self, findings: Vec<Finding>) -> Report {
         Report {
             path: self.shown_path.clone(),

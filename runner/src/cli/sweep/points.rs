@@ -1,6 +1,6 @@
-//! A sweep's points: planned, looked at, and given to be carried out.
+//! A sweep's points: planning, forecast, and execution.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -15,7 +15,8 @@ use crate::cli::sweep::recipe::SweepRecipe;
 use crate::cli::{Context, Error, Exit, SelectionArgs, output};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe::Recipe;
-use crate::store::{Memory, RunState, Store, SweepId, SweepPlan};
+use crate::settings::Settings;
+use crate::store::{HashTrust, RunState, Store, SweepId, SweepPlan};
 use crate::sweep::Sweep;
 use crate::table::{Cell, CellStyle, Rows};
 
@@ -27,8 +28,10 @@ pub fn run(
     recipe: Recipe,
     context: &Context,
 ) -> Result<(), Error> {
+    check_stays(execution)?;
     let (definition, points) = define(args, selection, &recipe, context)?;
-    let source = SweepRecipe::of(&recipe, selection);
+    let placement = execution.settings(&recipe.source.base_dir, context)?;
+    let source = SweepRecipe::of(&recipe, selection, placement);
     let runtime = context.runtime()?;
     let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
@@ -38,7 +41,7 @@ pub fn run(
     );
     let forecast = match &known {
         Some(store) => {
-            let results = &mut known_results(&runtime, store, selection.rehash.memory())?;
+            let results = &mut known_results(&runtime, store, selection.rehash.trust())?;
             SweepForecast::of(&source, &points, &mut plugins, results)?
         }
         None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
@@ -75,14 +78,14 @@ pub fn resume(
     execution: &ExecutionArgs,
     context: &Context,
 ) -> Result<(), Error> {
+    check_stays(execution)?;
     let detail = runtime.block_on(store.sweep_detail(id))?;
     let path = PathBuf::from(&detail.plan.recipe_path);
+    let base_dir = path.parent().map(Path::to_owned).unwrap_or_default();
     let selection = |key: &str| detail.plan.selection[key].as_str().map(str::to_owned);
     let source = SweepRecipe {
-        base_dir: path
-            .parent()
-            .map(std::path::Path::to_owned)
-            .unwrap_or_default(),
+        placement: execution.settings(&base_dir, context)?,
+        base_dir,
         shown_path: path,
         text: detail.plan.recipe_text.clone(),
         home: context.home(),
@@ -99,13 +102,13 @@ pub fn resume(
         .map(|point| point.settings.clone())
         .collect();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), runtime, Some(store));
-    let results = &mut known_results(runtime, store, Memory::Trusted)?;
+    let results = &mut known_results(runtime, store, HashTrust::Trusted)?;
     let forecast = SweepForecast::of(&source, &points, &mut plugins, results)?;
     forecast.show_warnings(&source, context);
     go_on(id, &source, forecast, runtime, store, execution, context)
 }
 
-/// Carries out the points that are missing.
+/// Runs the missing points.
 fn go_on(
     id: &SweepId,
     source: &SweepRecipe,
@@ -127,7 +130,7 @@ fn go_on(
         )
         .hint("a sweep can continue once nothing else runs it"));
     }
-    // What has changed since (a plugin, a file) is made again.
+    // Stages affected by later changes (a plugin, a file) run again.
     let is_done = |place: usize| {
         detail
             .points
@@ -173,14 +176,15 @@ pub fn plan(
     context: &Context,
 ) -> Result<(), Error> {
     let (definition, points) = define(args, selection, &recipe, context)?;
-    let source = SweepRecipe::of(&recipe, selection);
+    let placement = Settings::read(&recipe.source.base_dir, &context.given())?;
+    let source = SweepRecipe::of(&recipe, selection, placement);
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let forecast = match &store {
         Some(store) => {
             let layout = crate::artifact::Layout::new(&context.store)?;
-            let mut results = History::new(&runtime, store, layout, selection.rehash.memory());
+            let mut results = History::new(&runtime, store, layout, selection.rehash.trust());
             SweepForecast::of(&source, &points, &mut plugins, &mut results)?
         }
         None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
@@ -206,6 +210,20 @@ pub fn plan(
         ));
     }
     Ok(())
+}
+
+/// A sweep starts runs as others end, so the command has to stay.
+fn check_stays(execution: &ExecutionArgs) -> Result<(), Error> {
+    match execution.detach {
+        false => Ok(()),
+        true => Err(Error::new(
+            Exit::Usage,
+            "--detach and a sweep exclude each other: a sweep begins its runs as others end",
+        )
+        .hint(
+            "leave it in `tmux` without --detach, or submit each point by a `retort run --detach --set ..` of its own",
+        )),
+    }
 }
 
 fn define(
@@ -250,12 +268,12 @@ fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[PointForecast]) -> 
                 .map(|setting| super::show::value_of(setting)),
         );
         row.extend(counts.map(|count| {
-            let tone = if count == 0 {
+            let cell_style = if count == 0 {
                 CellStyle::Dim
             } else {
                 CellStyle::Plain
             };
-            Cell::from(count as u64).tone(tone)
+            Cell::from(count as u64).style(cell_style)
         }));
         rows.push(row);
     }

@@ -3,14 +3,16 @@
 use std::path::PathBuf;
 
 use crate::cli::{Error, SelectionArgs};
+use crate::cluster::devices;
+use crate::plan::Plan;
 use crate::plan::decision::{self, Role};
-use crate::plan::{self, Plan};
 use crate::plugin::Plugins;
 use crate::recipe::{self, Recipe};
+use crate::settings::Settings;
 
-/// The recipe that all points have in common.
+/// The recipe shared by all points.
 pub struct SweepRecipe {
-    /// The file, as people named it.
+    /// The file, as typed.
     pub shown_path: PathBuf,
     /// Its text.
     pub text: String,
@@ -22,11 +24,13 @@ pub struct SweepRecipe {
     pub set: Vec<String>,
     /// Which stages.
     pub selection: SelectionArgs,
+    /// Where stages run.
+    pub placement: Settings,
 }
 
 impl SweepRecipe {
-    /// Of a recipe that was read.
-    pub fn of(recipe: &Recipe, selection: &SelectionArgs) -> Self {
+    /// From a recipe that has been read.
+    pub fn of(recipe: &Recipe, selection: &SelectionArgs, placement: Settings) -> Self {
         let source = &recipe.source;
         Self {
             shown_path: source.path.clone(),
@@ -35,6 +39,7 @@ impl SweepRecipe {
             home: source.home.clone(),
             set: source.set.clone(),
             selection: selection.clone(),
+            placement,
         }
     }
 
@@ -52,7 +57,7 @@ impl SweepRecipe {
             &set,
         )?;
         recipe.source.home = self.home.clone();
-        let plan = plan::plan(&recipe, plugins)?;
+        let plan = devices::plan(&recipe, plugins, &self.placement)?;
         let selection = &self.selection;
         let roles = decision::select(
             &plan,

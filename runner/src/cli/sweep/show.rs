@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::account::plot::{self, Axis, PlottedPoint};
 use crate::account::results::Results;
-use crate::chart::{Chart, Curve, Sample};
+use crate::chart::{Chart, ColumnSummary, Curve};
 use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
 use crate::cli::{Context, Error, Exit, output};
 use crate::draft;
@@ -12,7 +12,7 @@ use crate::store::{Access, RunState, Store, StoreError, SweepDetail, SweepPoint}
 use crate::sweep::Objective;
 use crate::table::{Cell, CellStyle, Rows, Style};
 
-/// A row for each point; the best ones first, if they are to be sorted.
+/// One row per point, optionally the best first.
 pub(super) fn rows(results: &Results, sort: bool) -> Rows {
     let definition = &results.detail.plan.definition;
     let names = short_names(definition.parameters.iter().map(|one| one.path.as_str()));
@@ -49,9 +49,9 @@ pub(super) fn rows(results: &Results, sort: bool) -> Rows {
 fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
     let run = results.run(point);
     let state = match &point.run {
-        None => Cell::from("to come").tone(CellStyle::Dim),
+        None => Cell::from("to come").style(CellStyle::Dim),
         Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => {
-            Cell::from("stopped").tone(CellStyle::Odd)
+            Cell::from("stopped").style(CellStyle::Warning)
         }
         Some((_, state)) => (*state).into(),
     };
@@ -66,7 +66,7 @@ fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
     }
     if results.objective.is_some() {
         row.push(match results.value(point) {
-            Some(value) if is_best => Cell::number(value).marked(" *").tone(CellStyle::Good),
+            Some(value) if is_best => Cell::number(value).marked(" *").style(CellStyle::Ok),
             Some(value) => Cell::number(value),
             None => Cell::none(),
         });
@@ -106,7 +106,7 @@ pub(super) fn document(results: &Results) -> Value {
     document
 }
 
-/// The last steps of paths that tell them apart.
+/// The shortest endings of paths that distinguish them.
 pub(super) fn short_names<'a>(paths: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
     let ending = |path: &str, steps: usize| -> String {
         let parts: Vec<&str> = path.split('.').collect();
@@ -158,7 +158,7 @@ fn command(detail: &SweepDetail, point: &SweepPoint) -> String {
     command
 }
 
-/// A word as a shell takes it.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,+@%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
@@ -366,12 +366,16 @@ fn slices(
     let size = terminal_size::terminal_size_of(std::io::stdout());
     let columns = size.map_or(100, |(width, _)| usize::from(width.0));
     for axis in axes {
-        let samples = axis.places.iter().zip(lines).map(|(&x, line)| Sample {
-            x,
-            min: line.value,
-            mean: line.value,
-            max: line.value,
-        });
+        let samples = axis
+            .places
+            .iter()
+            .zip(lines)
+            .map(|(&x, line)| ColumnSummary {
+                x,
+                min: line.value,
+                mean: line.value,
+                max: line.value,
+            });
         let chart = Chart {
             axis: axis.caption(),
             log,

@@ -1,20 +1,17 @@
-//! One element as the runner sees it: its task, its job, and its events so far.
+//! The runner's record of one element: its task, its job, and its events so far.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
-use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolEvent, SpoolReading};
+use crate::cluster::spool::{self, LifeEnd, Reader, Record, SpoolError, SpoolEvent};
 use crate::frame::{Answer, FromWorker, Task};
-use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
+use crate::store::{ElementUpdate, JobKey, LogLine, LogSource, ReadMark, Time, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::{ClusterEnd, ElementEvent};
 use crate::worker::shortened;
-
-/// How a life ended that did not say so, where Slurm does not say either.
-pub const LOST: &str = "node failed, or preempted";
 
 /// An element's phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,37 +22,37 @@ pub enum Phase {
     Queued,
     /// A life of it has begun.
     Running,
-    /// Its end has been told.
+    /// Its end has been reported.
     Over,
 }
 
 /// The executor's stop request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum StopLevel {
+pub enum StopRequest {
     GoOn,
-    /// To stop at the next checkpoint.
+    /// Stop at the next checkpoint.
     Checkpoint,
-    /// To end at once.
+    /// End at once.
     Now,
-    /// The same, and Slurm has been told.
+    /// The same, and Slurm has been asked to cancel it.
     Ending,
 }
 
-/// A life's report of its end, kept until it is known whether another follows.
+/// A life's report of its end, held until it is known whether another life follows.
 #[derive(Debug, Default)]
 pub struct PendingEnd {
     pub frames: Vec<FromWorker>,
-    /// Files of the artifacts among them.
+    /// Number of files in their artifacts.
     files: usize,
     pub exit: Option<Exit>,
 }
 
-/// Frames that the end of a life may have, and files of artifacts in them.
+/// The most frames in a life's final report, and files of artifacts in them.
 const MOST_FRAMES: usize = 5000;
 const MOST_FILES: usize = 1 << 20;
 
 impl PendingEnd {
-    /// Keeps a frame, unless there are too many.
+    /// Holds a frame. Returns false if there are too many.
     fn hold(&mut self, frame: FromWorker) -> bool {
         match &frame {
             FromWorker::Artifact { record, .. } => self.files += record.files.len(),
@@ -75,34 +72,57 @@ impl PendingEnd {
     }
 }
 
+/// A life that ended without giving a reason, while Slurm still has its element.
+#[derive(Debug, Clone)]
+pub struct LostLife {
+    pub job: (JobKey, usize),
+    pub life: u32,
+    /// Its node.
+    pub node: String,
+    /// When it began, and when its end was noticed.
+    pub began: i64,
+    pub at: i64,
+    /// Whether Slurm had sent it SIGTERM.
+    pub terminated: bool,
+    /// Whether its end is still to be reported.
+    pub is_news: bool,
+}
+
 #[derive(Debug)]
 pub struct Slot {
     pub part: Option<Part>,
     pub task: Task,
     tell: mpsc::Sender<WorkerEvent>,
     pub phase: Phase,
-    pub level: StopLevel,
+    pub level: StopRequest,
     /// Why it waits.
     pub why: String,
     /// Its job, and which element of it this is.
     pub job: Option<(JobKey, usize)>,
     pub reader: Option<Reader>,
-    /// Records below this number have been taken over by another runner.
+    /// Another runner has processed the records below this number.
     mark: u64,
     pub held: PendingEnd,
-    /// The life that has begun and not ended.
+    /// The current life.
     pub life: Option<u32>,
-    /// How the last life ended, by its own words.
+    /// The node and start time of the last life.
+    pub node: String,
+    began_at: i64,
+    /// Lives that ended without a reason, about which Slurm has not been asked yet.
+    pub lost: Vec<LostLife>,
+    /// When it last asked Slurm for a restart.
+    pub asked: Option<i64>,
+    /// How the last life ended, by its own report.
     pub over: Option<LifeEnd>,
-    /// Why its records cannot be true.
+    /// Why its records are inconsistent, if they are.
     pub broken: Option<&'static str>,
-    /// How often it was submitted again.
-    pub tries: u32,
-    /// How often Slurm has said that it is over while it had not said so itself.
+    /// Wasted lives in earlier jobs; a job in which none began counts as one.
+    pub wasted: u32,
+    /// How often Slurm has reported it as over without a report from itself.
     pub absent: u32,
-    /// Whether Slurm says that it runs.
+    /// Whether Slurm reports it as running.
     pub expected: bool,
-    /// Whether Slurm has been asked not to let it wait.
+    /// Whether Slurm has been asked to start it without delay.
     pub hurried: bool,
     begun: bool,
 }
@@ -114,16 +134,20 @@ impl Slot {
             task,
             tell,
             phase: Phase::New,
-            level: StopLevel::GoOn,
+            level: StopRequest::GoOn,
             why: String::new(),
             job: None,
             reader: None,
             mark: 0,
             held: PendingEnd::default(),
             life: None,
+            node: String::new(),
+            began_at: 0,
+            lost: Vec::new(),
+            asked: None,
             over: None,
             broken: None,
-            tries: 0,
+            wasted: 0,
             absent: 0,
             expected: false,
             hurried: false,
@@ -131,7 +155,7 @@ impl Slot {
         }
     }
 
-    /// It has a job.
+    /// Assigns a job to it.
     pub fn place(&mut self, job: (JobKey, usize), reader: Reader, mark: u64) {
         self.job = Some(job);
         self.reader = Some(reader);
@@ -143,32 +167,46 @@ impl Slot {
         self.why = "submitted".into();
     }
 
-    /// It has none any more, and is to be submitted again.
+    /// Takes its job away, so that it is submitted again.
     pub fn again(&mut self) {
         self.phase = Phase::New;
         (self.job, self.reader) = (None, None);
     }
 
-    /// Whether it ran once, and waits now.
+    /// Whether it ran before and is waiting now.
     pub fn waits_again(&self) -> bool {
         self.begun && self.phase == Phase::Queued
     }
 
-    /// Whether there may be something to read.
+    /// Whether there may be records to read.
     pub fn is_heard(&self) -> bool {
         self.reader.is_some() && (self.phase == Phase::Running || self.expected)
     }
 
     async fn send(&self, heard: WorkerEvent) {
-        // Nobody hears an attempt that was dropped.
+        // Nobody listens to a dropped attempt.
         let _ = self.tell.send(heard).await;
     }
 
     pub async fn note(&self, level: LogLevel, text: String) {
-        self.send(note(level, text)).await;
+        self.note_at(LogLine::of_runner(level, text), None).await;
     }
 
-    /// Handles its events.
+    /// Adds a record's message to the log, at its time.
+    async fn note_read(&self, level: LogLevel, text: String, at: i64, mark: Option<ReadMark>) {
+        let line = LogLine {
+            at: Time(at),
+            ..LogLine::of_runner(level, text)
+        };
+        self.note_at(line, mark).await;
+    }
+
+    async fn note_at(&self, line: LogLine, mark: Option<ReadMark>) {
+        self.send(WorkerEvent::Remote(ElementEvent::Line(line, mark)))
+            .await;
+    }
+
+    /// Handles new records.
     pub async fn take(
         &mut self,
         records: Vec<Record>,
@@ -182,18 +220,20 @@ impl Slot {
         };
         for Record { number, at, word } in records {
             if self.phase == Phase::Over {
-                // It has a final result or failure: another life is useless.
+                // It has a final result or failure, so another life would be useless.
                 break;
             }
             let fresh = number >= self.mark;
+            // This mark is stored together with what the record says.
+            let read = ReadMark::after(key, element, number);
             match word {
                 SpoolEvent::Began { job, node, pid } => {
                     let (job, node) = (short(job), short(node));
                     let life = (number >> 32) as u32;
                     if self.life.is_some_and(|before| before != life) {
-                        // Nobody was there to ask Slurm.
-                        self.life_ended(LOST, at, news);
+                        self.lose_life(at, fresh);
                     }
+                    (self.node, self.began_at) = (node.clone(), at);
                     news.push((
                         key,
                         element,
@@ -213,12 +253,13 @@ impl Slot {
                             .await;
                     }
                     if fresh {
-                        let text = format!("job {job} began on {node} (process {pid})");
-                        self.note(LogLevel::Debug, text).await;
+                        let text = spool::begins(&job, &node, pid);
+                        self.note_read(LogLevel::Debug, text, at, Some(read)).await;
                     }
                 }
                 SpoolEvent::Frame(
                     frame @ (FromWorker::Artifact { .. }
+                    | FromWorker::Silent { .. }
                     | FromWorker::Answer(_)
                     | FromWorker::Failed(_)
                     | FromWorker::NotLoaded { .. }),
@@ -228,20 +269,19 @@ impl Slot {
                         break;
                     }
                 }
+                SpoolEvent::Frame(frame @ FromWorker::Progress(_)) => {
+                    self.send(WorkerEvent::Frame(frame)).await;
+                }
                 SpoolEvent::Frame(frame) => {
-                    if fresh || matches!(frame, FromWorker::Progress(_)) {
-                        self.send(WorkerEvent::Frame(frame)).await;
+                    if fresh {
+                        self.send(WorkerEvent::Remote(ElementEvent::Frame(frame, read)))
+                            .await;
                     }
                 }
                 SpoolEvent::Line { source, text } => {
                     if fresh {
-                        let line = LogLine {
-                            at: Time(at),
-                            level: LogLevel::Debug as u32,
-                            source,
-                            text,
-                        };
-                        self.send(WorkerEvent::Remote(ElementEvent::Line(line)))
+                        let line = line(source, text, at);
+                        self.send(WorkerEvent::Remote(ElementEvent::Line(line, Some(read))))
                             .await;
                     }
                 }
@@ -256,65 +296,115 @@ impl Slot {
                         out_of_memory: Some(out_of_memory),
                     });
                 }
-                SpoolEvent::Over(over) => self.life_over(over, at, fresh, news).await,
+                SpoolEvent::Over(over) => {
+                    self.life_over(over, at, fresh.then_some(read), news).await;
+                }
             }
         }
-        self.send(WorkerEvent::Remote(ElementEvent::ReadTo {
+        self.send(WorkerEvent::Remote(ElementEvent::ReadTo(ReadMark {
             job: key,
             element,
-            number: last.saturating_add(1),
-        }))
+            number: last.saturating_add(1).max(self.mark),
+        })))
         .await;
     }
 
-    /// A life is over, by its own words.
+    /// Passes on what an element wrote that ended without a result while no runner was there. Its metrics, lines and lives belong
+    /// to the history; nothing else of it is used.
+    ///
+    /// # Errors
+    /// Its spool cannot be read at the moment. What a damaged one has before the damage is passed on.
+    pub async fn read_out(
+        &mut self,
+        (key, element): (JobKey, usize),
+        mut reader: Reader,
+        mark: u64,
+        news: &mut Vec<(JobKey, usize, ElementUpdate)>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        loop {
+            // The file system may hang.
+            let looked = tokio::task::spawn_blocking(move || {
+                let mut records = Vec::new();
+                let more = reader.look_on(&mut records);
+                (reader, records, more)
+            });
+            let (back, records, more) = looked.await?;
+            reader = back;
+            for Record { number, at, word } in records {
+                if number < mark {
+                    continue;
+                }
+                let life = (number >> 32) as u32;
+                let read = ReadMark::after(key, element, number);
+                match word {
+                    SpoolEvent::Began { job, node, pid } => {
+                        let (job, node) = (short(job), short(node));
+                        let text = spool::begins(&job, &node, pid);
+                        self.note_read(LogLevel::Debug, text, at, Some(read)).await;
+                        let began = ElementUpdate::Began { life, node, at };
+                        news.push((key, element, began));
+                    }
+                    SpoolEvent::Frame(frame @ (FromWorker::Metrics(_) | FromWorker::Log(_))) => {
+                        self.send(WorkerEvent::Remote(ElementEvent::Frame(frame, read)))
+                            .await;
+                    }
+                    SpoolEvent::Line { source, text } => {
+                        let line = line(source, text, at);
+                        self.send(WorkerEvent::Remote(ElementEvent::Line(line, Some(read))))
+                            .await;
+                    }
+                    SpoolEvent::Over(over) => {
+                        let reason = shortened(reported(&over, false).0);
+                        if !reason.is_empty() {
+                            let ended = ElementUpdate::Ended { life, reason, at };
+                            news.push((key, element, ended));
+                        }
+                    }
+                    SpoolEvent::Frame(_) | SpoolEvent::Exited { .. } => {}
+                }
+            }
+            match more {
+                Ok(true) => {}
+                Ok(false) | Err(SpoolError::Damaged { .. }) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// A life has reported its end. `fresh`: the mark of that record, unless it was processed before.
     async fn life_over(
         &mut self,
         over: LifeEnd,
         at: i64,
-        fresh: bool,
+        fresh: Option<ReadMark>,
         news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
-        let (reason, goes_on) = match &over {
-            LifeEnd::Done if self.held.has_result() => ("succeeded", false),
-            LifeEnd::Done => ("failed", false),
-            LifeEnd::Stopped => ("stopped", false),
-            LifeEnd::GaveUp => ("started too often", false),
-            LifeEnd::TimeLimit {
-                at_checkpoint: true,
-            } => ("time limit, at a checkpoint", true),
-            LifeEnd::TimeLimit { .. } => ("time limit", true),
-            LifeEnd::Again { reason } => (reason.as_str(), true),
-            // Why, Slurm says.
-            LifeEnd::Terminated { .. } => ("", true),
-        };
+        let (reason, goes_on) = reported(&over, self.held.has_result());
         let reason = shortened(reason);
         if !reason.is_empty() {
             self.life_ended(&reason, at, news);
-            if goes_on && fresh {
-                let text = format!("{reason}; it is started again");
-                self.note(LogLevel::Warn, text).await;
+            if goes_on && fresh.is_some() {
+                let text = spool::goes_on(&reason);
+                self.note_read(LogLevel::Warn, text, at, fresh).await;
             }
         }
-        self.over = Some(over);
         if goes_on {
             self.phase = Phase::Queued;
             self.why = "to be started again".into();
-        } else if self.over == Some(LifeEnd::GaveUp) {
-            self.end(ClusterEnd {
-                reason: "started too often".into(),
-                message: "it failed after all restarts that `requeue` allows".into(),
-                hint: Some(
-                    "`retort log` says how each start ended; `retort resume` tries again".into(),
-                ),
-            })
-            .await;
+            if !matches!(over, LifeEnd::Terminated { .. }) {
+                self.asked = Some(at);
+            }
         } else {
-            self.deliver().await;
+            match &over {
+                LifeEnd::OutOfTries { reason } => self.end(too_often(reason)).await,
+                LifeEnd::GaveUp => self.end(too_often("it failed each time")).await,
+                _ => self.deliver().await,
+            }
         }
+        self.over = Some(over);
     }
 
-    /// Notes for the history how the present life ended.
+    /// Records in the history how the current life ended.
     pub fn life_ended(
         &mut self,
         reason: &str,
@@ -327,7 +417,22 @@ impl Slot {
         }
     }
 
-    /// Tells the end that the last life has told of.
+    /// The current life is over, for a reason that is still to be found out. `is_news`: whether to report it.
+    pub fn lose_life(&mut self, at: i64, is_news: bool) {
+        if let (Some(job), Some(life)) = (self.job, self.life.take()) {
+            self.lost.push(LostLife {
+                job,
+                life,
+                node: self.node.clone(),
+                began: self.began_at,
+                at,
+                terminated: matches!(self.over, Some(LifeEnd::Terminated { .. })),
+                is_news,
+            });
+        }
+    }
+
+    /// Passes on the last life's report of its end.
     pub async fn deliver(&mut self) {
         for frame in std::mem::take(&mut self.held.frames) {
             self.send(WorkerEvent::Frame(frame)).await;
@@ -342,7 +447,7 @@ impl Slot {
         self.phase = Phase::Over;
     }
 
-    /// Tells that it was stopped before it had begun, or between two lives.
+    /// Reports that it was stopped before its start, or between two lives.
     pub async fn cancelled(&mut self) {
         self.held = PendingEnd {
             frames: vec![cancelled()],
@@ -351,11 +456,11 @@ impl Slot {
         self.deliver().await;
     }
 
-    /// Tells that Slurm has ended it, as it was asked to.
+    /// Reports that Slurm has cancelled it as requested.
     pub async fn killed(&mut self) {
         self.held.frames.clear();
         match self.level {
-            StopLevel::Ending | StopLevel::Now => {
+            StopRequest::Ending | StopRequest::Now => {
                 self.held.exit = Some(Exit {
                     status: ExitStatus::Signal(libc::SIGKILL),
                     usage: self.held.exit.map(|exit| exit.usage).unwrap_or_default(),
@@ -367,7 +472,7 @@ impl Slot {
         }
     }
 
-    /// Tells an end that only a cluster has.
+    /// Reports an end that only happens on a cluster.
     pub async fn end(&mut self, ended: ClusterEnd) {
         if self.phase == Phase::Over {
             return;
@@ -379,13 +484,52 @@ impl Slot {
     }
 }
 
-/// Whether what an element has said so far may lead to a result; `goes_on`: whether Slurm still has it.
-pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
+/// The reason for the history that a life gives for its end, and whether the element goes on. If it gives none, Slurm has one.
+fn reported(over: &LifeEnd, has_result: bool) -> (&str, bool) {
+    match over {
+        LifeEnd::Done if has_result => ("succeeded", false),
+        LifeEnd::Done => ("failed", false),
+        LifeEnd::Stopped => ("stopped", false),
+        LifeEnd::GaveUp => ("started too often", false),
+        LifeEnd::OutOfTries { reason } => (reason.as_str(), false),
+        LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. } | LifeEnd::Terminated { .. } => {
+            (over.why_again().unwrap_or_default(), true)
+        }
+    }
+}
+
+/// A line that a worker has printed.
+fn line(source: LogSource, text: String, at: i64) -> LogLine {
+    LogLine {
+        at: Time(at),
+        level: LogLevel::Debug as u32,
+        source,
+        text,
+    }
+}
+
+/// The end of an element that has used up its restarts.
+pub fn too_often(last: &str) -> ClusterEnd {
+    ClusterEnd {
+        reason: "started too often".into(),
+        message: format!(
+            "{}, after all restarts that `requeue` allows",
+            shortened(last)
+        ),
+        hint: Some("`retort log` says how each start ended; `retort resume` tries again".into()),
+    }
+}
+
+/// Whether an element's records may still lead to a result. `goes_on`: whether Slurm still has it.
+///
+/// # Errors
+/// Its spool cannot be read at the moment. A damaged spool is no error: it leads to nothing.
+pub fn is_worth_taking(dir: &Path, goes_on: bool) -> Result<bool, SpoolError> {
     let mut reader = Reader::new(PathBuf::from(dir));
     let (mut held, mut over) = (PendingEnd::default(), None);
     loop {
         let mut records = Vec::new();
-        let seen = reader.look(&mut records);
+        let more = reader.look_on(&mut records);
         for record in records {
             match record.word {
                 SpoolEvent::Began { .. } => (held, over) = (PendingEnd::default(), None),
@@ -394,21 +538,43 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
                 _ => {}
             }
         }
-        match seen {
-            Ok(SpoolReading::More) => {}
-            Ok(_) if reader.turn() => {}
-            Ok(_) => break,
-            Err(_) => return false,
+        match more {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(SpoolError::Damaged { .. }) => return Ok(false),
+            Err(error) => return Err(error),
         }
     }
-    match over {
+    Ok(match over {
         Some(LifeEnd::Done) => held.has_result(),
-        Some(LifeEnd::Stopped | LifeEnd::GaveUp) => false,
+        Some(LifeEnd::Stopped | LifeEnd::OutOfTries { .. } | LifeEnd::GaveUp) => false,
         _ => goes_on || held.has_result(),
-    }
+    })
 }
 
-/// The name of a node, or a job's id, which a spool might make as long as it likes.
+/// Slurm's id of the job that wrote this spool, from its first element that has begun.
+///
+/// # Errors
+/// A file cannot be read at the moment.
+pub fn job_of(spool: &Path, elements: usize) -> Result<Option<u64>, SpoolError> {
+    for element in 0..elements {
+        let mut records = Vec::new();
+        match Reader::new(spool::element_dir(spool, element)).look(&mut records) {
+            Ok(_) | Err(SpoolError::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let id = records.iter().find_map(|record| match &record.word {
+            SpoolEvent::Began { job, .. } => job.split('_').next()?.parse().ok(),
+            _ => None,
+        });
+        if id.is_some() {
+            return Ok(id);
+        }
+    }
+    Ok(None)
+}
+
+/// Cuts the name of a node or a job's id: a spool may contain one of any length.
 fn short(name: String) -> String {
     match name.len() {
         0..=256 => name,
@@ -416,12 +582,7 @@ fn short(name: String) -> String {
     }
 }
 
-/// What a worker says that was stopped before it began.
+/// The answer of a worker that was stopped before it began.
 fn cancelled() -> FromWorker {
     FromWorker::Failed(Failure::new(FailureCode::Cancelled, "it had not begun"))
-}
-
-/// A line about an element, for the log.
-fn note(level: LogLevel, text: String) -> WorkerEvent {
-    WorkerEvent::Remote(ElementEvent::Line(LogLine::of_runner(level, text)))
 }

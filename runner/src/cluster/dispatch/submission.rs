@@ -1,4 +1,5 @@
-//! Submitting: which elements become a job, its directory and its order, and what a full queue or a silence of Slurm means.
+//! Submission: which elements become a job, its directory and its order, and how to react when the queue is full or Slurm
+//! does not answer.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,7 +7,7 @@ use std::time::Duration;
 use retort_abi::Part;
 use tokio::time::Instant;
 
-use super::slot::{Phase, StopLevel};
+use super::slot::{Phase, StopRequest};
 use super::{DispatchLoop, Job, LOOK, Notice, RETRY, SETTLE, script};
 use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, JobSpec, Reader};
@@ -14,22 +15,22 @@ use crate::store::StoreError;
 use crate::worker::remote::ClusterEnd;
 
 impl DispatchLoop {
-    /// Submits what has no job.
+    /// Submits elements without a job.
     pub(super) async fn submit(&mut self) -> Result<(), StoreError> {
         let new: Vec<usize> = (0..self.slots.len())
             .filter(|index| {
                 let slot = &self.slots[*index];
-                slot.phase == Phase::New && slot.level == StopLevel::GoOn
+                slot.phase == Phase::New && slot.level == StopRequest::GoOn
             })
             .collect();
         if new.is_empty() {
             return Ok(());
         }
-        // The whole of a stage is no part of an array.
+        // An undivided stage is not part of an array.
         let (mut parts, wholes): (Vec<usize>, Vec<usize>) = new
             .into_iter()
             .partition(|index| self.slots[*index].part.is_some());
-        // The first of several ranks is on the node where all meet.
+        // Rank 0 comes first, because its node has the rendezvous.
         parts.sort_by_key(|index| self.slots[*index].part.map(|part| part.index));
         let Some(chunk) = self.chunk_of(&parts).await else {
             return Ok(());
@@ -69,23 +70,23 @@ impl DispatchLoop {
         Ok(())
     }
 
-    /// How many of these parts a job may have; none where they have to wait for others.
+    /// How many of these parts go into one job; None if they have to wait for others.
     async fn chunk_of(&mut self, parts: &[usize]) -> Option<usize> {
         if !self.to.together {
             let chunk = match self.chunk {
                 Some(chunk) => chunk,
-                None => self.to.slurm.array_size().await,
+                None => self.to.slurm.cluster().await.array_size,
             };
             self.chunk = Some(chunk);
             return Some(chunk);
         }
-        // Ranks run at the same time or not at all: those that are to be submitted again wait for the others.
+        // Ranks run at the same time or not at all: those to be resubmitted wait for the others.
         let all = self.slots.iter().filter(|slot| slot.part.is_some());
         let (over, others): (Vec<_>, Vec<_>) = all
             .filter(|slot| slot.phase != Phase::New)
             .partition(|slot| slot.phase == Phase::Over);
         let Some(part) = parts.first().and_then(|index| self.slots[*index].part) else {
-            // The whole comes alone.
+            // An undivided stage has a job of one element.
             return Some(1);
         };
         if over.is_empty() && others.is_empty() && parts.len() >= part.of {
@@ -105,7 +106,7 @@ impl DispatchLoop {
         None
     }
 
-    /// The queue is full: fewer elements may find room, and later all will.
+    /// The queue is full: tries fewer elements at once, and tries again later.
     fn full(&mut self, slots: &[usize], said: &str) {
         if self.put_off == RETRY.0 {
             self.warn(format!(
@@ -128,7 +129,7 @@ impl DispatchLoop {
         }
     }
 
-    /// Submits a job whose elements do the work of these slots.
+    /// Submits a job for these slots.
     async fn submit_some(&mut self, slots: &[usize]) -> Result<Result<(), SlurmError>, StoreError> {
         self.submitted += 1;
         let name = format!(
@@ -166,14 +167,15 @@ impl DispatchLoop {
             cpus: to.cpus,
             profile: &to.profile,
         };
-        let (id, cluster) = match submit(&to.slurm, &job).await {
-            Ok(taken) => taken,
+        let id = match submit(&to.slurm, &job).await {
+            Ok(id) => id,
             Err(error) => {
                 to.store.job_refused(key).await?;
                 let _ = std::fs::remove_dir_all(&dir);
                 return Ok(Err(error));
             }
         };
+        let cluster = to.slurm.cluster().await.name;
         to.store.job_submitted(key, id, &cluster).await?;
         (to.listener)(Notice::Submitted {
             job: id,
@@ -189,7 +191,9 @@ impl DispatchLoop {
             dir,
             layout,
             slots: slots.iter().copied().map(Some).collect(),
+            wasted: order.wasted,
             marks: vec![0; order.elements.len()],
+            given_up: vec![false; order.elements.len()],
             elements: order.elements,
             stopping: false,
             over: false,
@@ -198,7 +202,7 @@ impl DispatchLoop {
         Ok(Ok(()))
     }
 
-    /// What the elements of a job for these slots are told.
+    /// The order for a job of these slots.
     fn order(&self, slots: &[usize]) -> JobSpec {
         let to = &self.to;
         let elements: Vec<Option<Part>> =
@@ -207,11 +211,11 @@ impl DispatchLoop {
             format: spool::FORMAT,
             task: self.slots[slots[0]].task.clone(),
             threads: to.cpus,
-            requeue: slots
+            requeue: to.profile.requeue,
+            wasted: slots
                 .iter()
-                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
-                .max()
-                .unwrap_or(0),
+                .map(|index| self.slots[*index].wasted)
+                .collect(),
             interval: LOOK
                 .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
             again: true,
@@ -221,7 +225,7 @@ impl DispatchLoop {
         }
     }
 
-    /// Makes the directory of a job's spool, with its order and its script; why not, where that fails.
+    /// Makes the directory of a job's spool, with its order and its script. The error says what failed.
     fn make_spool(&self, dir: &Path, script: &Path, order: &JobSpec) -> Result<(), String> {
         spool::make_dir(dir).map_err(|error| error.to_string())?;
         spool::write_order(dir, order).map_err(|error| error.to_string())?;
@@ -231,22 +235,22 @@ impl DispatchLoop {
     }
 }
 
-/// Submits a job; its id and cluster.
-async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<(u64, String), SlurmError> {
+/// Submits a job, and returns its id.
+async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<u64, SlurmError> {
     let taken = slurm.submit(job).await;
-    // Slurm may have taken it all the same.
+    // Slurm may have accepted it nevertheless.
     if matches!(
         taken,
         Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
     ) && let Ok(Some(id)) = found(slurm, job.name).await
     {
-        return Ok((id, String::new()));
+        return Ok(id);
     }
     taken
 }
 
-/// The job of a name, if there is one. Asked again for a while where Slurm does not answer: a job that it has and nobody
-/// knows would work beside the next one.
+/// The id of the job with a name, if there is one. Retries for a while if Slurm does not answer: a job that nobody knows
+/// about would run beside the next one.
 pub(super) async fn found(slurm: &Slurm, name: &str) -> Result<Option<u64>, SlurmError> {
     const TRIES: usize = 15;
     for _ in 1..TRIES {

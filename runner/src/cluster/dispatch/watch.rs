@@ -3,31 +3,31 @@
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
-use super::slot::{LOST, Phase, Slot, StopLevel};
+use super::slot::{Phase, Slot, StopRequest, too_often};
 use super::{DispatchLoop, GATHER};
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
 use crate::cluster::spool::{self, LifeEnd, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
 
-/// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
+/// How often Slurm has to report an element as over if the element has not done so: its last records may be on their way.
 const SETTLED: u32 = 3;
-/// Queued elements whose spools are looked at although Slurm has not said that they run.
+/// How many spools of queued elements are read although Slurm has not reported them as running.
 const FEW: usize = 64;
-/// Elements that Slurm is asked to hurry with, at a time.
+/// How many elements Slurm is asked to start without delay, per poll.
 const HURRY: usize = 32;
-/// Bytes of what a job printed that are told.
+/// The most bytes of a job's output that are reported.
 const LAST_WORDS: u64 = 2000;
-/// Bytes of spools that are read between two looks, of all elements and of one: what was read is held until the run has
-/// taken it.
+/// The most bytes of spools that are read per round, of all elements and of one: records stay in memory until the run has
+/// processed them.
 const AT_ONCE: u64 = 32 << 20;
 const OF_ONE: u64 = 8 << 20;
 
-/// What was read of an element, and whether there may be more.
+/// The records read from an element, and whether there may be more.
 type Read = (usize, Reader, Vec<Record>, Result<bool, SpoolError>);
 
 impl DispatchLoop {
-    /// Reads elements' events since the last time.
+    /// Reads elements' new records.
     pub(super) async fn hear(&mut self) -> Result<(), StoreError> {
         let queued = self
             .slots
@@ -45,7 +45,7 @@ impl DispatchLoop {
             return Ok(());
         }
         // A hanging file system must not stop the heartbeat.
-        // The one served last last time comes first.
+        // The element that came last in the previous round comes first.
         let first = self.heard_from % readers.len();
         self.heard_from = self.heard_from.wrapping_add(1);
         readers.rotate_left(first);
@@ -62,7 +62,7 @@ impl DispatchLoop {
                 continue;
             }
             if matches!(result, Ok(true)) {
-                // It is not silent: it has not been heard to its end.
+                // It is not silent: there is more to read.
                 slot.absent = 0;
             }
             let broken = slot.broken.map(str::to_owned);
@@ -78,7 +78,7 @@ impl DispatchLoop {
             if !damaged {
                 continue;
             }
-            // Nobody hears it any more; whatever comes after it must not meet it at work.
+            // Nobody reads it any more, and it must not run beside its successor.
             let at = slot.job.and_then(|(key, element)| {
                 let job = self.jobs.iter().find(|job| job.key == key)?;
                 Some((job.id, job.layout.element(element)))
@@ -93,18 +93,22 @@ impl DispatchLoop {
             })
             .await;
         }
+        self.explain().await;
         Ok(())
     }
 
-    /// Asks Slurm, and decides about elements that have not reported an end. Returns whether it is to be asked
-    /// again soon.
+    /// Asks Slurm, and decides about elements that have not reported an end. Returns whether to ask again soon.
     pub(super) async fn ask(&mut self) -> Result<bool, StoreError> {
         let at_work = |slot: &&Slot| slot.job.is_some() && slot.phase != Phase::Over;
         if !self.slots.iter().any(|slot| at_work(&slot)) {
             return Ok(false);
         }
         let ids = self.open_jobs();
-        let known = match self.to.slurm.look(&ids).await {
+        let places: Vec<Option<Key>> = self.slots.iter().map(|slot| self.key(slot)).collect();
+        let known = self.to.slurm.look_back(&ids, |known| {
+            places.iter().flatten().any(|key| !known.contains_key(key))
+        });
+        let known = match known.await {
             Ok(known) => known,
             Err(error) => {
                 self.is_silent(&error);
@@ -114,16 +118,10 @@ impl DispatchLoop {
         if std::mem::replace(&mut self.silent, false) {
             self.warn("Slurm answers again");
         }
-        let places: Vec<Option<Key>> = self.slots.iter().map(|slot| self.key(slot)).collect();
-        let gone = places.iter().flatten().any(|key| !known.contains_key(key));
-        let accounts = match gone {
-            true => self.to.slurm.accounts(&ids).await.unwrap_or_default(),
-            false => Default::default(),
-        };
         let mut hurried = 0;
         for (index, place) in places.into_iter().enumerate() {
             let Some(place) = place else { continue };
-            let said = known.get(&place).or_else(|| accounts.get(&place)).cloned();
+            let said = known.get(&place).cloned();
             let slot = &mut self.slots[index];
             if slot.phase == Phase::Over {
                 continue;
@@ -131,13 +129,13 @@ impl DispatchLoop {
             match said {
                 Some(said) if said.state == State::Pending => {
                     if slot.life.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
-                        // Once more: its last words may be on their way.
+                        // Wait for one more poll: its last records may be on their way.
                         slot.absent += 1;
                         continue;
                     }
                     (slot.absent, slot.expected) = (0, false);
-                    waits(slot, &said, &mut self.news).await;
-                    // Slurm lets what it starts again wait for two minutes.
+                    waits(slot, &said, &mut self.news);
+                    // Slurm delays a restart by two minutes.
                     if !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
                         (slot.hurried, hurried) = (true, hurried + 1);
                         self.to.slurm.start_now(place.0, place.1).await;
@@ -156,13 +154,14 @@ impl DispatchLoop {
                         continue;
                     }
                     slot.absent += 1;
-                    let unborn = slot.level > StopLevel::GoOn && slot.life.is_none();
+                    let unborn = slot.level > StopRequest::GoOn && slot.life.is_none();
                     if slot.absent >= SETTLED || unborn {
                         self.conclude(index, place, said).await;
                     }
                 }
             }
         }
+        self.explain().await;
         let unsettled = |slot: &Slot| slot.absent > 0 && slot.phase != Phase::Over;
         Ok(self.slots.iter().any(unsettled))
     }
@@ -173,9 +172,10 @@ impl DispatchLoop {
         Some((job.id, job.layout.element(element)))
     }
 
-    /// Slurm does nothing more about an element, which has not told of its end.
+    /// Slurm has finished with an element that has not reported its end.
     async fn conclude(&mut self, index: usize, place: Key, said: Option<ElementStatus>) {
         let printed = self.printed(index);
+        let wasted = self.wasted_here(index).await;
         let slot = &mut self.slots[index];
         let job = slot.job;
         let state = said.as_ref().map(|said| said.state);
@@ -188,7 +188,7 @@ impl DispatchLoop {
         if slot.held.has_result() {
             slot.life_ended("succeeded", Time::now().0, &mut self.news);
             slot.deliver().await;
-        } else if slot.level > StopLevel::GoOn
+        } else if slot.level > StopRequest::GoOn
             && state.is_none_or(|state| state == State::Cancelled)
         {
             slot.life_ended("stopped", Time::now().0, &mut self.news);
@@ -206,13 +206,19 @@ impl DispatchLoop {
                 again,
             } = end_reason(slot, state, &name, &at, &printed);
             slot.life_ended(reason, Time::now().0, &mut self.news);
-            if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
-                slot.tries += u32::from(!at_checkpoint);
+            // A job in which no life began counts as a try as well.
+            let wasted = wasted.max(u32::from(!at_checkpoint));
+            let wasted = slot.wasted.saturating_add(wasted);
+            let requeue = self.to.profile.requeue;
+            if again && wasted <= requeue {
+                slot.wasted = wasted;
                 slot.note(LogLevel::Warn, format!("{message}; it is submitted again"))
                     .await;
                 slot.again();
                 slot.why = reason.to_owned();
                 self.submit_at = Instant::now() + GATHER;
+            } else if again && requeue > 0 {
+                slot.end(too_often(&message)).await;
             } else {
                 let hint = match state {
                     Some(State::OutOfMemory) => {
@@ -236,6 +242,20 @@ impl DispatchLoop {
         }
     }
 
+    /// Lives that an element has wasted in its current job.
+    async fn wasted_here(&self, index: usize) -> u32 {
+        let Some((key, element)) = self.slots[index].job else {
+            return 0;
+        };
+        let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
+            return 0;
+        };
+        let dir = spool::element_dir(&job.dir, element);
+        // The file system may hang.
+        let counted = tokio::task::spawn_blocking(move || spool::all_wasted_lives(&dir));
+        counted.await.unwrap_or(0)
+    }
+
     /// The end of a job's own output: errors of its prologue and of Slurm.
     fn printed(&self, index: usize) -> String {
         let Some((key, element)) = self.slots[index].job else {
@@ -255,15 +275,15 @@ impl DispatchLoop {
     }
 }
 
-/// Why an element that has not reported its end is over, as a short reason and a sentence, and whether the job may be
-/// submitted again.
+/// Why an element that has not reported its end is over: a short reason and a sentence; and whether the job may be
+/// resubmitted.
 struct EndReason {
     reason: &'static str,
     message: String,
     again: bool,
 }
 
-/// What became of an element of job `name` that Slurm last knew in `state` (`at` says where) and that `printed` something.
+/// The end of an element of job `name`, by Slurm's last `state` of it (`at`: its node) and its output `printed`.
 fn end_reason(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> EndReason {
     let said_why = matches!(
         slot.over,
@@ -327,8 +347,8 @@ fn end_reason(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: 
     }
 }
 
-/// Reads what is new of elements, a part of very much at a time: once `room` bytes have been read, and the record that was
-/// begun, the others wait for the next time.
+/// Reads elements' new records, in parts: once `room` bytes have been read, up to the end of a record, the other elements
+/// wait for the next round.
 fn read_some(readers: Vec<(usize, Reader)>, room: u64) -> Vec<Read> {
     let mut room = room;
     let mut read_one = |(index, mut reader): (usize, Reader)| -> Read {
@@ -347,41 +367,23 @@ fn read_some(readers: Vec<(usize, Reader)>, room: u64) -> Vec<Read> {
     readers.into_iter().map(&mut read_one).collect()
 }
 
-/// The end of a life that Slurm knows in this state, and that has not told of its end.
+/// The end of a life, with this state in Slurm, that has not reported it.
 pub(super) fn reason(state: State) -> &'static str {
-    match state {
-        State::Cancelled => "cancelled in Slurm",
-        State::Timeout => "time limit",
-        State::NodeFailed => "node failed",
-        State::Preempted => "preempted",
-        State::OutOfMemory => "out of memory in Slurm",
-        State::Deadline => "deadline",
-        State::Pending | State::Running | State::Completed | State::Failed => {
-            "died without reporting a reason"
-        }
-    }
+    state.fault().unwrap_or("died without reporting a reason")
 }
 
-/// Goes on with the next life of an element, if there is one and the last has been heard to its end.
+/// Goes on with the next life of an element, if there is one and the last has been read to its end.
 fn turn(slot: &mut Slot) -> bool {
     slot.reader.as_mut().is_some_and(Reader::turn)
 }
 
-/// Slurm lets an element wait. One that ran has lost its node, or had to make room.
-async fn waits(
+/// Slurm lets an element wait. If it ran before, it has lost its node or was preempted.
+fn waits(
     slot: &mut Slot,
     said: &ElementStatus,
     news: &mut Vec<(crate::store::JobKey, usize, ElementUpdate)>,
 ) {
-    if slot.life.is_some() {
-        let reason = match slot.over {
-            Some(LifeEnd::Terminated { .. }) => "preempted, or ended to be started again",
-            _ => LOST,
-        };
-        slot.life_ended(reason, Time::now().0, news);
-        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
-            .await;
-    }
+    slot.lose_life(Time::now().0, true);
     slot.phase = Phase::Queued;
     if slot.why != said.reason {
         slot.why.clone_from(&said.reason);
@@ -425,7 +427,7 @@ mod tests {
                 readers.push((element, reader));
             }
             let after: u64 = readers.iter().map(|(_, reader)| reader.cost()).sum();
-            // What is left of the room, and a record that was begun.
+            // The rest of the room, and the current record.
             assert!(
                 after - before <= (4 << 20) + (4 << 20),
                 "{}",

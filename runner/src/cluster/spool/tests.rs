@@ -1,7 +1,12 @@
-//! Spools as their readers and writers see them.
+//! Reading and writing spools.
 
+use std::time::Duration;
+
+use retort_abi::Part;
+
+use super::order::ORDER;
 use super::*;
-use crate::frame::Line;
+use crate::frame::{Line, Task};
 
 fn said(text: &str) -> SpoolEvent {
     SpoolEvent::Frame(FromWorker::Log(vec![Line {
@@ -29,7 +34,7 @@ fn what_is_written_is_read_once_and_in_order_through_pieces_and_lives() {
         let mut writer = Writer::open(&dir).unwrap();
         assert_eq!((writer.life(), reader.turn()), (life, life > 0));
         assert!(all(&mut reader).is_empty() && reader.life() == life);
-        // Pieces and records beyond what is read at once.
+        // More pieces and records than are read at once.
         for size in [10, CHUNK + 5, 3, PIECE as usize, 1] {
             writer.push(said(&"x".repeat(size)));
             writer.flush().unwrap();
@@ -41,7 +46,7 @@ fn what_is_written_is_read_once_and_in_order_through_pieces_and_lives() {
         assert_eq!(numbers.len(), 6 * (life as usize + 1));
     }
     assert!(numbers.is_sorted());
-    assert_eq!(wasted_lives(&dir, 3), 2);
+    assert_eq!((wasted_lives(&dir, 2), all_wasted_lives(&dir)), (1, 2));
     let mut again = Reader::new(dir);
     let mut once_more = Vec::new();
     loop {
@@ -82,7 +87,7 @@ fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
                 "{error}"
             );
         }
-        // The name is taken: the next life has the next number, and cannot tell the one before.
+        // The name is taken: the next life gets the next number, and cannot notify the previous one.
         let mut writer = Writer::open(root.path()).unwrap();
         assert_eq!(writer.life(), 1);
         assert!(!writer.supersede());
@@ -112,7 +117,7 @@ fn what_a_superseded_life_has_left_is_read_before_the_next() {
     first.push(said("read in time"));
     first.flush().unwrap();
     assert_eq!(texts(&mut reader), ["read in time"]);
-    // Its node is lost: a whole record, and one that is torn.
+    // Its node is lost: a complete record, and a torn one.
     first.push(said("whole"));
     first.flush().unwrap();
     first.push(said("torn"));
@@ -124,7 +129,7 @@ fn what_a_superseded_life_has_left_is_read_before_the_next() {
     assert!(second.supersede());
     second.push(said("the next"));
     second.flush().unwrap();
-    // Asked more than once before it is looked at, as Slurm may be.
+    // `turn` may be called more than once before the next read.
     assert!(reader.turn() && reader.turn());
     assert_eq!(texts(&mut reader), ["whole", "the next"]);
     assert_eq!((reader.life(), reader.turn()), (1, false));
@@ -164,7 +169,7 @@ fn a_torn_end_is_nothing_yet() {
     let whole = fs::read(&path).unwrap();
     for end in 0..=whole.len() {
         let mut reader = Reader::new(dir.clone());
-        // As a file looks of which the last page has not come: its length, and zeros.
+        // Like a file whose last page has not arrived: its full length, and zeros.
         let mut torn = whole[..end].to_vec();
         torn.resize(whole.len(), 0);
         for bytes in [&whole[..end], &torn[..]] {
@@ -199,6 +204,7 @@ fn order(elements: Vec<Option<Part>>) -> JobSpec {
         },
         threads: 2,
         requeue: 3,
+        wasted: Vec::new(),
         interval: Duration::from_millis(250),
         again: true,
         ranks: false,
@@ -212,7 +218,7 @@ fn orders_that_make_no_sense_are_refused() {
     let part = |index, of| Some(Part { index, of });
     let parts = || order(vec![part(0, 3), part(2, 3)]);
     let check = |order: JobSpec, expected: &str| {
-        // Neither written nor, where somebody else wrote it, read.
+        // Neither written nor, if somebody else wrote it, read.
         let written = write_order(root.path(), &order);
         assert_eq!(written.is_ok(), expected.is_empty(), "{written:?}");
         let text = serde_json::to_vec(&order).unwrap();
@@ -247,6 +253,12 @@ fn orders_that_make_no_sense_are_refused() {
             "between two writes",
         );
     }
+    for (wasted, expected) in [
+        (vec![0, 3], ""),
+        (vec![1], "wasted lives of 1 elements, of 2"),
+    ] {
+        check(JobSpec { wasted, ..parts() }, expected);
+    }
     for threads in [0, usize::MAX] {
         check(JobSpec { threads, ..parts() }, "threads");
     }
@@ -259,7 +271,7 @@ fn orders_that_make_no_sense_are_refused() {
     );
     let path = root.path().join(ORDER);
     for text in [
-        // Three million elements in a file that is not long.
+        // Three million elements in a short file.
         format!(
             "{{\"format\":1,\"elements\":[{}null]",
             "null,".repeat(3_000_000)
@@ -270,7 +282,7 @@ fn orders_that_make_no_sense_are_refused() {
         let error = read_order(root.path()).unwrap_err();
         assert!(matches!(error, SpoolError::Damaged { .. }), "{error}");
     }
-    // A link to a good one, and a folder that is a link.
+    // A link to a valid one, and a folder that is a link.
     write_order(root.path(), &parts()).unwrap();
     let other = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(&path, other.path().join(ORDER)).unwrap();
@@ -296,14 +308,14 @@ fn nothing_is_written_through_a_link() {
     std::os::unix::fs::symlink(&mine, mark(&element, 0)).unwrap();
     writer.close(true).unwrap_err();
     assert_eq!(fs::read(&mine).unwrap(), b"mine");
-    // Nobody else of a group may write there, whatever new files may be otherwise.
+    // Nobody else in the group may write there, whatever the umask.
     use std::os::unix::fs::PermissionsExt;
     for dir in [&spool, &element] {
         assert_eq!(fs::metadata(dir).unwrap().permissions().mode() & 0o022, 0);
     }
     std::os::unix::fs::symlink(root.path(), root.path().join("link")).unwrap();
     make_dir(&root.path().join("link")).unwrap_err();
-    // What somebody else of the group has made before, or made writable for others, is not used.
+    // A directory that somebody else in the group has made, or made writable for others, is not used.
     let job = root.path().join(FOLDER).join("job");
     make_dir(&job).unwrap();
     ask_to_stop(&job, true).unwrap();
@@ -341,12 +353,12 @@ fn a_sealed_piece_that_is_cut_off_is_damage() {
     };
     assert!(error.contains("its last record is cut off"), "{error}");
     assert_eq!((looks, records.len()), (TORN_LOOKS - 1, 1));
-    // It comes in time.
+    // It arrives in time.
     let mut reader = Reader::new(dir.clone());
     assert_eq!(all(&mut reader).len(), 1);
     fs::write(&path, &whole).unwrap();
     assert_eq!(all(&mut reader).len(), 1);
-    // Records that were taken from another life.
+    // Records from another life.
     fs::rename(&path, piece_path(&dir, 1, 0, true)).unwrap();
     let mut reader = Reader::new(dir);
     assert!(reader.turn());
@@ -366,4 +378,63 @@ fn pieces_without_number_are_read_a_part_at_a_time() {
         looks += 1;
     }
     assert!(looks > 2 && reader.cost() >= 1000 * A_PIECE, "{looks}");
+}
+
+#[test]
+fn a_handle_that_fails_is_opened_anew() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("0");
+    let mut writer = Writer::open(&dir).unwrap();
+    writer.push(said("one"));
+    writer.flush().unwrap();
+    // A file that cannot be written, as if its server had forgotten it.
+    writer.file = File::open(piece_path(&dir, 0, 0, false)).unwrap();
+    writer.push(said("two"));
+    writer.flush().unwrap();
+    writer.push(said("three"));
+    assert!(!is_over(&dir, 0));
+    writer.close(true).unwrap();
+    assert!(is_over(&dir, 0) && !is_over(&dir, 1));
+    assert_eq!(all(&mut Reader::new(dir.clone())).len(), 3);
+    let mut next = Writer::open(&dir).unwrap();
+    assert!(
+        !is_over(&dir, 0) && !is_over(&dir, 1),
+        "the next life goes on"
+    );
+    next.push(said("four"));
+    fs::remove_file(piece_path(&dir, 1, 0, false)).unwrap();
+    next.file = File::open(root.path()).unwrap();
+    let error = next.flush().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn records_wait_until_the_next_piece_can_be_made() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("0");
+    let (mut writer, mut reader) = (Writer::open(&dir).unwrap(), Reader::new(dir.clone()));
+    let next = piece_path(&dir, 0, 1, false);
+    fs::create_dir(&next).unwrap();
+    writer.push(said(&"x".repeat(PIECE as usize)));
+    writer.flush().unwrap_err();
+    writer.push(said("two"));
+    writer.flush().unwrap_err();
+    writer.close(true).unwrap_err();
+    assert_eq!(all(&mut reader).len(), 1);
+    // The server's confirmation got lost: the file exists, and is empty.
+    fs::remove_dir(&next).unwrap();
+    File::create_new(&next).unwrap();
+    writer.flush().unwrap();
+    assert_eq!(all(&mut reader).len(), 1);
+    writer.push(said("three"));
+    writer.close(true).unwrap();
+    assert_eq!(all(&mut reader).len(), 1);
+    assert!(piece_path(&dir, 0, 0, true).exists() && piece_path(&dir, 0, 1, true).exists());
+    assert!(is_over(&dir, 0) && all(&mut Reader::new(dir.clone())).len() == 3);
+    // A file that somebody has written to, or a link, is not used.
+    fs::write(&next, "x").unwrap();
+    assert!(new_piece(&next).is_err());
+    fs::remove_file(&next).unwrap();
+    std::os::unix::fs::symlink(root.path().join("elsewhere"), &next).unwrap();
+    assert!(new_piece(&next).is_err() && !root.path().join("elsewhere").exists());
 }

@@ -1,4 +1,4 @@
-//! A rank of another process, as the runner sees it: like a local worker it gets a task, sends events and is ended.
+//! The runner's handle of a rank in another process: like a local worker, it gets a task, sends events and is stopped.
 
 use std::collections::VecDeque;
 use std::io;
@@ -7,41 +7,42 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use retort_abi::Part;
+use tokio::task::JoinHandle;
 
-use super::{Board, Place};
-use crate::cluster::spool::{self, JobSpec, Reader, SpoolError, SpoolEvent};
+use super::{LaunchedRank, PostedJobs};
+use crate::cluster::spool::{self, JobSpec, Reader, Record, SpoolError, SpoolEvent, SpoolReading};
 use crate::frame::{Task, ToWorker};
 use crate::store::Usage;
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::{ClusterEnd, ElementEvent};
 
-/// How often a spool is looked at.
+/// How often a spool is read.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often a rank writes.
 const WRITE: Duration = Duration::from_millis(500);
-/// How long a rank that is to end at once may take to say that it has.
+/// How long a rank that must end at once may take to report its end.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
-/// A training, posted for the ranks of other processes.
+/// A training that is posted for the ranks in other processes.
 #[derive(Debug)]
 pub struct PostedJob {
-    board: Arc<Board>,
+    posted_jobs: Arc<PostedJobs>,
     dir: PathBuf,
     name: String,
     threads: usize,
     /// Whether it has been posted.
     posted: Mutex<bool>,
-    /// When its ranks were told to end at once.
+    /// When its ranks were asked to end at once.
     ended_at: OnceLock<Instant>,
 }
 
 impl PostedJob {
-    /// A training whose spool lies in a work directory.
-    pub fn new(board: &Arc<Board>, work_dir: &Path, threads: usize) -> Arc<Self> {
-        let name = board.name_of_next();
+    /// A training with its spool in a work directory.
+    pub fn new(posted_jobs: &Arc<PostedJobs>, work_dir: &Path, threads: usize) -> Arc<Self> {
+        let name = posted_jobs.name_of_next();
         Arc::new(Self {
-            board: Arc::clone(board),
+            posted_jobs: Arc::clone(posted_jobs),
             dir: work_dir.join(spool::FOLDER).join(&name),
             name,
             threads,
@@ -50,14 +51,14 @@ impl PostedJob {
         })
     }
 
-    /// What ranks call the place where they meet, so that two trainings do not.
+    /// The name of the ranks' rendezvous, which keeps two trainings apart.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where this process stands among the ranks.
-    pub fn place(&self) -> &Place {
-        self.board.place()
+    /// This process's rank.
+    pub fn place(&self) -> &LaunchedRank {
+        self.posted_jobs.place()
     }
 
     fn post(&self, task: &Task) -> io::Result<()> {
@@ -65,7 +66,7 @@ impl PostedJob {
         if *posted {
             return Ok(());
         }
-        let of = self.board.place().size;
+        let of = self.posted_jobs.place().size;
         let other = |error: SpoolError| io::Error::other(error.to_string());
         spool::make_dir(&self.dir)?;
         let order = JobSpec {
@@ -74,6 +75,7 @@ impl PostedJob {
             task: task.clone(),
             threads: self.threads,
             requeue: 0,
+            wasted: Vec::new(),
             interval: WRITE,
             again: false,
             ranks: true,
@@ -81,7 +83,7 @@ impl PostedJob {
         };
         spool::write_order(&self.dir, &order).map_err(other)?;
         spool::ask_to_stop(&self.dir, false).map_err(other)?;
-        self.board.assign(&self.dir)?;
+        self.posted_jobs.assign(&self.dir)?;
         *posted = true;
         Ok(())
     }
@@ -93,11 +95,16 @@ impl Drop for PostedJob {
     }
 }
 
-/// The runner's end of one rank.
+/// A reader, the records that it read, and the outcome.
+type Look = (Reader, Vec<Record>, Result<SpoolReading, SpoolError>);
+
+/// The runner's handle of one rank.
 #[derive(Debug)]
 pub struct RemoteRank {
     job: Arc<PostedJob>,
-    reader: Reader,
+    /// None while it is reading.
+    reader: Option<Reader>,
+    looking: Option<JoinHandle<Look>>,
     heard: VecDeque<WorkerEvent>,
     exit: Exit,
     over: bool,
@@ -107,7 +114,8 @@ impl RemoteRank {
     /// Of a training.
     pub fn new(job: &Arc<PostedJob>, rank: usize) -> Self {
         Self {
-            reader: Reader::new(spool::element_dir(&job.dir, rank)),
+            reader: Some(Reader::new(spool::element_dir(&job.dir, rank))),
+            looking: None,
             job: Arc::clone(job),
             heard: VecDeque::new(),
             exit: Exit {
@@ -130,13 +138,13 @@ impl RemoteRank {
                     );
                 }
             }
-            // A file that cannot be written now is written when it is said more firmly.
-            ToWorker::CancelAtCheckpoint => drop(spool::ask_to_stop(&self.job.dir, true)),
-            ToWorker::CancelNow => drop(spool::ask_to_end(&self.job.dir)),
+            // If the file cannot be written now, the next, firmer request writes it.
+            ToWorker::StopAtCheckpoint => drop(spool::ask_to_stop(&self.job.dir, true)),
+            ToWorker::StopNow => drop(spool::ask_to_end(&self.job.dir)),
         }
     }
 
-    /// Ends it: by a word, which is all that reaches it.
+    /// Ends it, by a message: no signal reaches it.
     pub fn signal(&self, signal: i32) {
         if signal == libc::SIGKILL {
             let _ = spool::ask_to_end(&self.job.dir);
@@ -144,7 +152,7 @@ impl RemoteRank {
         }
     }
 
-    /// What it does next. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
+    /// Its next event. Cancel-safe. Must not be called after [`WorkerEvent::Exited`].
     pub async fn next(&mut self) -> WorkerEvent {
         loop {
             if let Some(event) = self.heard.pop_front() {
@@ -153,7 +161,7 @@ impl RemoteRank {
             if self.over {
                 return WorkerEvent::Exited(self.exit);
             }
-            self.look();
+            self.look().await;
             if !self.heard.is_empty() || self.over {
                 continue;
             }
@@ -165,9 +173,26 @@ impl RemoteRank {
         }
     }
 
-    fn look(&mut self) {
-        let mut records = Vec::new();
-        let looked = self.reader.look(&mut records);
+    /// Reads new records on another thread, because a hanging file system must not block everything else. Cancel-safe: an
+    /// abandoned read is awaited the next time.
+    async fn look(&mut self) {
+        if let Some(mut reader) = self.reader.take() {
+            self.looking = Some(tokio::task::spawn_blocking(move || {
+                let mut records = Vec::new();
+                let looked = reader.look(&mut records);
+                (reader, records, looked)
+            }));
+        }
+        let Some(looking) = &mut self.looking else {
+            return;
+        };
+        let looked = looking.await;
+        self.looking = None;
+        let (reader, records, looked) = match looked {
+            Ok(looked) => looked,
+            Err(error) => return self.lose("spool not read", error.to_string()),
+        };
+        self.reader = Some(reader);
         for record in records {
             match record.word {
                 SpoolEvent::Began { .. } => {}

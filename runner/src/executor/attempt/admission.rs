@@ -1,10 +1,11 @@
-//! What a worker's frames may say: a broken worker, or one that lies, must not make the runner record what is not there, nor
-//! keep what has no end. What is only odd (a name with control characters, a time before 1970, a long line) is put right;
-//! what cannot be meant is refused.
+//! Checks of a worker's frames: a broken or lying worker must not make the runner record false artifacts, nor store unbounded
+//! data. Odd values (a name with control characters, a time before 1970, a long line) are corrected; impossible ones are
+//! refused.
 
 use std::time::Duration;
 
 use retort_abi::{Failure, LogLevel};
+use retort_checkpoint::json;
 use serde::Serialize;
 
 use crate::artifact::{self, Layout};
@@ -12,17 +13,19 @@ use crate::frame::{Line, Points, Progress};
 use crate::store::{ArtifactRecord, Time, Usage};
 use crate::worker::shortened;
 
-/// Bytes of the longest name, as imports take them.
+/// Bytes of the longest name, the same limit as for imports.
 const LONGEST_NAME: usize = 1024;
 /// Bytes of the longest summary of a stage, and of the longest facts about an artifact, as JSON.
 const LONGEST_FACTS: usize = 4 << 20;
-/// Artifacts that an attempt may make.
+/// The most memory that either takes when it is read.
+const HEAVIEST_FACTS: usize = 64 << 20;
+/// Maximum artifacts of an attempt.
 pub(super) const MOST_ARTIFACTS: usize = 4096;
-/// How often a shared file system is asked again for what another machine has put there, and how soon.
+/// How often, and at what interval, to look again for another machine's files on a shared file system.
 const LOOKS: usize = 12;
 const LOOK: Duration = Duration::from_millis(250);
 
-/// A name as the history keeps it.
+/// A name in the history's form.
 pub(super) fn name(text: String) -> String {
     let is_plain = |c: char| !c.is_control();
     if text.len() <= LONGEST_NAME && text.chars().all(is_plain) {
@@ -43,7 +46,7 @@ pub(super) fn name(text: String) -> String {
     name
 }
 
-/// Points at times that a clock can show.
+/// Points with valid times.
 pub(super) fn points(mut points: Points) -> Points {
     points.series = name(points.series);
     for at in &mut points.at {
@@ -52,7 +55,7 @@ pub(super) fn points(mut points: Points) -> Points {
     points
 }
 
-/// A line that is no longer than any.
+/// A line, cut to the maximum length.
 pub(super) fn line(line: Line) -> Line {
     let known = LogLevel::Error as u32..=LogLevel::Trace as u32;
     Line {
@@ -72,7 +75,7 @@ pub(super) fn progress(progress: Progress) -> Progress {
     }
 }
 
-/// A failure whose texts are no longer than lines of the log.
+/// A failure, with its texts cut to the length of log lines.
 pub(super) fn failure(failure: Failure) -> Failure {
     let short = |text: String| shortened(&text);
     Failure {
@@ -84,7 +87,7 @@ pub(super) fn failure(failure: Failure) -> Failure {
     }
 }
 
-/// What a process took, as far as that can be.
+/// A process's resource usage, with impossible values removed.
 pub(super) fn usage(usage: Usage) -> Usage {
     Usage {
         cpu_seconds: usage
@@ -94,19 +97,21 @@ pub(super) fn usage(usage: Usage) -> Usage {
     }
 }
 
-/// Refuses facts that fill the history.
+/// Refuses facts that would fill the history.
 pub(super) fn facts(what: &str, facts: &impl Serialize) -> Result<(), String> {
-    let length = serde_json::to_vec(facts).map_or(0, |text| text.len());
-    match length <= LONGEST_FACTS {
-        true => Ok(()),
-        false => Err(format!(
-            "{what} takes {length} bytes, and at most {LONGEST_FACTS} are kept: large results belong into an artifact's files"
-        )),
+    let text = serde_json::to_vec(facts).unwrap_or_default();
+    let length = text.len();
+    if length > LONGEST_FACTS {
+        return Err(format!(
+            "{what} takes {length} bytes, and at most {LONGEST_FACTS} are kept: large results belong in an artifact's files"
+        ));
     }
+    json::check_weight(&text, HEAVIEST_FACTS)
+        .map_err(|error| format!("{what}: {error}: large results belong in an artifact's files"))
 }
 
-/// An artifact as it is recorded: its hash is that of its files, which lie in their place. What they hold is not read
-/// again; `retort artifacts verify` does. `elsewhere`: another machine has put them there.
+/// Checks an artifact before it is recorded: its hash must match its list of files, and the files must be in place. Their
+/// content is not read again; `retort artifacts verify` does that. `elsewhere`: another machine made them.
 pub(super) async fn artifact(
     layout: &Layout,
     mut record: ArtifactRecord,
@@ -117,12 +122,12 @@ pub(super) async fn artifact(
     if !preview.is_none_or(artifact::is_inner_path) {
         return Err("the preview of an artifact is not a path within it".into());
     }
-    facts("what is said of an artifact", &record.meta)?;
+    facts("the metadata of an artifact", &record.meta)?;
     (record.kind, record.name) = (name(record.kind), name(record.name));
     for look in 0..if elsewhere { LOOKS } else { 1 } {
         if look > 0 {
             tokio::time::sleep(LOOK).await;
-            // Opened anew, a directory is asked of its server.
+            // Reopening a directory makes NFS ask the server.
             let _ = std::fs::read_dir(layout.artifacts());
         }
         let (layout, asked) = (layout.clone(), record.clone());
@@ -132,7 +137,7 @@ pub(super) async fn artifact(
         }
     }
     Err(format!(
-        "the files of artifact {} are not in {}, or are not as long as it says",
+        "the files of artifact {} are not in {}, or have other sizes than the worker said",
         record.hash,
         layout.artifacts().display()
     ))
@@ -162,7 +167,7 @@ mod tests {
         (layout, record)
     }
 
-    /// Changes a true record and expects it to be refused, its list of files hashed anew where `again`.
+    /// Changes a valid record and expects it to be refused; with `again` its list of files is rehashed.
     async fn check(change: impl FnOnce(&mut ArtifactRecord), again: bool, expected: &str) {
         let root = tempfile::tempdir().unwrap();
         let (layout, mut record) = made(root.path());
@@ -195,8 +200,8 @@ mod tests {
             "what its hash says",
         )
         .await;
-        check(|record| record.size += 1, false, "not of its size").await;
-        check(|record| record.files.clear(), false, "not of its size").await;
+        check(|record| record.size += 1, false, "add up to").await;
+        check(|record| record.files.clear(), false, "add up to").await;
         let outside = |record: &mut ArtifactRecord| record.files[0].path = "../b".into();
         check(outside, true, "not a path within").await;
         let twice = |record: &mut ArtifactRecord| {
@@ -208,7 +213,7 @@ mod tests {
             record.files[0].size = u64::MAX;
             record.size = 1;
         };
-        check(overflow, true, "not of its size").await;
+        check(overflow, true, "add up to").await;
         let more = |record: &mut ArtifactRecord| {
             let hash = "b".repeat(64);
             let path = "z".into();
@@ -267,5 +272,7 @@ mod tests {
             assert_eq!(taken(wrong, u64::MAX), Usage::default(), "{wrong}");
         }
         facts("a summary", &json!({ "x": 1 })).unwrap();
+        let large = facts("a summary", &vec![[0]; 200_000]).unwrap_err();
+        assert!(large.contains("so many values"), "{large}");
     }
 }

@@ -9,31 +9,33 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::admission;
-use super::received::{EventHandler, WorkerReport};
+use super::event_handler::{EventHandler, WorkerReport};
 use super::shutdown::{ShutdownSequence, StopReason, sleep_until};
 use super::supervisor::Supervisor;
+use crate::executor::end::Hang;
 use crate::executor::handle::WorkerHandle;
 use crate::executor::spec::Stop;
-use crate::frame::ToWorker;
+use crate::frame::{FromWorker, ToWorker};
 use crate::store::{StoreError, Usage};
+use crate::worker::heartbeat::{self, Heartbeat};
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::ElementEvent;
 
-/// Parts that are gone without having said why, and where all worked.
+/// Parts that are gone without a reason, and the nodes of all parts.
 #[derive(Debug, Default)]
-pub(super) struct Losses {
+pub(super) struct LostWorkers {
     /// Which.
     pub(super) parts: Vec<usize>,
     /// Nodes of a cluster, each once.
     pub(super) nodes: BTreeSet<String>,
 }
 
-impl Losses {
+impl LostWorkers {
     fn add(&mut self, finished: &FinishedWorker) {
-        self.nodes.extend(finished.received.node.clone());
+        self.nodes.extend(finished.report.node.clone());
         if let Some(part) = finished.part
-            && finished.received.answer.is_none()
-            && finished.shutdown.sent.is_none()
+            && finished.report.answer.is_none()
+            && (finished.shutdown.sent.is_none() || finished.report.hang.is_some())
         {
             self.parts.push(part.index);
         }
@@ -43,33 +45,38 @@ impl Losses {
 /// A worker that has finished.
 pub(super) struct FinishedWorker {
     pub(super) part: Option<Part>,
-    pub(super) received: WorkerReport,
+    pub(super) report: WorkerReport,
     pub(super) shutdown: ShutdownSequence,
     pub(super) exit: Exit,
 }
 
 impl FinishedWorker {
-    /// Whether the part has been done.
+    /// Whether the part has succeeded.
     fn is_done(&self) -> bool {
-        matches!(self.received.answer, Some(Ok(_))) && self.received.protocol_error.is_none()
+        matches!(self.report.answer, Some(Ok(_))) && self.report.protocol_error.is_none()
     }
 
     /// Whether it ended only because another rank of its training did.
     fn was_left_alone(&self) -> bool {
-        matches!(&self.received.answer, Some(Err(failure)) if failure.retryable)
+        matches!(&self.report.answer, Some(Err(failure)) if failure.is_retryable())
+    }
+
+    /// Whether it had to be killed because it did not stop when asked to.
+    fn was_unresponsive(&self) -> bool {
+        self.report.answer.is_none() && self.shutdown.sent.is_some()
     }
 
     /// Whether it ended by itself.
     fn has_own_fault(&self) -> bool {
-        match &self.received.answer {
-            Some(Err(failure)) => failure.code != FailureCode::Cancelled && !failure.retryable,
+        match &self.report.answer {
+            Some(Err(failure)) => failure.code != FailureCode::Cancelled && !failure.is_retryable(),
             Some(Ok(_)) => false,
             None => self.shutdown.sent.is_none(),
         }
     }
 
-    /// Whether this explains better than another part why the attempt failed: the first failure is the reason, but not
-    /// if this one caused it, and among stopped parts the one that had to be killed.
+    /// Whether this is a better reason for the attempt's failure than another part: the first failure is the reason, unless
+    /// this one caused it; among stopped parts it is the one that had to be killed.
     pub(super) fn is_graver_than(&self, other: &FinishedWorker) -> bool {
         if other.was_left_alone() && self.has_own_fault() {
             return true;
@@ -80,59 +87,71 @@ impl FinishedWorker {
 }
 
 impl Supervisor<'_> {
-    /// Runs the workers of the parts and then, where all have ended well, that of the whole. Returns the one whose end is
-    /// the attempt's, and what all of them took.
+    /// Runs the workers of the parts and then, if all have succeeded, that of the whole. Returns the worker whose end is the
+    /// attempt's, and the total usage.
     pub(super) async fn run_workers(
         &self,
         whole: WorkerHandle,
         parts: Vec<(Part, WorkerHandle)>,
-    ) -> Result<(FinishedWorker, Usage, Losses), StoreError> {
-        let (fault, usage, losses) = self.run_parts(parts).await?;
+    ) -> Result<(FinishedWorker, Usage, LostWorkers), StoreError> {
+        let (fault, usage, lost) = self.run_parts(parts).await?;
         if let Some(fault) = fault {
-            return Ok((fault, usage, losses));
+            return Ok((fault, usage, lost));
         }
-        let no_halt = watch::channel(Stop::No).1;
-        let finished = self.supervise(whole, None, no_halt).await?;
+        let never = watch::channel(Stop::No).1;
+        let finished = self.supervise(whole, None, never).await?;
         let usage = after(usage, finished.exit.usage);
-        Ok((finished, usage, Losses::default()))
+        Ok((finished, usage, LostWorkers::default()))
     }
 
-    /// Runs the parts, all at the same time. When one fails, the others are stopped, and it is returned.
+    /// Runs all parts concurrently. When one fails, the others are stopped, and it is returned.
     async fn run_parts(
         &self,
         parts: Vec<(Part, WorkerHandle)>,
-    ) -> Result<(Option<FinishedWorker>, Usage, Losses), StoreError> {
-        let halt = watch::Sender::new(Stop::No);
+    ) -> Result<(Option<FinishedWorker>, Usage, LostWorkers), StoreError> {
+        let parts_stop = watch::Sender::new(Stop::No);
         let mut under_way: FuturesUnordered<_> = parts
             .into_iter()
-            .map(|(part, worker)| self.supervise(worker, Some(part), halt.subscribe()))
+            .map(|(part, worker)| self.supervise(worker, Some(part), parts_stop.subscribe()))
             .collect();
         let (mut fault, mut usage) = (None::<FinishedWorker>, Usage::default());
-        let mut losses = Losses::default();
+        let mut lost = LostWorkers::default();
+        let mut unresponsive = Vec::new();
         while let Some(finished) = under_way.next().await {
             let finished = finished?;
             usage = beside(usage, finished.exit.usage);
-            losses.add(&finished);
+            lost.add(&finished);
             if finished.is_done() {
                 continue;
             }
-            halt.send_replace(Stop::AtCheckpoint);
+            parts_stop.send_replace(Stop::AtCheckpoint);
             if fault
                 .as_ref()
                 .is_none_or(|fault| finished.is_graver_than(fault))
             {
                 fault = Some(finished);
+            } else if finished.was_unresponsive() {
+                unresponsive.push(finished);
             }
         }
-        Ok((fault, usage, losses))
+        // All others timed out waiting for the one that did not stop.
+        if fault.as_ref().is_some_and(FinishedWorker::was_left_alone)
+            && unresponsive.len() == 1
+            && let Some(mut hanging) = unresponsive.pop()
+        {
+            hanging.report.hang = hanging.part.map(Hang::unresponsive);
+            lost.add(&hanging);
+            fault = Some(hanging);
+        }
+        Ok((fault, usage, lost))
     }
 
-    /// Sends a worker its task, and handles its events to the end. `halt` stops it as the user does.
+    /// Sends a worker its task, and handles its events until it ends. `parts_stop` stops it like a user's request.
     async fn supervise(
         &self,
         mut worker: WorkerHandle,
         part: Option<Part>,
-        mut halt: watch::Receiver<Stop>,
+        mut parts_stop: watch::Receiver<Stop>,
     ) -> Result<FinishedWorker, StoreError> {
         let sent = worker
             .send(&ToWorker::Start(Box::new(self.task(part))))
@@ -140,7 +159,7 @@ impl Supervisor<'_> {
         let mut handler = EventHandler {
             supervisor: self,
             part,
-            received: WorkerReport::default(),
+            report: WorkerReport::default(),
         };
         if let Err(error) = sent {
             let _ = handler.protocol_error(error.to_string());
@@ -148,6 +167,11 @@ impl Supervisor<'_> {
         }
         let mut shutdown = ShutdownSequence::new(self.context.grace);
         let mut stop = self.stop.clone();
+        // Otherwise it is monitored by whoever started it.
+        let is_watched = self.spec.stage.together
+            && part.is_some()
+            && matches!(worker, WorkerHandle::Process(_));
+        let (mut heartbeat, mut look) = (Heartbeat::default(), heartbeat::looks());
         // On a cluster only running time counts.
         let here = self.cpus.is_none();
         let (mut deadline, mut paused) = (self.deadline.filter(|_| here), self.paused);
@@ -155,7 +179,7 @@ impl Supervisor<'_> {
             let pause = self.context.pauses.total() - paused;
             (deadline, paused) = (deadline.map(|at| at + pause), paused + pause);
             shutdown.next = shutdown.next.map(|at| at + pause);
-            // A timer that goes off during a pause does not know of it.
+            // A timer that expires during a pause does not account for it.
             let in_time = || self.context.pauses.total() == paused;
             tokio::select! {
                 event = self.next_event(&mut worker) => match event {
@@ -166,6 +190,10 @@ impl Supervisor<'_> {
                         };
                     }
                     event => {
+                        match &event {
+                            WorkerEvent::Frame(FromWorker::Heartbeat) => heartbeat.beat(),
+                            _ => heartbeat.heard(),
+                        }
                         if let (WorkerEvent::Remote(ElementEvent::Began { .. }), Some(limit)) = (&event, self.spec.stage.timeout) {
                             deadline = Some(Instant::now() + limit);
                         }
@@ -178,10 +206,20 @@ impl Supervisor<'_> {
                     let level = *stop.borrow_and_update();
                     shutdown.interrupt(level, &mut worker).await;
                 }
-                Ok(()) = halt.changed() => {
-                    let level = *halt.borrow_and_update();
+                Ok(()) = parts_stop.changed() => {
+                    let level = *parts_stop.borrow_and_update();
                     shutdown.interrupt(level, &mut worker).await;
                 }
+                _ = look.tick(), if is_watched && shutdown.cause.is_none() && handler.report.answer.is_none() => {
+                    if !self.recorder.has_room() {
+                        // Its messages are not read for the moment.
+                        heartbeat.heard();
+                    } else if heartbeat.look() && handler.report.hang.is_none() {
+                        let seconds = heartbeat.silence().as_secs();
+                        handler.report.hang = part.map(|part| Hang::silent(part, seconds));
+                        worker.signal(libc::SIGKILL);
+                    }
+                },
                 () = sleep_until(deadline), if shutdown.cause.is_none() => if in_time() {
                     shutdown.begin(StopReason::Timeout, &mut worker).await;
                 },
@@ -192,7 +230,7 @@ impl Supervisor<'_> {
         };
         Ok(FinishedWorker {
             part,
-            received: handler.received,
+            report: handler.report,
             shutdown,
             exit,
         })

@@ -22,18 +22,18 @@ pub(super) enum StopReason {
 }
 
 impl StopReason {
-    pub(super) fn end(self, manner: StopOutcome, limit: Option<Duration>) -> End {
+    pub(super) fn end(self, outcome: StopOutcome, limit: Option<Duration>) -> End {
         match self {
-            Self::Interrupt => End::Interrupted { manner },
+            Self::Interrupt => End::Interrupted { outcome },
             Self::Timeout => End::TimedOut {
                 limit: limit.unwrap_or_default(),
-                manner,
+                outcome,
             },
         }
     }
 }
 
-/// Stopping a worker, step by step: it is asked, then SIGTERM, then SIGKILL.
+/// The steps of stopping a worker: a request, then SIGTERM, then SIGKILL.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ShutdownSequence {
     pub(super) grace: Duration,
@@ -59,8 +59,8 @@ impl ShutdownSequence {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
-            // A message without paths always encodes.
-            let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
+            // A message without paths can always be encoded.
+            let _ = worker.send(&ToWorker::StopAtCheckpoint).await;
         }
     }
 
@@ -91,7 +91,7 @@ impl ShutdownSequence {
     }
 }
 
-/// Sleeps until a moment; for ever without one.
+/// Sleeps until an instant; forever without one.
 pub(super) async fn sleep_until(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,

@@ -28,7 +28,7 @@ pub(super) struct Supervisor<'a> {
     pub(super) part_progress: PartProgress,
     /// Threads of each worker on a cluster; none on this machine.
     pub(super) cpus: Option<usize>,
-    /// The process of the whole on this machine, else 0.
+    /// Process id of the worker of the whole if it is local, else 0.
     pub(super) pid: u32,
     /// Whether the start of work has been reported.
     pub(super) began: AtomicBool,
@@ -56,7 +56,7 @@ impl Supervisor<'_> {
         });
     }
 
-    /// What a worker is told to do.
+    /// A worker's task.
     pub(super) fn task(&self, part: Option<Part>) -> Task {
         let (stage, spec) = (&self.spec.stage, self.spec);
         let job = StageJob {
@@ -64,7 +64,7 @@ impl Supervisor<'_> {
             kind: stage.kind.clone(),
             options: stage.options.clone(),
             seed: stage.seed,
-            // A job has devices of its own, which begin with the first.
+            // A job numbers its own devices from 0.
             device: match self.cpus {
                 Some(_) => stage.device.clone(),
                 None => spec.device_of(part).to_owned(),
@@ -94,7 +94,7 @@ impl Supervisor<'_> {
 pub(super) struct PartProgress(Mutex<BTreeMap<usize, Progress>>);
 
 impl PartProgress {
-    /// The stage's progress, given one worker's. Parts add up; the whole starts where they ended.
+    /// The stage's progress, given one worker's. Parts are summed; the whole starts where they ended.
     pub(super) fn together(&self, part: Option<Part>, mut progress: Progress) -> Progress {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(part) = part {

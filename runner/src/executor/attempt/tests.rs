@@ -1,4 +1,4 @@
-//! Which end an attempt has, from what was heard of its workers.
+//! The end of an attempt, from its workers' events.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use retort_abi::{Failure, FailureCode, Part, StageResult};
 use serde_json::json;
 
+use super::event_handler::WorkerReport;
 use super::event_loop::FinishedWorker;
-use super::received::WorkerReport;
 use super::shutdown::{ShutdownSequence, StopReason};
 use super::*;
+use crate::executor::end::Hang;
 use crate::frame::Progress;
 use crate::plan::{Digest, PlannedStage, PluginIdentity, Threads};
 use crate::store::StageId;
-use crate::worker::death::ExitStatus;
+use crate::worker::death::{Death, ExitStatus};
 use crate::worker::process::Exit;
 
 fn spec() -> AttemptSpec {
@@ -34,6 +35,7 @@ fn spec() -> AttemptSpec {
             workers: Vec::new(),
             together: false,
             min_workers: None,
+            retries: 0,
             seed: 0,
             timeout: Some(Duration::from_secs(60)),
             options: json!({}),
@@ -52,6 +54,7 @@ fn spec() -> AttemptSpec {
         },
         base_dir: PathBuf::new(),
         threads: 1,
+        retries: 0,
         inputs: BTreeMap::new(),
         sources: Vec::new(),
         work_dir: PathBuf::new(),
@@ -68,13 +71,13 @@ fn shutdown(cause: Option<StopReason>, sent: Option<i32>) -> ShutdownSequence {
 
 #[track_caller]
 fn check(
-    received: WorkerReport,
+    report: WorkerReport,
     exit: ExitStatus,
     shutdown: ShutdownSequence,
     reason: &str,
     message: &str,
 ) {
-    let end = received.judge(exit, shutdown, &spec(), false);
+    let end = report.judge(exit, shutdown, &spec(), false);
     assert_eq!(end.reason(), reason);
     assert!(
         end.message().unwrap_or_default().contains(message),
@@ -143,6 +146,23 @@ fn every_end_has_its_own_reason() {
         "why",
     );
     check(failed(FailureCode::Panic), Code(0), free, "panic", "why");
+    for (code, reason) in [
+        (FailureCode::WorkersDiffer, "workers differ"),
+        (FailureCode::WorkerLost, "lost contact with a worker"),
+    ] {
+        check(failed(code), Code(0), free, reason, "why");
+    }
+    let hung = WorkerReport {
+        hang: part(1).map(|part| Hang::silent(part, 30)),
+        ..WorkerReport::default()
+    };
+    check(
+        hung,
+        Signal(libc::SIGKILL),
+        free,
+        "rank 1 hangs",
+        "worker 2 of 2 gave no sign of life for 30 seconds, and was ended",
+    );
     check(
         failed(FailureCode::Cancelled),
         Code(0),
@@ -178,6 +198,38 @@ fn every_end_has_its_own_reason() {
         "exited with code 3",
         "without a result",
     );
+}
+
+#[test]
+fn the_loss_of_a_worker_is_tried_again_and_no_other_failure() {
+    let mut spec = spec();
+    spec.stage.workers = vec!["cpu".into(); 2];
+    let killed = |out_of_memory| {
+        let status = ExitStatus::Signal(libc::SIGKILL);
+        End::Died(Death::new(status, std::iter::empty(), out_of_memory))
+    };
+    let failed = |code, retryable| {
+        End::Failed(Failure {
+            retryable,
+            ..Failure::new(code, "why")
+        })
+    };
+    let is_tried = |spec: &AttemptSpec, end: End| {
+        let reason = shrink::tried_again(spec, end).reason();
+        reason.starts_with("lost a worker: ")
+    };
+    for (together, retries) in [(false, 1), (true, 0)] {
+        (spec.stage.together, spec.retries) = (together, retries);
+        assert!(!is_tried(&spec, killed(false)));
+    }
+    spec.retries = 2;
+    assert!(is_tried(&spec, killed(false)));
+    assert!(is_tried(&spec, failed(FailureCode::WorkerLost, true)));
+    let hung = part(1).map(Hang::unresponsive).map(End::Hung);
+    assert!(is_tried(&spec, hung.unwrap()));
+    assert!(!is_tried(&spec, killed(true)), "memory ran out");
+    assert!(!is_tried(&spec, failed(FailureCode::WorkersDiffer, false)));
+    assert!(!is_tried(&spec, failed(FailureCode::Numerical, false)));
 }
 
 #[test]
@@ -264,7 +316,7 @@ fn progress_of_parts_adds_up_and_does_not_fall_back() {
     check(part(0), (60, 60, "samples"), (100, 100));
     check(None, (50, 100, "samples"), (100, 100));
     check(None, (1, 2, "files"), (1, 2));
-    // As a worker says that counts wrongly.
+    // As from a worker that miscounts.
     check(
         part(0),
         (u64::MAX, u64::MAX, "samples"),
@@ -277,7 +329,7 @@ fn progress_of_parts_adds_up_and_does_not_fall_back() {
 fn the_part_that_says_most_is_the_reason() {
     let finished = |index, cause, sent| FinishedWorker {
         part: part(index),
-        received: WorkerReport::default(),
+        report: WorkerReport::default(),
         shutdown: shutdown(cause, sent),
         exit: Exit {
             status: ExitStatus::Signal(libc::SIGKILL),

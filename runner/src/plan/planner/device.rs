@@ -13,7 +13,7 @@ use crate::yaml::EntryPart;
 pub(super) struct DevicePlacement {
     pub(super) build: Rc<Build>,
     pub(super) device: String,
-    /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
+    /// The devices for workers: only this one if the recipe names it, else all that could have been chosen.
     pub(super) devices: Vec<String>,
     /// Whether the plan chose the device.
     pub(super) chosen: bool,
@@ -29,7 +29,7 @@ impl DevicePlacement {
         }
     }
 
-    /// The same, its workers spread over all of these that can be used.
+    /// The same, with workers on all usable ones of these.
     fn spread(self, gpus: &[&Device]) -> Self {
         let usable = gpus.iter().filter(|device| device.unusable.is_none());
         Self {
@@ -39,20 +39,20 @@ impl DevicePlacement {
     }
 }
 
-/// A device as a recipe names it.
+/// A device in a recipe.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted<'a> {
-    /// `auto`: a GPU that can be used, else the CPU.
+enum DeviceRequest<'a> {
+    /// `auto`: a usable GPU, else the CPU.
     Auto,
     /// `cpu`
     Cpu,
-    /// `cuda`: any GPU that can be used.
+    /// `cuda`: any usable GPU.
     AnyGpu,
     /// `cuda:1`
     Gpu(&'a str),
 }
 
-impl<'a> Wanted<'a> {
+impl<'a> DeviceRequest<'a> {
     /// None if it is not a device by the recipe's schema.
     fn parse(written: &'a str) -> Option<Self> {
         let kind = written.split(':').next()?;
@@ -65,7 +65,7 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// The kind of device that a build has to drive.
+    /// The kind of device that a build must support.
     fn kind(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
@@ -73,7 +73,7 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// Whether this GPU would do.
+    /// Whether this GPU qualifies.
     fn takes(self, device: &Device) -> bool {
         match self {
             Self::Gpu(name) => device.name == name,
@@ -88,28 +88,30 @@ fn drives(build: &Build, kind: &str) -> bool {
 }
 
 impl Planner<'_> {
-    /// Which build of the plugin runs the stage, and where.
+    /// Chooses the build of the plugin and the device for a stage.
     pub(super) fn place(
         &mut self,
-        draft: &UnresolvedStage<'_>,
+        unresolved: &UnresolvedStage<'_>,
         base: &Rc<Build>,
     ) -> Option<DevicePlacement> {
-        let own = draft.stage.device.as_deref();
+        let own = unresolved.stage.device.as_deref();
         let shared = self.recipe.device.as_deref();
         let written = own.or(shared).unwrap_or("auto");
         // The schema has reported invalid devices.
-        let wanted = Wanted::parse(written)?;
-        let pointer = self.setting(draft, "device", own.is_some());
-        if wanted == Wanted::Cpu && drives(base, "cpu") {
+        let wanted = DeviceRequest::parse(written)?;
+        let pointer = self.setting(unresolved, "device", own.is_some());
+        if wanted == DeviceRequest::Cpu && drives(base, "cpu") {
             return Some(DevicePlacement::on(base, "cpu", false));
         }
         let mut builds = vec![Rc::clone(base)];
         builds.extend(self.variants_of(&base.identity.name));
         let driving = |kind: &str| builds.iter().find(|build| drives(build, kind));
         let build = match (driving(wanted.kind()), wanted) {
-            (Some(build), Wanted::Cpu) => return Some(DevicePlacement::on(build, "cpu", false)),
+            (Some(build), DeviceRequest::Cpu) => {
+                return Some(DevicePlacement::on(build, "cpu", false));
+            }
             (Some(build), _) => build,
-            (None, Wanted::Auto) => {
+            (None, DeviceRequest::Auto) => {
                 let first = base.description.devices.first();
                 return Some(DevicePlacement::on(
                     base,
@@ -122,24 +124,28 @@ impl Planner<'_> {
                 return None;
             }
         };
-        let devices = self.devices_of(&build.identity, &pointer)?;
+        let kind = unresolved.kind()?.kind.as_str();
+        let devices = match self.plugins.devices_elsewhere(kind) {
+            Some(devices) => devices,
+            None => self.devices_of(&build.identity, &pointer)?,
+        };
         let gpus: Vec<&Device> = devices
             .iter()
             .filter(|device| device.name.starts_with("cuda"))
             .collect();
         let usable = |device: &&&Device| device.unusable.is_none() && wanted.takes(device);
         match (gpus.iter().find(usable), wanted) {
-            (Some(device), Wanted::Auto) => {
+            (Some(device), DeviceRequest::Auto) => {
                 let named = [device.name.as_str(), device.model.as_str()].join(" ");
                 self.note(format!("device `auto` is {}", named.trim_end()));
                 Some(DevicePlacement::on(build, &device.name, true).spread(&gpus))
             }
-            // Written as `cuda:0`, so that a plan names one device.
-            (Some(device), Wanted::AnyGpu) => {
+            // In the form `cuda:0`, so that a plan names one device.
+            (Some(device), DeviceRequest::AnyGpu) => {
                 Some(DevicePlacement::on(build, &device.name, true).spread(&gpus))
             }
             (Some(_), _) => Some(DevicePlacement::on(build, written, false)),
-            (None, Wanted::Auto) if let Some(other) = driving("cpu") => {
+            (None, DeviceRequest::Auto) if let Some(other) = driving("cpu") => {
                 let why = gpus.iter().find_map(|device| device.unusable.as_deref());
                 if let Some(why) = why {
                     self.note(format!("device `auto` is cpu: no usable GPU ({why})"));
@@ -160,7 +166,7 @@ impl Planner<'_> {
         }
     }
 
-    /// The other builds of a plugin; one that gives no answer is reported and skipped.
+    /// The other builds of a plugin; one that does not answer is reported and skipped.
     fn variants_of(&mut self, plugin: &str) -> Vec<Rc<Build>> {
         if let Some(known) = self.variants.get(plugin) {
             return known.clone();
@@ -200,7 +206,7 @@ impl Planner<'_> {
     }
 }
 
-fn cannot_drive(wanted: Wanted<'_>, builds: &[Rc<Build>], pointer: &str) -> Finding {
+fn cannot_drive(wanted: DeviceRequest<'_>, builds: &[Rc<Build>], pointer: &str) -> Finding {
     let plugin = &builds[0].identity.name;
     let message = format!("plugin `{plugin}` cannot drive `{}`", wanted.kind());
     let known = builds.iter().flat_map(|build| &build.description.devices);

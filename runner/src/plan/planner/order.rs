@@ -8,13 +8,13 @@ use crate::plan::Reference;
 use crate::schema;
 use crate::yaml::{EntryPart, escape};
 
-/// Faults of the references of a stage that are reported.
+/// Maximum reported faults in a stage's references.
 const MOST_FAULTS: usize = 100;
 
 impl Planner<'_> {
-    /// Reports references to missing stages and to stages of a wrong kind.
-    pub(super) fn check_references(&mut self, drafts: &[UnresolvedStage<'_>]) {
-        let by_name = indices(drafts);
+    /// Reports references to missing stages or to stages of the wrong kind.
+    pub(super) fn check_references(&mut self, unresolved_stages: &[UnresolvedStage<'_>]) {
+        let by_name = indices(unresolved_stages);
         for given in &self.recipe.given {
             if by_name.contains_key(given.name.as_str()) {
                 let message = format!("`{}` is a stage too", given.name);
@@ -26,14 +26,14 @@ impl Planner<'_> {
                 );
             }
         }
-        for draft in drafts {
+        for unresolved in unresolved_stages {
             let before = self.findings.len();
-            for reference in &draft.references {
-                // Nobody reads more of one stage.
+            for reference in &unresolved.references {
+                // More would not be read.
                 if self.findings.len() - before >= MOST_FAULTS {
                     break;
                 }
-                let at = format!("{}{}", draft.pointer, reference.pointer);
+                let at = format!("{}{}", unresolved.pointer, reference.pointer);
                 // A `${...}` that could not be replaced.
                 if self.findings.iter().any(|finding| finding.pointer == at) {
                     continue;
@@ -43,9 +43,9 @@ impl Planner<'_> {
                     reference.kinds.is_empty() || reference.kinds.iter().any(|kind| kind == output)
                 };
                 let fitting = || -> Vec<&str> {
-                    drafts
+                    unresolved_stages
                         .iter()
-                        .filter(|other| other.stage.name != draft.stage.name)
+                        .filter(|other| other.stage.name != unresolved.stage.name)
                         .filter(|other| other.kind().is_some_and(|kind| fits(&kind.output)))
                         .map(|other| other.stage.name.as_str())
                         .collect()
@@ -63,7 +63,7 @@ impl Planner<'_> {
                     if !fits(&given.kind) {
                         let message = format!(
                             "stage `{}`: `{option}` wants {wanted}, but the artifact `{}` is a `{}`",
-                            draft.stage.name, given.name, given.kind
+                            unresolved.stage.name, given.name, given.kind
                         );
                         self.report(
                             Finding::error(at, message).hint(fitting_hint()),
@@ -73,12 +73,14 @@ impl Planner<'_> {
                     continue;
                 }
                 let target = by_name.get(reference.stage.as_str());
-                let Some(target) = target.map(|&index| &drafts[index]) else {
+                let Some(target) = target.map(|&index| &unresolved_stages[index]) else {
                     let message = format!(
                         "stage `{}`: `{option}` names the stage `{}`, which is not in the recipe",
-                        draft.stage.name, reference.stage
+                        unresolved.stage.name, reference.stage
                     );
-                    let names = drafts.iter().map(|other| other.stage.name.as_str());
+                    let names = unresolved_stages
+                        .iter()
+                        .map(|other| other.stage.name.as_str());
                     let hint = match schema::nearest(&reference.stage, names) {
                         Some(near) => format!("did you mean `{near}`?"),
                         None => fitting_hint(),
@@ -91,7 +93,7 @@ impl Planner<'_> {
                 if !fits(&kind.output) {
                     let message = format!(
                         "stage `{}`: `{option}` wants {wanted}, but stage `{}` ({}) makes `{}`",
-                        draft.stage.name, reference.stage, kind.kind, kind.output
+                        unresolved.stage.name, reference.stage, kind.kind, kind.output
                     );
                     self.report(
                         Finding::error(at, message).hint(fitting_hint()),
@@ -103,21 +105,24 @@ impl Planner<'_> {
     }
 
     /// Indices of the stages, each after all that it refers to, otherwise as in the recipe. Cycles are reported.
-    pub(super) fn order(&mut self, drafts: &[UnresolvedStage<'_>]) -> Vec<usize> {
-        let by_name = indices(drafts);
-        let inputs: Vec<Vec<usize>> = drafts
+    pub(super) fn order(&mut self, unresolved_stages: &[UnresolvedStage<'_>]) -> Vec<usize> {
+        let by_name = indices(unresolved_stages);
+        let inputs: Vec<Vec<usize>> = unresolved_stages
             .iter()
-            .map(|draft| {
-                let stages = draft.references.iter().map(|reference| &reference.stage);
+            .map(|unresolved| {
+                let stages = unresolved
+                    .references
+                    .iter()
+                    .map(|reference| &reference.stage);
                 stages
                     .filter_map(|name| by_name.get(name.as_str()).copied())
                     .collect()
             })
             .collect();
         let mut order = Vec::new();
-        let mut placed = vec![false; drafts.len()];
-        // Quadratic, for recipes of a few dozen stages and at most a thousand.
-        while let Some(next) = (0..drafts.len())
+        let mut placed = vec![false; unresolved_stages.len()];
+        // Quadratic, but recipes have a few dozen stages and at most a thousand.
+        while let Some(next) = (0..unresolved_stages.len())
             .find(|&stage| !placed[stage] && inputs[stage].iter().all(|&input| placed[input]))
         {
             placed[next] = true;
@@ -138,10 +143,10 @@ impl Planner<'_> {
             }
             path.push(next);
         };
-        let name = |stage: usize| drafts[stage].stage.name.as_str();
+        let name = |stage: usize| unresolved_stages[stage].stage.name.as_str();
         let mut names: Vec<&str> = cycle.iter().map(|&stage| name(stage)).collect();
         names.push(names[0]);
-        let first = &drafts[cycle[0]];
+        let first = &unresolved_stages[cycle[0]];
         let wants = |reference: &&Reference| reference.stage == names[1];
         let pointer = first
             .references
@@ -160,10 +165,10 @@ impl Planner<'_> {
 }
 
 /// The stages by name.
-fn indices<'a>(drafts: &[UnresolvedStage<'a>]) -> HashMap<&'a str, usize> {
-    drafts
+fn indices<'a>(unresolved_stages: &[UnresolvedStage<'a>]) -> HashMap<&'a str, usize> {
+    unresolved_stages
         .iter()
         .enumerate()
-        .map(|(index, draft)| (draft.stage.name.as_str(), index))
+        .map(|(index, unresolved)| (unresolved.stage.name.as_str(), index))
         .collect()
 }

@@ -1,4 +1,4 @@
-//! What a plugin's file and description promise: its symbols, its schemas, and options that provoke it.
+//! Checks of a plugin's file and description: its symbols, its schemas, and provocations.
 
 use std::path::Path;
 
@@ -34,7 +34,7 @@ pub fn exports(path: &Path) -> Result<Vec<String>, String> {
     Ok(names)
 }
 
-/// What is wrong with a description, beyond being readable.
+/// The errors in a readable description.
 pub fn inconsistencies(description: &Description) -> Vec<String> {
     let mut problems = Vec::new();
     let mut need = |good: bool, problem: &str| {
@@ -70,7 +70,7 @@ pub fn inconsistencies(description: &Description) -> Vec<String> {
         }
         let mut defaults = json!({});
         schema::settle(&stage.schema, &mut defaults);
-        // What is missing is the recipe's to give; what is there comes from the defaults.
+        // Missing values come from the recipe; existing ones are defaults.
         let violations = schema::check(&stage.schema, &defaults, "option");
         let wrong = violations.iter().find(|violation| {
             let value = defaults.pointer(&violation.pointer);
@@ -86,7 +86,7 @@ pub fn inconsistencies(description: &Description) -> Vec<String> {
     problems
 }
 
-/// Options of every wrong sort: none at all, unknown ones, and each known one with values of other types and sizes.
+/// Wrong options of every sort: none at all, unknown ones, and each known one with values of other types and sizes.
 pub(super) fn provocations(schema: &Value) -> Vec<Value> {
     let mut defaults = json!({});
     schema::settle(schema, &mut defaults);
@@ -119,7 +119,7 @@ pub(super) fn provocations(schema: &Value) -> Vec<Value> {
     all
 }
 
-/// Whether a pointer names a value of the options, or one that could be there.
+/// Whether a pointer names an existing or possible value of the options.
 pub(super) fn names_a_place(pointer: &str, options: &Value) -> bool {
     let parent = pointer.rsplit_once('/').map(|(parent, _)| parent);
     pointer.is_empty()

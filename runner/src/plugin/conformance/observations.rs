@@ -1,4 +1,4 @@
-//! One attempt at a stage, watched: its messages and outputs, its end, and their faults.
+//! Observations of one attempt at a stage: its messages, outputs and end, and faults in them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,11 +17,11 @@ use crate::worker::process::{Exit, Worker, WorkerEvent};
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Stopping {
     Never,
-    /// As soon as it is seen to work.
+    /// As soon as it reports work.
     AtFirstSign,
 }
 
-/// What was seen of an attempt.
+/// The observations of an attempt.
 #[derive(Debug, Default)]
 pub(super) struct Observations {
     pub(super) answer: Option<Result<Answer, Failure>>,
@@ -33,7 +33,7 @@ pub(super) struct Observations {
     pub(super) last_words: Vec<String>,
     /// Calls after `run` had returned.
     pub(super) late: u64,
-    /// Ended by us: it ran longer than this.
+    /// Killed after exceeding this time.
     pub(super) too_long: Option<Duration>,
     /// From the request to stop to the end.
     pub(super) stopping: Option<Duration>,
@@ -82,7 +82,12 @@ pub(super) async fn watch(
                 seen.points.extend(points);
             }
             WorkerEvent::Frame(FromWorker::Late { calls }) => seen.late = calls,
-            WorkerEvent::Frame(FromWorker::Loaded | FromWorker::Log(_))
+            WorkerEvent::Frame(
+                FromWorker::Loaded
+                | FromWorker::Heartbeat
+                | FromWorker::Silent { .. }
+                | FromWorker::Log(_),
+            )
             | WorkerEvent::Remote(_) => {}
             WorkerEvent::Malformed(error) => seen.last_words.push(error.to_string()),
             WorkerEvent::Line(_, line) => {
@@ -99,7 +104,7 @@ pub(super) async fn watch(
             asked = Some(Instant::now());
             (allowed, deadline) = (grace, tokio::time::Instant::now() + grace);
             // A message without paths can be written.
-            let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
+            let _ = worker.send(&ToWorker::StopAtCheckpoint).await;
         }
     }
     seen.stopping = asked.map(|asked| asked.elapsed());
@@ -108,7 +113,7 @@ pub(super) async fn watch(
 }
 
 impl Observations {
-    /// The output and the summary of a stage that succeeded.
+    /// The output and the summary of a successful stage.
     pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), NotPassed> {
         let result = self.answered()?;
         match self.artifacts.get(&result.output) {
@@ -196,7 +201,7 @@ impl Observations {
         }
     }
 
-    /// Whether it stopped when it was asked to.
+    /// Whether it stopped when asked to.
     pub(super) fn stopped(&self, grace: Duration) -> CheckResult {
         if self.too_long.is_some() && self.stopping.is_some() {
             return failed(format!("it did not stop within {} s", grace.as_secs_f64()));

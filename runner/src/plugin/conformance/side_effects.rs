@@ -1,4 +1,5 @@
-//! What a stage must leave alone: the recipe's directory, the working directory, its inputs; and what it leaves behind.
+//! Checks of a stage's side effects: changes in the recipe's directory, the working directory and its inputs, and leftover
+//! files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +11,7 @@ use retort_abi::Input;
 use super::{CheckResult, NotPassed, TEMPORARY, failed};
 use crate::artifact;
 
-/// Whether an attempt has left anything in its directory but what it may.
+/// Checks that an attempt left only allowed files in its directory.
 pub(super) fn strays(place: &Path) -> Result<(), NotPassed> {
     let names = |dir: &Path| {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
@@ -29,7 +30,7 @@ pub(super) fn strays(place: &Path) -> Result<(), NotPassed> {
     }
 }
 
-/// What a stage must not touch: the recipe's directory, the working directory and its inputs.
+/// Files that a stage must not touch: the recipe's directory, the working directory and its inputs.
 pub(super) struct WatchedFiles(BTreeMap<PathBuf, (u64, Option<SystemTime>)>);
 
 impl WatchedFiles {
@@ -62,7 +63,7 @@ impl WatchedFiles {
     }
 }
 
-/// Files below a directory, a few levels deep; stores and build outputs are other programs' business.
+/// Files below a directory, a few levels deep, without stores and build outputs.
 fn list(dir: &Path, depth: usize, files: &mut BTreeMap<PathBuf, (u64, Option<SystemTime>)>) {
     let Ok(entries) = fs::read_dir(dir) else {
         return;

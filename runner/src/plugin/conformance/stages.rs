@@ -1,4 +1,4 @@
-//! The stages of a recipe under examination: each is run to its end, run again, stopped, resumed and divided.
+//! Examines the stages of a recipe: each is run to its end, run again, stopped, resumed and divided.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,11 +12,11 @@ use super::{Examination, LINGER, NotPassed, OPERATIONS, failed, skipped};
 use crate::artifact;
 use crate::plan::{Plan, PlannedStage};
 
-/// The parts in which a stage is done whose kind is divisible.
+/// The number of parts for divisible kinds.
 const PARTS: usize = 2;
 
 impl Examination<'_> {
-    /// Says that there is no recipe to run stages of.
+    /// Reports that there is no recipe for running stages.
     pub fn skip_stages(&mut self, description: &Description) {
         for kind in description
             .stages
@@ -29,7 +29,7 @@ impl Examination<'_> {
         }
     }
 
-    /// Runs the stages of a plan; looks closely at those of this plugin.
+    /// Runs the stages of a plan, and examines those of this plugin.
     pub fn examine_stages(&mut self, description: &Description, plan: &Plan) {
         let mut made: BTreeMap<String, Input> = BTreeMap::new();
         let Ok(place) = tempfile::tempdir() else {
@@ -62,7 +62,7 @@ impl Examination<'_> {
                 .stages
                 .iter()
                 .find(|kind| kind.kind == stage.kind);
-            // Processes that work together would wait for each other here, where one works at a time.
+            // Here one process runs at a time, so processes that work together would wait forever.
             let divisible = kind.is_some_and(|kind| kind.divisible && !kind.together);
             if let Some(output) = self.examine_stage(&tested, divisible) {
                 made.insert(stage.name.clone(), output);
@@ -83,7 +83,7 @@ impl Examination<'_> {
         stage.plugin.path == self.path
     }
 
-    /// One stage; its output, if it made one.
+    /// Examines one stage; returns its output, if it made one.
     fn examine_stage(&mut self, tested: &StageUnderTest<'_>, divisible: bool) -> Option<Input> {
         let name = &tested.stage.name;
         let mut first = None;
@@ -165,7 +165,7 @@ impl Examination<'_> {
         Some(output)
     }
 
-    /// A part of a stage, after which nothing but its work directory is left.
+    /// Runs a part of a stage, of which only the work directory is kept.
     fn run_part(
         &self,
         tested: &StageUnderTest<'_>,
@@ -196,7 +196,7 @@ impl Examination<'_> {
     }
 }
 
-/// A stage to be examined, its inputs and a directory for all that comes of it.
+/// A stage under examination, its inputs and a directory for its files.
 pub(super) struct StageUnderTest<'a> {
     pub(super) plan: &'a Plan,
     pub(super) stage: &'a PlannedStage,

@@ -1,4 +1,4 @@
-//! What is said of values that a schema refuses.
+//! Messages about values that a schema refuses.
 
 use serde_json::json;
 

@@ -1,29 +1,32 @@
 //! Whether every value of a draft is one that a store could have written.
 //!
-//! The tables are our own: their rules (not null, unique, one of these states) hold already. What is checked is what SQL
-//! does not say: that ids and hashes are such, that JSON is of the shape that readers expect, that paths stay within
-//! their artifact, that an artifact's hash is that of its list of files, that blocks of points unpack to what is said of
-//! them.
+//! The tables are our own: their rules (not null, unique, one of these states) hold already. The checks here are those that
+//! SQL cannot express: ids and hashes are well-formed, JSON has the shape that readers expect, paths stay within their
+//! artifact, an artifact's hash matches its list of files, and blocks of points match their summaries.
+
+use std::collections::HashMap;
 
 use futures_util::TryStreamExt;
 use retort_abi::{ArtifactMeta, Failure};
+use retort_checkpoint::json;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
 
-use super::brief;
 use crate::artifact;
 use crate::artifact::ArtifactFile;
 use crate::artifact::is_hash;
+use crate::recipe::MAX_STAGES;
+use crate::store::objects::brief;
 use crate::store::record::is_run_id;
 use crate::store::sweep::is_sweep_id;
 use crate::store::{StoreError, Time, block};
 use crate::sweep::{MAX_POINTS, Parameter, Sweep};
 
-/// Why a draft does not go into the store.
+/// Why a draft is refused.
 pub(super) enum Refusal {
-    /// A value is wrong: where, and what was expected.
+    /// A wrong value: where it is, and what was expected.
     Fault(String),
     /// The draft could not be read.
     Store(StoreError),
@@ -64,8 +67,8 @@ enum Rule {
 
 use Rule::{Hash, Json, Key, Moment, Name, Natural, Number, Point, Text};
 
-/// Columns of the tables, with what they may hold; a `?` behind the name: or nothing. What is not named has a type that
-/// says all.
+/// The tables' columns with their allowed values; a `?` after the name means that null is allowed. For other columns the type
+/// is sufficient.
 const RULES: &[(&str, &[(&str, Rule)])] = &[
     (
         "runs",
@@ -120,7 +123,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
     (
         "stages",
         &[
-            ("position", Natural),
+            ("position", Point),
             ("name", Name),
             ("kind", Name),
             ("plugin", Name),
@@ -137,9 +140,9 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
     (
         "attempts",
         &[
-            ("number", Natural),
+            ("number", Point),
             ("digest", Hash),
-            ("worker_pid", Natural),
+            ("worker_pid", Point),
             ("reason?", Text),
             ("message?", Text),
             ("failure?", Json(is::<Failure>)),
@@ -149,7 +152,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("max_rss?", Natural),
             ("started", Moment),
             ("finished?", Moment),
-            ("paused", Natural),
+            ("paused", Moment),
         ],
     ),
     (
@@ -180,7 +183,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
         "logs",
         &[
             ("at", Moment),
-            ("level", Natural),
+            ("level", Point),
             ("source", Json(is_source)),
             ("text", Text),
         ],
@@ -217,7 +220,9 @@ pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Refusal
         files(row).map_err(|expected| format!("`files` of its table `artifacts`: {expected}"))
     })
     .await?;
+    counted(connection).await?;
     repeated(connection).await?;
+    weighed(connection).await?;
     sweeps(connection).await?;
     blocks(connection).await
 }
@@ -259,6 +264,9 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
             false => Err(format!("`{}` is not {expected}", brief(text))),
         }
     };
+    if let Json(_) = rule {
+        light(row.try_get(place).unwrap_or_default())?;
+    }
     match rule {
         Rule::RunId => text(is_run_id, "the id of a run"),
         Hash => text(is_hash, "a hash (64 digits and letters from a to f)"),
@@ -276,6 +284,17 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
             .try_get::<f64, _>(place)
             .map(drop)
             .map_err(|error| error.to_string()),
+    }
+}
+
+/// The text of a JSON value, if reading it takes a bounded amount of memory.
+fn light(text: &str) -> Result<&str, String> {
+    match json::check_weight(text.as_bytes(), HEAVIEST_RUN) {
+        Ok(()) => Ok(text),
+        Err(_) => Err(format!(
+            "it would take more than {} MiB of memory, and a whole run may take as much",
+            HEAVIEST_RUN >> 20
+        )),
     }
 }
 
@@ -301,7 +320,7 @@ fn is_name(text: &str) -> bool {
     text.len() <= 1024 && !text.chars().any(char::is_control)
 }
 
-/// A parameter's value, and the type that is said of it.
+/// Checks a parameter's value against its recorded type.
 fn param(row: &SqliteRow) -> Result<(), String> {
     let kind: &str = row.try_get(0).map_err(|error| error.to_string())?;
     let value = row.try_get_raw(1).map_err(|error| error.to_string())?;
@@ -317,8 +336,8 @@ fn param(row: &SqliteRow) -> Result<(), String> {
         ("null", "NULL") | ("integer", "INTEGER") | ("real", "REAL" | "NULL") => true,
         ("boolean", "INTEGER") => matches!(row.try_get_unchecked(1), Ok(0_i64 | 1)),
         ("text", "TEXT") => text().map(|_| true)?,
-        ("array", "TEXT") => is::<Vec<Value>>(text()?),
-        ("object", "TEXT") => is::<Map<String, Value>>(text()?),
+        ("array", "TEXT") => is::<Vec<Value>>(light(text()?)?),
+        ("object", "TEXT") => is::<Map<String, Value>>(light(text()?)?),
         _ => false,
     };
     match fits {
@@ -327,7 +346,7 @@ fn param(row: &SqliteRow) -> Result<(), String> {
     }
 }
 
-/// An artifact is its list of files: the hash says so.
+/// Checks that an artifact's hash matches its list of files.
 fn files(row: &SqliteRow) -> Result<(), String> {
     let hash: &str = row.try_get(0).map_err(|error| error.to_string())?;
     let size: i64 = row.try_get(1).map_err(|error| error.to_string())?;
@@ -335,14 +354,53 @@ fn files(row: &SqliteRow) -> Result<(), String> {
         .try_get(2)
         .map_err(|_| "it is not text in UTF-8".to_owned())?;
     let files: Vec<ArtifactFile> = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    let size = u64::try_from(size)
-        .map_err(|_| format!("the files of artifact {hash} are not of its size"))?;
+    let size = u64::try_from(size).map_err(|_| {
+        format!("artifact {hash} is recorded with {size} bytes; expected 0 or more")
+    })?;
     artifact::check_list(hash, size, &files)
 }
 
-/// Bytes that may be told of a run's artifacts and series: many stages may name one attempt, and many outputs one artifact, so
-/// that little in a file would be much in memory.
+/// Maximum bytes of a run's lists of artifacts and series: many stages may refer to one attempt, and many outputs to one
+/// artifact, so a small file could need much memory.
 const MOST_OF_A_RUN: i64 = 64 << 20;
+
+/// The most memory of a run's JSON values, or of a sweep's, as estimated by [`json::weight`]: `compare` holds several runs, and
+/// `resume` the same values in several forms.
+const HEAVIEST_RUN: usize = 96 << 20;
+
+/// Attempts that a run may have, all stages together.
+const MOST_ATTEMPTS: usize = 20_000;
+
+/// A run has no more stages than a recipe may have, and bounded attempts.
+async fn counted(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+    let sql = format!(
+        "select r.id, count(*), sum(length(s.options) + ifnull(length(s.components), 0) + length(s.inputs))
+         from main.stages s join main.runs r on r.key = s.run group by r.key
+         having count(*) > {MAX_STAGES} or 1.0 * sum(length(s.options) + ifnull(length(s.components), 0) + length(s.inputs))
+             > {MOST_OF_A_RUN}"
+    );
+    each(connection, sql, |row| {
+        let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+        Err(format!(
+            "its run {} has more than {MAX_STAGES} stages, or they take more than {} MiB",
+            brief(id),
+            MOST_OF_A_RUN >> 20
+        ))
+    })
+    .await?;
+    let sql = format!(
+        "select r.id from main.attempts a join main.stages s on s.key = a.stage join main.runs r on r.key = s.run
+         group by r.key having count(*) > {MOST_ATTEMPTS}"
+    );
+    each(connection, sql, |row| {
+        let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+        Err(format!(
+            "its run {} has more than {MOST_ATTEMPTS} attempts",
+            brief(id)
+        ))
+    })
+    .await
+}
 
 /// What a run names, as often as it names it.
 async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
@@ -370,7 +428,72 @@ async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     .await
 }
 
-/// A sweep has as many points as is said of it, numbered from 1; its runs and rungs are of them.
+/// What the JSON values of a run take in memory, and of a sweep. An attempt counts as often as it is referenced.
+async fn weighed(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+    let of_runs = "select key, command from main.runs
+         union all select run, resolved from main.documents
+         union all select run, environment from main.documents
+         union all select run, value from main.params where type in ('array', 'object')
+         union all select run, options from main.stages
+         union all select run, inputs from main.stages
+         union all select run, components from main.stages where components is not null";
+    let of_attempts = "select key, summary from main.attempts where summary is not null
+         union all select key, failure from main.attempts where failure is not null
+         union all select attempt, meta from main.outputs";
+    let of_sweeps = "select key, settings from main.sweeps
+         union all select key, definition from main.sweeps
+         union all select key, selection from main.sweeps
+         union all select sweep, settings from main.sweep_points";
+    let mut runs = weights(connection, of_runs).await?;
+    let attempts = weights(connection, of_attempts).await?;
+    let sql = "select run, attempt from main.v_stage_attempts where attempt is not null";
+    each(connection, sql.into(), |row| {
+        let (run, attempt): (i64, i64) =
+            sqlx::FromRow::from_row(row).map_err(|error| error.to_string())?;
+        let own = attempts.get(&attempt).copied().unwrap_or_default();
+        let run: &mut usize = runs.entry(run).or_default();
+        *run = run.saturating_add(own);
+        Ok(())
+    })
+    .await?;
+    let sweeps = weights(connection, of_sweeps).await?;
+    for (what, table, weights) in [("run", "runs", runs), ("sweep", "sweeps", sweeps)] {
+        let Some((key, _)) = weights.iter().find(|(_, weight)| **weight > HEAVIEST_RUN) else {
+            continue;
+        };
+        let sql = format!("select id from main.{table} where key = {key}");
+        each(connection, sql, |row| {
+            let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+            Err(format!(
+                "its {what} {} has so many values that they would take more than {} MiB of memory",
+                brief(id),
+                HEAVIEST_RUN >> 20
+            ))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// The weight of the values of each key.
+async fn weights(
+    connection: &mut SqliteConnection,
+    sql: &str,
+) -> Result<HashMap<i64, usize>, Refusal> {
+    let mut weights: HashMap<i64, usize> = HashMap::new();
+    each(connection, sql.into(), |row| {
+        let wrong = |error: sqlx::Error| error.to_string();
+        let key = row.try_get_unchecked(0).map_err(wrong)?;
+        let text: &str = row.try_get_unchecked(1).map_err(wrong)?;
+        let weight = weights.entry(key).or_default();
+        *weight = weight.saturating_add(json::weight(text.as_bytes()));
+        Ok(())
+    })
+    .await?;
+    Ok(weights)
+}
+
+/// Checks that a sweep's points are complete and numbered from 1, and that its runs and rungs refer to them.
 async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let sql = "select w.id from main.sweeps w
          where w.points != (select count(*) from main.sweep_points p where p.sweep = w.key)
@@ -398,7 +521,7 @@ async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     .await
 }
 
-/// Blocks of points: each unpacks to what is said of it, and those of a series follow each other.
+/// Checks blocks of points: each must match its summary, and those of a series must not overlap.
 async fn blocks(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let mut before = None;
     let sql = "select b.series, b.first_step, b.last_step, b.points, b.numbers, k.data, e.base

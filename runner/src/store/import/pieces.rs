@@ -1,7 +1,7 @@
-//! From the draft into the store, in pieces: transactions of whole runs, between which others write.
+//! Copies the draft into the store in pieces: transactions of whole runs, between which others can write.
 //!
-//! A run is there with everything that belongs to it, the files of its artifacts included, or not at all. So an import
-//! that is ended half-way leaves whole runs, and the next one goes on behind them: a run that is there is known.
+//! A run is there with everything that belongs to it, the files of its artifacts included, or not at all. So an interrupted
+//! import leaves whole runs, and the next one continues after them, because known runs are skipped.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,9 +15,9 @@ use crate::artifact;
 use crate::store::StoreError;
 use crate::store::transfer::{self, Copied, Copy, Transfer};
 
-/// How long a piece takes, about: it ends with the run that is under way then.
+/// Approximate duration of a piece: it ends with the current run.
 pub(super) const PIECE: Duration = Duration::from_millis(250);
-/// How long the store is left to others between two pieces: as long as SQLite lets one wait before it looks again.
+/// How long the store is left to others between two pieces: SQLite's longest polling interval.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
 /// How long a piece goes on until the runs are there of which one in it reuses a stage. What is missing then is made up
 /// for by a later piece.
@@ -54,7 +54,7 @@ pub(super) async fn copy_all(
                         publish(&staging, &hash, artifacts)?;
                         published.push(hash);
                     }
-                    // Nobody needed them until now.
+                    // Until now no run needed them.
                     None if staged.there.remove(&hash) && !artifacts.join(&hash).exists() => {
                         staged.lost.push(format!(
                             "artifact {hash}: its files were removed meanwhile; import once more"

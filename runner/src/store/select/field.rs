@@ -1,17 +1,17 @@
-//! What a name in a filter means: a fact of a run or of its stages, a parameter, a metric.
+//! The meaning of names in a filter: facts of a run or its stages, parameters, metrics.
 
 use super::{FieldTarget, STARTED, Type};
 use crate::filter::{Field, FilterError};
 use crate::store::{Store, StoreError};
 
-/// Fields of a run itself, as the help lists them.
+/// Fields of a run itself, in the help's order.
 const FIELDS: [&str; 20] = [
     "id", "state", "recipe", "path", "started", "finished", "seconds", "age", "seed", "error",
     "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused", "sweep", "point",
 ];
 
 impl Store {
-    /// What a field means in this store.
+    /// The meaning of a field in this store.
     pub(super) async fn target(
         &self,
         field: &Field,
@@ -76,7 +76,7 @@ impl Store {
         })
     }
 
-    /// The names that rows of a table have, with their keys.
+    /// The names in a table's rows, with their keys.
     async fn names_in(&self, table: &'static str) -> Result<Vec<(i64, String)>, StoreError> {
         let names = match table {
             "params" => {
@@ -92,7 +92,7 @@ impl Store {
     }
 }
 
-/// What a plain name means.
+/// The meaning of a plain name.
 fn own(name: &str) -> Option<FieldTarget> {
     Some(match name {
         "id" | "run" => FieldTarget::Run("r.id", Type::Text),
@@ -131,8 +131,8 @@ fn own(name: &str) -> Option<FieldTarget> {
     })
 }
 
-/// The key of the one name that is meant: the very name; the name behind a usual prefix; with `/` for `.`; the only one
-/// that ends so. Otherwise the nearest name.
+/// The key of the name that is meant: the name itself; the name after a common prefix; with `/` for `.`; the only one with this
+/// ending. Otherwise the nearest name.
 fn find_name(
     field: &Field,
     name: &str,
@@ -158,7 +158,7 @@ fn find_name(
             .filter(|(_, known)| dotted(known).ends_with(&end));
         match (found.next(), found.next()) {
             (Some(only), None) => Some(only),
-            // A series is known under its own name and under its stage's: the shorter one speaks for both.
+            // A series has two names, with and without its stage: the shorter one stands for both.
             (Some(first), Some(second)) if found.next().is_none() => {
                 let (short, long) = if first.1.len() < second.1.len() {
                     (first, second)
@@ -180,7 +180,7 @@ fn find_name(
         let whole = strsim::jaro_winkler(&wanted, &dotted(known));
         (whole.max(strsim::jaro_winkler(&wanted, last)) * 1000.0) as u32
     };
-    // Of several that are alike the shortest.
+    // Of several equally near names, the shortest.
     let nearest = names
         .iter()
         .max_by_key(|(_, known)| (likeness(known), std::cmp::Reverse(known.len())));

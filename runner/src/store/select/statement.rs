@@ -7,25 +7,25 @@ use crate::filter::{Expr, Field, FilterError, Operator, Value};
 use crate::store::time::Time;
 use crate::store::{RunFilter, RunState, StoreError};
 
-/// A statement being made.
+/// A statement under construction.
 pub(super) struct Select {
     pub(super) sql: QueryBuilder<Sqlite>,
-    /// Rows of `results` and `params` that are joined: by these names.
+    /// Joined rows of `results` and `params`, by name.
     joins: Vec<FieldTarget>,
-    lost: String,
+    states: String,
 }
 
 impl Select {
-    /// One that begins with these words. `lost`: runs that are running without a runner, as JSON.
-    pub(super) fn new(words: &'static str, lost: String) -> Self {
+    /// A statement with this beginning. `states`: JSON with the states of runs for which another is recorded.
+    pub(super) fn new(words: &'static str, states: String) -> Self {
         Self {
             sql: QueryBuilder::new(words),
             joins: Vec::new(),
-            lost,
+            states,
         }
     }
 
-    /// Makes it from a filter, of whose fields `targets` says what they mean.
+    /// Builds it from a filter. `targets` has the meanings of the fields.
     pub(super) fn build(
         &mut self,
         filter: &RunFilter,
@@ -40,7 +40,7 @@ impl Select {
             }
         }
         let of = |field: &Field| -> FieldTarget {
-            // Every field was looked up before.
+            // Every field has been looked up before.
             let found = targets.iter().find(|(known, _)| *known == field);
             found.map_or(FieldTarget::State, |(_, target)| target.clone())
         };
@@ -92,7 +92,7 @@ impl Select {
             }
             let direction = if sort.descending { " desc" } else { "" };
             if target == STARTED {
-                // Just as the index has it, and no two runs are alike: nothing more is needed.
+                // The index has this order, and no two runs are equal, so nothing more is needed.
                 self.sql.push(format_args!(
                     "r.created{direction}, r.key{direction} limit "
                 ));
@@ -112,7 +112,7 @@ impl Select {
         Ok(())
     }
 
-    /// `runs r` and the rows joined to it, up to `where` and what the first table needs there.
+    /// `runs r` and its joined rows, up to `where` and the first table's conditions.
     fn tables(&mut self, leader: Option<usize>, needed: &[FieldTarget]) {
         let joins: Vec<(usize, &'static str, i64, bool)> = self
             .joins
@@ -124,14 +124,14 @@ impl Select {
                     FieldTarget::Series(name, _) => ("results", *name),
                     _ => return None,
                 };
-                // A run without the row cannot pass: nothing is to be made up for it.
+                // A run without the row cannot match, so no outer join is needed.
                 Some((number, table, name << 32, needed.contains(join)))
             })
             .collect();
         match leader {
             Some(number) => {
                 let (_, table, ..) = joins[number];
-                // A cross join is made in the order in which it is written.
+                // SQLite runs a cross join in the order in which it is written.
                 self.sql.push(format_args!(
                     " from {table} j{number} cross join runs r on r.key = j{number}.key & 0xffffffff"
                 ));
@@ -187,7 +187,7 @@ impl Select {
             }
             Expr::Has(field) => self.has(&of(field)),
             Expr::Compare(field, operator, value) => {
-                // Unknown is false, which matters where it is turned round.
+                // Null counts as false, which matters under `not`.
                 self.sql.push(if negated { "ifnull((" } else { "(" });
                 self.compare(&of(field), *operator, value)?;
                 self.sql.push(if negated { "), false)" } else { ")" });
@@ -271,7 +271,7 @@ impl Select {
             Some(number) => self.sql.push_bind(number),
             None => self.sql.push_bind(value.text.clone()),
         };
-        // SQLite orders texts after numbers instead of refusing to compare them. The empty text is the first of texts.
+        // SQLite sorts texts after numbers instead of refusing to compare them. The empty text is the first text.
         let other = match (operator, number) {
             _ if kind != Type::Any => return Ok(()),
             // Results are numbers.
@@ -289,7 +289,7 @@ impl Select {
         Ok(())
     }
 
-    /// NaN is null in `results`, and null is null in `params`.
+    /// Null is a NaN in `results`, and null in `params`.
     fn compare_with_nothing(
         &mut self,
         target: &FieldTarget,
@@ -351,7 +351,7 @@ impl Select {
         Ok(())
     }
 
-    /// The value of a field, as a column that is shown.
+    /// The value of a field, as a column for output.
     fn shown(&mut self, target: &FieldTarget) {
         match target {
             FieldTarget::Series(_, column) if *column != "points" => {
@@ -380,15 +380,16 @@ impl Select {
             FieldTarget::Run(column, _) => {
                 self.sql.push(column);
             }
-            FieldTarget::State if self.lost == "[]" => {
+            FieldTarget::State if self.states == "{}" => {
                 self.sql.push("r.state");
             }
             FieldTarget::State => {
                 self.sql.push(
-                    "case when r.state in ('queued', 'running') and r.id in (select value from json_each(",
+                    "case when r.state in ('queued', 'running') then coalesce((select value from json_each(",
                 );
-                self.sql.push_bind(self.lost.clone());
-                self.sql.push(")) then 'lost' else r.state end");
+                self.sql.push_bind(self.states.clone());
+                self.sql
+                    .push(") where key = r.id), r.state) else r.state end");
             }
             FieldTarget::Any(_, column) => {
                 debug_assert!(false, "{column} has several values");
@@ -445,7 +446,7 @@ fn type_of(target: &FieldTarget) -> Type {
     }
 }
 
-/// The row that has to be joined for a field; columns of one row share it.
+/// The row to join for a field; columns of the same row share it.
 fn row_of(target: &FieldTarget) -> Option<FieldTarget> {
     match target {
         FieldTarget::Param(key) => Some(FieldTarget::Param(*key)),
@@ -486,7 +487,7 @@ fn seconds(value: &Value) -> Result<f64, FilterError> {
         .ok_or_else(|| expected("seconds, or a duration such as 10m or 2h", value))
 }
 
-/// Milliseconds since 1970, of a date with or without a time.
+/// Milliseconds since 1970, from a date with or without a time.
 fn moment(value: &Value) -> Result<f64, FilterError> {
     let text = value.text.trim_end_matches('Z').replace(' ', "T");
     let whole = if text.contains('T') {
@@ -507,7 +508,7 @@ fn moment(value: &Value) -> Result<f64, FilterError> {
         })
 }
 
-/// A text to be contained, or a pattern with `*` and `?`, as SQL's `like` has it.
+/// Converts a substring, or a pattern with `*` and `?`, to a pattern for SQL's `like`.
 fn pattern(text: &str) -> String {
     let wild = text.contains(['*', '?']);
     let mut pattern = String::new();

@@ -1,22 +1,23 @@
-//! Points into blocks, while a stage runs and when a store of an older schema is opened.
+//! Packs points into blocks, while a stage runs and when a store with an older schema is opened.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{Row, Sqlite, Transaction};
+use sqlx::{QueryBuilder, Row, Sqlite, Transaction};
 
 use super::{Batch, MetricPoint, clamped, unpacked};
 use crate::store::block::{self, BlockPoint, Summary};
+use crate::store::connection::{ROWS_AT_ONCE, run_once};
 use crate::store::time::Time;
 use crate::store::{AttemptId, Store, StoreError};
 
-/// Most points of a block.
+/// The most points of a block.
 const CUT: usize = 4096;
 
-/// A block with so many points is not packed again with the next ones.
+/// A block with this many points is closed: it is not packed again with the next ones.
 const CLOSE: usize = 1024;
 
-/// What [`Store::append_metrics`] remembers of a series.
+/// What [`Store::record`] remembers of a series.
 #[derive(Debug)]
 pub(in crate::store) struct OpenSeries {
     key: i64,
@@ -28,38 +29,6 @@ pub(in crate::store) struct OpenSeries {
 }
 
 impl Store {
-    /// Appends points, of any number of series, to an attempt.
-    ///
-    /// # Errors
-    /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`]: never a reason to fail a stage. The
-    /// points are then not recorded, and may be given again.
-    pub async fn append_metrics(
-        &self,
-        attempt: AttemptId,
-        batches: &[Batch],
-    ) -> Result<(), StoreError> {
-        let mut write = self.write().await?;
-        // Taken out, and put back when all has gone well: what a transaction that came to nothing has left of it would
-        // be wrong, and is read again when needed.
-        let mut known = self.lock_series().remove(&attempt).unwrap_or_default();
-        for batch in batches.iter().filter(|batch| !batch.points.is_empty()) {
-            if !known.contains_key(&batch.series) {
-                let found = find_or_insert(&mut write, attempt, batch).await?;
-                known.insert(batch.series.clone(), found);
-            }
-            let Some(series) = known.get_mut(&batch.series) else {
-                continue;
-            };
-            let points = in_order(&batch.points, series.base);
-            let growth = append(&mut write, series, &points).await?;
-            update_summary(&mut write, series.key, &points, growth).await?;
-        }
-        note_results(&mut write, attempt).await?;
-        write.commit().await?;
-        self.lock_series().insert(attempt, known);
-        Ok(())
-    }
-
     pub(in crate::store) fn lock_series(
         &self,
     ) -> std::sync::MutexGuard<'_, HashMap<AttemptId, HashMap<String, OpenSeries>>> {
@@ -69,7 +38,147 @@ impl Store {
     }
 }
 
-/// Points by step, each step once: the one given last.
+/// Appends points, of any number of series, to an attempt, of which `known` is remembered; what is to be remembered then.
+pub(in crate::store) async fn append_points(
+    write: &mut SqliteConnection,
+    attempt: AttemptId,
+    mut known: HashMap<String, OpenSeries>,
+    batches: &[Batch],
+) -> Result<HashMap<String, OpenSeries>, StoreError> {
+    let mut changes = Changes::default();
+    let mut grown = BTreeSet::new();
+    for batch in batches.iter().filter(|batch| !batch.points.is_empty()) {
+        if !known.contains_key(&batch.series) {
+            let found = find_or_insert(write, attempt, batch).await?;
+            known.insert(batch.series.clone(), found);
+        }
+        let Some(series) = known.get_mut(&batch.series) else {
+            continue;
+        };
+        // What is read of a series has to be there, and it grows by one row at a time.
+        if !grown.insert(series.key) || changes.blocks.len() >= ROWS_AT_ONCE {
+            changes.write(write).await?;
+        }
+        let points = in_order(&batch.points, series.base);
+        let growth = append(write, series, &points, &mut changes).await?;
+        changes.grow(series.key, &points, growth);
+    }
+    changes.write(write).await?;
+    note_new_results(write, &grown).await?;
+    Ok(known)
+}
+
+/// Rows of many series that are written together: a statement for a thousand rows costs little more than one for a single row.
+#[derive(Default)]
+struct Changes {
+    /// Open blocks that others replace: series and first step.
+    replaced: Vec<(i64, i64)>,
+    blocks: Vec<(i64, Summary, Vec<u8>)>,
+    growth: Vec<Growth>,
+}
+
+/// The change of a series by new points.
+struct Growth {
+    series: i64,
+    last: BlockPoint,
+    min: Option<f64>,
+    max: Option<f64>,
+    points: i64,
+}
+
+impl Changes {
+    fn insert(&mut self, series: i64, points: &[BlockPoint]) {
+        self.blocks
+            .push((series, Summary::of(points), block::pack(points)));
+    }
+
+    fn grow(&mut self, series: i64, points: &[BlockPoint], growth: i64) {
+        let summary = Summary::of(points);
+        self.growth.extend(points.last().map(|&last| Growth {
+            series,
+            last,
+            min: summary.min,
+            max: summary.max,
+            points: growth,
+        }));
+    }
+
+    /// Writes all of it, and is empty then.
+    async fn write(&mut self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        for replaced in std::mem::take(&mut self.replaced).chunks(ROWS_AT_ONCE) {
+            let mut delete =
+                QueryBuilder::<Sqlite>::new("delete from blocks where (series, first_step) in (");
+            delete.push_values(replaced, |mut row, &(series, first_step)| {
+                row.push_bind(series).push_bind(first_step);
+            });
+            delete.push(")");
+            run_once(delete, connection).await?;
+        }
+        for blocks in std::mem::take(&mut self.blocks).chunks(ROWS_AT_ONCE) {
+            insert_blocks(connection, blocks).await?;
+        }
+        for growth in std::mem::take(&mut self.growth).chunks(ROWS_AT_ONCE) {
+            let mut update = QueryBuilder::<Sqlite>::new(
+                "with added (series, step, value, min, max, points) as (",
+            );
+            update.push_values(growth, |mut row, growth| {
+                row.push_bind(growth.series)
+                    .push_bind(growth.last.step)
+                    .push_bind(growth.last.value)
+                    .push_bind(growth.min)
+                    .push_bind(growth.max)
+                    .push_bind(growth.points);
+            });
+            update.push(
+                ")
+                 update series
+                 set last = case when added.step >= last_step then added.value else last end,
+                     last_step = max(last_step, added.step),
+                     min = min(coalesce(series.min, added.min), coalesce(added.min, series.min)),
+                     max = max(coalesce(series.max, added.max), coalesce(added.max, series.max)),
+                     points = series.points + added.points
+                 from added where series.key = added.series",
+            );
+            run_once(update, connection).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn insert_blocks(
+    connection: &mut SqliteConnection,
+    blocks: &[(i64, Summary, Vec<u8>)],
+) -> Result<(), sqlx::Error> {
+    let last: i64 = sqlx::query_scalar("select coalesce(max(key), 0) from packs")
+        .fetch_one(&mut *connection)
+        .await?;
+    let keyed = || (last + 1..).zip(blocks);
+    let mut packs = QueryBuilder::<Sqlite>::new("insert into packs (key, data) ");
+    packs.push_values(keyed(), |mut row, (key, (_, _, data))| {
+        row.push_bind(key).push_bind(data.as_slice());
+    });
+    run_once(packs, connection).await?;
+    let mut insert = QueryBuilder::<Sqlite>::new(
+        "insert into blocks
+         (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, pack) ",
+    );
+    insert.push_values(keyed(), |mut row, (key, (series, summary, _))| {
+        row.push_bind(*series)
+            .push_bind(summary.first_step)
+            .push_bind(summary.last_step)
+            .push_bind(summary.points)
+            .push_bind(summary.numbers)
+            .push_bind(summary.sum)
+            .push_bind(summary.min)
+            .push_bind(summary.max)
+            .push_bind(summary.first_at)
+            .push_bind(summary.last_at)
+            .push_bind(key);
+    });
+    run_once(insert, connection).await
+}
+
+/// Points by step; of several at one step, the last.
 fn in_order(points: &[MetricPoint], base: Time) -> Vec<BlockPoint> {
     let mut packed: Vec<BlockPoint> = points
         .iter()
@@ -86,14 +195,14 @@ fn in_order(points: &[MetricPoint], base: Time) -> Vec<BlockPoint> {
     packed
 }
 
-/// Of neighbours at one step only the last.
+/// Keeps only the last of neighbours at one step.
 fn keep_last(points: &mut Vec<BlockPoint>) {
     points.reverse();
     points.dedup_by_key(|point| point.step);
     points.reverse();
 }
 
-/// Old points with new ones, which replace those at the same step.
+/// Merges old points with new ones, which replace those at the same step.
 fn merged(mut old: Vec<BlockPoint>, new: &[BlockPoint]) -> Vec<BlockPoint> {
     let in_order = match (old.last(), new.first()) {
         (Some(last), Some(first)) => last.step < first.step,
@@ -101,18 +210,19 @@ fn merged(mut old: Vec<BlockPoint>, new: &[BlockPoint]) -> Vec<BlockPoint> {
     };
     old.extend_from_slice(new);
     if !in_order {
-        // Stable: at one step the old one stays before the new one.
+        // The sort is stable, so at one step the old point comes before the new one.
         old.sort_by_key(|point| point.step);
         keep_last(&mut old);
     }
     old
 }
 
-/// Packs points into the blocks of a series; returns by how many points it grew.
+/// Packs points into the blocks of a series. Returns the number of added points.
 async fn append(
     connection: &mut SqliteConnection,
     series: &mut OpenSeries,
     new: &[BlockPoint],
+    changes: &mut Changes,
 ) -> Result<i64, StoreError> {
     let (Some(first), Some(last)) = (new.first(), new.last()) else {
         return Ok(0);
@@ -129,13 +239,8 @@ async fn append(
         }
         _ => {
             let open = series.open.take().unwrap_or_default();
-            if let Some(first) = open.first() {
-                sqlx::query("delete from blocks where series = ?1 and first_step = ?2")
-                    .bind(series.key)
-                    .bind(first.step)
-                    .execute(&mut *connection)
-                    .await?;
-            }
+            let first = open.first().map(|first| (series.key, first.step));
+            changes.replaced.extend(first);
             (open, false)
         }
     };
@@ -145,12 +250,12 @@ async fn append(
     let mut rest = points.as_slice();
     while rest.len() > CUT || (late && !rest.is_empty()) {
         let (piece, after) = rest.split_at(rest.len().min(CUT));
-        insert_block(connection, series.key, piece).await?;
+        changes.insert(series.key, piece);
         series.closed = series.closed.max(piece.last().map(|point| point.step));
         rest = after;
     }
     if !rest.is_empty() {
-        insert_block(connection, series.key, rest).await?;
+        changes.insert(series.key, rest);
         if rest.len() < CLOSE {
             series.open = Some(rest.to_vec());
         } else {
@@ -160,7 +265,7 @@ async fn append(
     Ok(growth as i64)
 }
 
-/// Removes the blocks that touch a range of steps, and returns their points.
+/// Removes the blocks that overlap a range of steps, and returns their points.
 async fn take_blocks(
     connection: &mut SqliteConnection,
     series: i64,
@@ -187,37 +292,6 @@ async fn take_blocks(
         .execute(connection)
         .await?;
     Ok(points)
-}
-
-async fn insert_block(
-    connection: &mut SqliteConnection,
-    series: i64,
-    points: &[BlockPoint],
-) -> Result<(), sqlx::Error> {
-    let pack = sqlx::query("insert into packs (data) values (?1)")
-        .bind(block::pack(points))
-        .execute(&mut *connection)
-        .await?
-        .last_insert_rowid();
-    let summary = Summary::of(points);
-    sqlx::query(
-        "insert into blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, pack)
-         values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
-    )
-    .bind(series)
-    .bind(summary.first_step)
-    .bind(summary.last_step)
-    .bind(summary.points)
-    .bind(summary.numbers)
-    .bind(summary.sum)
-    .bind(summary.min)
-    .bind(summary.max)
-    .bind(summary.first_at)
-    .bind(summary.last_at)
-    .bind(pack)
-    .execute(connection)
-    .await?;
-    Ok(())
 }
 
 async fn find_or_insert(
@@ -293,59 +367,46 @@ async fn known(
     })
 }
 
-async fn update_summary(
-    connection: &mut SqliteConnection,
-    series: i64,
-    points: &[BlockPoint],
-    growth: i64,
-) -> Result<(), sqlx::Error> {
-    let Some(last) = points.last() else {
-        return Ok(());
-    };
-    let summary = Summary::of(points);
-    sqlx::query(
-        "update series
-         set last = case when ?2 >= last_step then ?3 else last end,
-             last_step = max(last_step, ?2),
-             min = min(coalesce(min, ?4), coalesce(?4, min)),
-             max = max(coalesce(max, ?5), coalesce(?5, max)),
-             points = points + ?6
-         where key = ?1",
-    )
-    .bind(series)
-    .bind(last.step)
-    .bind(last.value)
-    .bind(summary.min)
-    .bind(summary.max)
-    .bind(growth)
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
 /// Repeats what is known of an attempt's series in the results of the runs that have it, or reuse it.
 pub(in crate::store) async fn note_results(
     connection: &mut SqliteConnection,
     attempt: AttemptId,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "insert into results (key, position, points, last, min, max)
-         select n.key << 32 | v.run, s.position, e.points, e.last, e.min, e.max
-         from v_stage_attempts v
-         join stages s on s.key = v.stage
-         join series e on e.attempt = v.attempt
-         join names n on n.name in (e.name, s.name || '/' || e.name)
-         where v.attempt = ?1
-         on conflict (key) do update
-         set position = excluded.position, points = excluded.points, last = excluded.last, min = excluded.min,
-             max = excluded.max
-         where excluded.position >= results.position",
-    )
-    .bind(attempt.0)
-    .execute(connection)
-    .await?;
+    let mut statement = QueryBuilder::new(NOTE_RESULTS);
+    statement.push(" where e.attempt = ").push_bind(attempt.0);
+    statement.push(REPLACE_RESULTS);
+    run_once(statement, connection).await
+}
+
+/// The same of some series: what they cost does not depend on how many others the attempt has.
+async fn note_new_results(
+    connection: &mut SqliteConnection,
+    series: &BTreeSet<i64>,
+) -> Result<(), sqlx::Error> {
+    let series: Vec<i64> = series.iter().copied().collect();
+    for series in series.chunks(ROWS_AT_ONCE) {
+        let mut statement = QueryBuilder::new(NOTE_RESULTS);
+        statement.push(" where e.key in (");
+        let mut keys = statement.separated(", ");
+        for &key in series {
+            keys.push_bind(key);
+        }
+        statement.push(")").push(REPLACE_RESULTS);
+        run_once(statement, connection).await?;
+    }
     Ok(())
 }
+
+const NOTE_RESULTS: &str = "insert into results (key, position, points, last, min, max)
+    select n.key << 32 | v.run, s.position, e.points, e.last, e.min, e.max
+    from series e
+    join v_stage_attempts v on v.attempt = e.attempt
+    join stages s on s.key = v.stage
+    join names n on n.name in (e.name, s.name || '/' || e.name)";
+const REPLACE_RESULTS: &str = " on conflict (key) do update
+    set position = excluded.position, points = excluded.points, last = excluded.last, min = excluded.min,
+        max = excluded.max
+    where excluded.position >= results.position";
 
 /// Makes the names known under which the series of a reused attempt are found in another run.
 pub(in crate::store) async fn name_series(
@@ -393,7 +454,9 @@ pub(in crate::store) async fn pack_points(
                 .collect();
             let Some(last) = packed.last() else { break };
             (after, points) = (Some(last.step), points + packed.len() as i64);
-            insert_block(transaction, series, &packed).await?;
+            let mut changes = Changes::default();
+            changes.insert(series, &packed);
+            changes.write(transaction).await?;
         }
         sqlx::query("update series set points = ?2 where key = ?1")
             .bind(series)

@@ -10,7 +10,7 @@ use crate::store::block::{BlockPoint, Summary};
 use crate::store::time::Time;
 use crate::store::{RunId, Store, StoreError};
 
-/// So many blocks are unpacked for a curve in any case.
+/// Up to this many blocks, a curve unpacks all of them.
 const FEW: i64 = 128;
 
 impl Store {
@@ -38,10 +38,10 @@ impl Store {
         query: CurveQuery,
     ) -> Result<Vec<Summary>, StoreError> {
         let (from, to) = (clamped(query.from), clamped(query.to));
-        // Blocks as a whole give at least half as many buckets as asked for, or there are few.
+        // Whole blocks give at least half the requested buckets, or there are only few blocks.
         let few = i64::from(query.buckets).min(FEW.max(i64::from(query.buckets) / 2));
         let begin = self.block_of(named, from).await?;
-        // Blocks do not overlap: the first and the last are found by their place, and no more are counted than matter.
+        // Blocks do not overlap: their positions give the first and the last, and only the blocks in between are counted.
         let extent = sqlx::query(
             "with wanted as not materialized (
                  select * from blocks
@@ -92,7 +92,7 @@ impl Store {
         Ok(grid.buckets.into_values().collect())
     }
 
-    /// Where the block begins that has a step, or would have it.
+    /// The first step of the block that contains a step, or would contain it.
     async fn block_of(&self, named: &NamedSeries, step: i64) -> Result<i64, StoreError> {
         let first = sqlx::query_scalar(
             "select first_step from blocks where series = ?1 and first_step <= ?2
@@ -105,7 +105,7 @@ impl Store {
         Ok(first.unwrap_or(step))
     }
 
-    /// Many more points than buckets: blocks count as a whole, but for those that the range cuts.
+    /// With many more points than buckets, whole blocks are used, except for those that the range cuts.
     async fn sum_up_blocks(
         &self,
         named: &NamedSeries,
@@ -161,7 +161,7 @@ impl Store {
     }
 }
 
-/// Buckets of equal width between two places, filled from points and from summaries.
+/// Buckets of equal width between two positions, filled from points and from summaries.
 struct Grid {
     axis: Axis,
     first: i64,
@@ -182,12 +182,12 @@ impl Grid {
         }
     }
 
-    /// Adds points in their order: neighbours that fall into one bucket are summed up before it is looked up.
+    /// Adds points in order: neighbours in the same bucket are combined first, so that the bucket is looked up once.
     fn add(&mut self, points: &[BlockPoint]) {
         let mut rest = points;
         while let Some(first) = rest.first() {
             let (place, count) = match self.axis {
-                // Steps ascend: the end of a bucket is looked for instead of asked for at every point.
+                // Steps ascend, so the end of a bucket is searched for instead of tested at every point.
                 Axis::Step => {
                     let index = self.index(first.step);
                     let inside = |point: &BlockPoint| self.index(point.step) == index;

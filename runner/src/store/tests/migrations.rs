@@ -13,7 +13,7 @@ async fn of_the_first_schema(dir: &Path) -> SqliteConnection {
 fn a_store_of_the_first_schema_is_taken_along() {
     check(|dir| async move {
         let mut old = of_the_first_schema(&dir).await;
-        let holder = lease::Holder::this_process();
+        let holder = holder::Holder::this_process();
         sqlx::raw_sql(
             "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
                  values (1, 'r1', 'digits', '/r.yaml', 'text', '{\"a\": 1}', 3, '[]', '{\"host\": \"h\"}', 'running', 5);

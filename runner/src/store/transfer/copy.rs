@@ -1,4 +1,4 @@
-//! Runs copied one by one from one database into another, with everything that belongs to them.
+//! Copies runs one by one from one database into another, with everything that belongs to them.
 
 use std::collections::HashMap;
 
@@ -8,24 +8,24 @@ use sqlx::{AssertSqlSafe, Row};
 use super::Transfer;
 use crate::store::{RunId, StoreError, block};
 
-/// What has been copied, from one transaction to the next.
+/// The state of copying, kept across transactions.
 #[derive(Debug, Default)]
 pub(in crate::store) struct Copied {
-    /// Keys of attempts there and here.
+    /// The keys of attempts in the source, and in the destination.
     attempts: HashMap<i64, i64>,
-    /// By attempts there that are not here yet: stages here that reuse them, and the piece in which these came.
+    /// For attempts that have not been copied yet: the copied stages that reuse them, and the pieces of those stages.
     waiting: HashMap<i64, Vec<(i64, u64)>>,
-    /// Stages here and the attempts here that they reuse, to be written down.
+    /// Stages and the attempts that they reuse, both in the destination, still to be written.
     ready: Vec<(i64, i64)>,
-    /// The piece under way, and how many stages that came in it wait.
+    /// The current piece, and how many of its stages wait.
     piece: u64,
     unsettled: u64,
-    /// What is told of it.
+    /// The report.
     pub(in crate::store) done: Transfer,
 }
 
 impl Copied {
-    /// An attempt there is this one here.
+    /// Records which attempt of the destination is one of the source.
     fn pair(&mut self, there: i64, here: i64) {
         self.attempts.insert(there, here);
         for (stage, piece) in self.waiting.remove(&there).unwrap_or_default() {
@@ -34,7 +34,7 @@ impl Copied {
         }
     }
 
-    /// A stage here reuses an attempt there.
+    /// Records that a copied stage reuses an attempt of the source.
     fn reuses(&mut self, stage: i64, there: i64) {
         match self.attempts.get(&there) {
             Some(here) => self.ready.push((stage, *here)),
@@ -51,7 +51,7 @@ impl Copied {
 pub(in crate::store) struct Copy<'c> {
     connection: &'c mut SqliteConnection,
     copied: &'c mut Copied,
-    /// Whether nothing in the source is damaged: then much is copied at once.
+    /// Whether the source is undamaged: then many rows are copied at once.
     is_sound: bool,
 }
 
@@ -69,7 +69,7 @@ impl<'c> Copy<'c> {
         }
     }
 
-    /// Copies a run that is not known here.
+    /// Copies a run that the destination does not have.
     pub(in crate::store) async fn run(&mut self, run: &RunId) -> Result<(), StoreError> {
         let there: Option<i64> = sqlx::query_scalar("select key from main.runs where id = ?1")
             .bind(&run.0)
@@ -106,7 +106,7 @@ impl<'c> Copy<'c> {
                  where run = ?1 and json_valid(resolved) and json_valid(environment)",
             ),
             (
-                // Who carries a run out does so in its own store. There is when it was last heard of.
+                // The end of a lost run is its last heartbeat, which only the source knows.
                 "when it was last heard of",
                 "update main.runs set finished = coalesce(
                      (select l.heartbeat from source.leases l
@@ -149,7 +149,7 @@ impl<'c> Copy<'c> {
                 "insert into main.imported (run) select ?2 where ?1 is not null",
             ),
             (
-                // A run without its recipe would not be found by anybody.
+                // Nobody could find a run without its recipe.
                 "that it has no recipe",
                 "insert or ignore into main.documents (run, recipe_text, resolved, environment)
                  select ?2, '', 'null', '{}' where ?1 is not null",
@@ -172,8 +172,8 @@ impl<'c> Copy<'c> {
         Ok(())
     }
 
-    /// The sweep that a run is a point of. One of the same name that is there already stays as it is: the run becomes its
-    /// point only where both are made of the same.
+    /// The sweep of which a run is a point. An existing one of the same name is not changed: the run becomes its point only if
+    /// both have the same content.
     async fn sweep(
         &mut self,
         run: &RunId,
@@ -191,7 +191,7 @@ run,
 );
         copied.await?;
         for sql in [
-            // A sweep that was there has its points.
+            // An existing sweep has its points already.
             "insert or ignore into main.sweep_points (sweep, point, settings)
              select m.key, p.point, p.settings
              from source.sweeps w join source.sweep_points p on p.sweep = w.key join main.sweeps m on m.id = w.id
@@ -224,7 +224,7 @@ run,
         Ok(())
     }
 
-    /// Of a run that is known here: which attempts are which, and tags that it has there only.
+    /// For a run that the destination has: matches its attempts, and adds missing tags.
     async fn known(&mut self, run: &RunId) -> Result<(), StoreError> {
         let pairs: Vec<(i64, i64)> = sqlx::query_as(
             "select sa.key, ma.key
@@ -242,7 +242,7 @@ run,
         for (there, here) in pairs {
             self.copied.pair(there, here);
         }
-        // An import that was ended may have left out what only a later piece of it has.
+        // An interrupted import may lack what only a later piece has.
         let unconnected: Vec<(i64, i64)> = sqlx::query_as(
             "select ms.key, ss.reused_from
              from source.runs sr
@@ -388,7 +388,7 @@ run,
 
     async fn block(&mut self, key: i64, here: i64, step: i64) -> Result<(), StoreError> {
         if !self.is_sound {
-            // SQLite does not notice damage within a value.
+            // SQLite does not detect damage within a value.
             let data: Vec<u8> = sqlx::query_scalar(
                 "select k.data from source.blocks b join source.packs k on k.key = b.pack
                  where b.series = ?1 and b.first_step = ?2",
@@ -418,11 +418,11 @@ run,
         Ok(())
     }
 
-    /// Says of stages that reuse an attempt which it is here, as far as these attempts are here; whether all are which the
-    /// stages of this piece reuse.
+    /// Links stages to the attempts that they reuse, as far as these have been copied. Returns whether all attempts that this
+    /// piece's stages reuse have been copied.
     pub(in crate::store) async fn connect_reused(&mut self) -> Result<bool, StoreError> {
         for (stage, here) in std::mem::take(&mut self.copied.ready) {
-            // Of a file that came from elsewhere, too: what was reused is what was asked for.
+            // A file from elsewhere may claim anything: a reused result must have the stage's digest.
             sqlx::query(
                 "update main.stages set reused_from = ?2
                  where key = ?1 and digest is (select digest from main.attempts where key = ?2)",
@@ -435,7 +435,7 @@ run,
         Ok(self.copied.unsettled == 0)
     }
 
-    /// The artifacts of a run of the source that are recorded here.
+    /// The artifacts of a source's run that the destination has.
     pub(in crate::store) async fn artifacts(
         &mut self,
         run: &RunId,
@@ -452,7 +452,7 @@ run,
         Ok(found.bind(&run.0).fetch_all(&mut *self.connection).await?)
     }
 
-    /// Copies the row of an id; its key here, if there was one.
+    /// Copies the row with an id. Returns its new key, if there was one.
     async fn row(&mut self, sql: &'static str, id: &str) -> Result<Option<i64>, StoreError> {
         let done = sqlx::query(sql)
             .bind(id)
@@ -461,7 +461,7 @@ run,
         Ok((done.rows_affected() > 0).then(|| done.last_insert_rowid()))
     }
 
-    /// Copies rows that belong to `key` there and to `into` here; `what` they are is noted where they cannot be read.
+    /// Copies the rows of `key` in the source to `into`. If they cannot be read, `what` names them in the report.
     async fn rows(
         &mut self,
         sql: &'static str,
@@ -484,8 +484,8 @@ run,
         Ok(query.execute(&mut *self.connection).await?)
     }
 
-    /// Copies pieces, each with its name, that belong to `key` there and to `into` here. Where nothing is damaged they are
-    /// one question: to ask it takes longer than to answer it.
+    /// Copies pieces, each with its name, of `key` in the source to `into`. Without damage a single query copies them all,
+    /// because a query's overhead exceeds its work.
     async fn pieces(
         &mut self,
         pieces: &[(&str, &'static str)],
@@ -509,7 +509,7 @@ run,
         Ok(())
     }
 
-    /// As [`Self::rows`], of the one row with this key; its key here.
+    /// Like [`Self::rows`], for the one row with this key. Returns its new key.
     async fn one(
         &mut self,
         sql: &'static str,
@@ -527,7 +527,7 @@ run,
         self.or_lost(copied, run, what)
     }
 
-    /// Keys of what belongs to `of` there; `what` they are is noted where they cannot be read.
+    /// The keys of the rows of `of` in the source. If they cannot be read, `what` names them in the report.
     async fn keys(
         &mut self,
         sql: &'static str,
@@ -544,7 +544,7 @@ run,
         Ok(keys.unwrap_or_default())
     }
 
-    /// Notes down what cannot be read; other errors remain.
+    /// Reports what cannot be read; passes on other errors.
     pub(super) fn or_lost<T>(
         &mut self,
         result: Result<T, StoreError>,
@@ -560,7 +560,7 @@ run,
                     .push(format!("run {run}: {what}: {message}"));
                 Ok(None)
             }
-            // Damage may also look like rows that break a rule.
+            // Damage may also look like rows that violate a constraint.
             Err(StoreError::Sql(error)) => {
                 self.copied
                     .done

@@ -8,14 +8,14 @@ use sqlx::sqlite::SqliteConnection;
 use crate::artifact::{self, ArtifactFile};
 use crate::store::StoreError;
 
-/// Bytes of a file kept in one row.
+/// Bytes of a file in one row.
 pub(in crate::store) const PART: usize = 1 << 20;
 
 /// Files of artifacts in an exported file. Not part of a store's schema: a store keeps them as files.
 pub(in crate::store) const FILES: &str = "create table exported_files (artifact text not null, path text not null, part integer not null,
     data blob not null, primary key (artifact, path, part)) strict";
 
-/// Puts the files of an artifact into the exported file: all of them, as its record has them, or none.
+/// Adds the files of an artifact to the exported file: all of them, as in its record, or none.
 pub(super) async fn put_files(
     connection: &mut SqliteConnection,
     artifacts: &Path,
@@ -28,7 +28,7 @@ pub(super) async fn put_files(
     let damaged = |message: String| StoreError::Damaged { message };
     let files: Vec<ArtifactFile> =
         serde_json::from_str(&files).map_err(|error| damaged(error.to_string()))?;
-    // Of a record that somebody else has written no path may lead elsewhere. The hash of the list tells.
+    // The record may be somebody else's, and no path may lead outside. The hash of the list verifies that.
     if artifact::list_hash(&files) != hash {
         return Err(damaged("its files are not what its hash says".to_owned()));
     }
@@ -61,7 +61,7 @@ async fn put_file(
             .take(PART as u64)
             .read_to_end(&mut bytes)
             .map_err(io)?;
-        // An empty file is one empty part.
+        // An empty file has one empty part.
         if bytes.is_empty() && part > 0 {
             break;
         }

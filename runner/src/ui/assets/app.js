@@ -1,5 +1,5 @@
-// What pages do beyond what they say: theme, keys, selection, baseline, search in tables, and following what happens.
-// Everything that is shown is made by the server; here the same address is asked for again and what differs is replaced.
+// Scripts of the pages: theme, keys, selection, baseline, search in tables, and live updates. The server renders everything;
+// live updates fetch the same address again and replace the parts that differ.
 
 import { charts } from './chart.js';
 import { pictures } from './pictures.js';
@@ -33,7 +33,7 @@ for (const [id, act] of [['theme', toggleTheme], ['keys', () => one('#help').sho
   button.addEventListener('click', act);
 }
 
-// The baseline: in the address, so that a link shows the same, and remembered for the next visit.
+// The baseline: part of the address, so that links preserve it, and remembered for the next visit.
 
 const place = new URL(location);
 const baseline = () => new URL(location).searchParams.get('baseline');
@@ -252,7 +252,7 @@ function follow() {
     source = null;
     pulse(false);
   };
-  // A browser has six connections to a server, for all its tabs: those that nobody sees hold none.
+  // A browser allows six connections to a server for all its tabs, so hidden tabs hold none.
   const listen = () => {
     if (source || ended || document.hidden) return;
     source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');

@@ -1,5 +1,5 @@
-// Curves: each figure asks for as many buckets as it has room for, and for finer ones of a part that is zoomed into.
-// The mean of a bucket is the line, its least and greatest value the band. Drawn as SVG, so that it can be saved as seen.
+// Curves: each figure requests as many buckets as it has room for, and finer ones when zoomed in. The mean of a bucket is the
+// line, its least and greatest value the band. Drawn as SVG, so that it can be saved as seen.
 
 const NS = 'http://www.w3.org/2000/svg';
 const SIZE = { width: 640, height: 230, left: 58, right: 12, top: 10, bottom: 26 };
@@ -123,7 +123,7 @@ class Figure {
     }
   }
 
-  // What is saved is what is seen.
+  // The saved picture is the visible one.
   links() {
     for (const link of this.host.querySelectorAll('[data-save]')) {
       const saved = this.address(link.getAttribute('href'));
@@ -408,7 +408,7 @@ export const charts = {
       });
       addEventListener('popstate', () => { read(); showKnobs(); charts.load(); });
     }
-    // What is out of sight is not asked for.
+    // Hidden figures are not requested.
     watch = new IntersectionObserver((entries) => {
       for (const entry of entries) {
         const figure = figures.find((candidate) => candidate.host === entry.target);

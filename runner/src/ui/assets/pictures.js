@@ -1,4 +1,4 @@
-// Pictures: a closer look, in which pixels stay squares, and a slider through what was drawn over training.
+// Pictures: an enlarged view with square pixels, and a slider through snapshots of a training.
 
 function look(link) {
   const image = link.querySelector('img');

@@ -31,7 +31,7 @@ impl Disk {
         &self.path
     }
 
-    /// Leaves no room.
+    /// Fills the disk.
     pub fn fill(&self) {
         let mut file = File::create(self.filler()).expect("a file");
         for size in [1 << 16, 1 << 10, 1] {
@@ -40,7 +40,7 @@ impl Disk {
         }
     }
 
-    /// Gives the room back.
+    /// Frees the space again.
     pub fn free(&self) {
         let _ = fs::remove_file(self.filler());
     }

@@ -15,26 +15,26 @@ pub struct Runner {
     gone: bool,
 }
 
-/// How it ended, and what it said.
+/// How it ended, and its output.
 #[derive(Debug)]
 pub struct Ended {
     /// Exit code.
     pub code: Option<i32>,
-    /// Or the signal that ended it.
+    /// The signal that ended it.
     pub signal: Option<i32>,
-    /// What it wrote.
+    /// Its standard output.
     pub stdout: String,
-    /// What it said.
+    /// Its standard error.
     pub stderr: String,
 }
 
 impl Ended {
-    /// Whether a panic was told.
+    /// Whether it reported a panic.
     pub fn panicked(&self) -> bool {
         self.stderr.contains("panicked at") || self.code == Some(101)
     }
 
-    /// Its end and its last words.
+    /// Its end and its last output.
     pub fn told(&self) -> String {
         let mut last: Vec<&str> = self.stderr.lines().rev().take(12).collect();
         last.reverse();
@@ -73,13 +73,13 @@ impl Runner {
         self.child.id()
     }
 
-    /// Whether it has not ended. Until this says so, its process id is its own.
+    /// Whether it is still running. As long as it is, its process id is not reused.
     pub fn lives(&mut self) -> bool {
         self.gone = self.gone || !matches!(self.child.try_wait(), Ok(None));
         !self.gone
     }
 
-    /// Waits for its end; kills it when that takes too long.
+    /// Waits for its end, and kills it after too long.
     pub fn end(mut self, patience: Duration) -> Ended {
         let until = Instant::now() + patience;
         while self.lives() && Instant::now() < until {
@@ -113,9 +113,9 @@ impl Drop for Runner {
     }
 }
 
-/// Sends a signal; whether there was somebody to get it.
+/// Sends a signal. Returns whether the process existed.
 pub fn kill(pid: u32, signal: i32) -> bool {
-    // SAFETY: a plain system call. The caller knows the process, a child of its own or a child of one.
+    // SAFETY: a plain system call. The process is a child of this one, or a child's child.
     unsafe { libc::kill(pid.cast_signed(), signal) == 0 }
 }
 
@@ -138,7 +138,7 @@ pub fn state(pid: u32) -> Option<(u32, char)> {
     Some((fields.next()?.parse().ok()?, state))
 }
 
-/// Whoever runs a soak in the background has Ctrl-C and hang-ups ignored, and retort would respect that.
+/// A soak in the background has Ctrl-C and hang-ups ignored, and retort would respect that.
 pub fn default_signals(command: &mut Command) {
     // SAFETY: between fork and exec only an async-signal-safe function is called.
     unsafe {

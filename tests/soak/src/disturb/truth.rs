@@ -1,4 +1,4 @@
-//! What must be so, whatever was killed.
+//! Invariants that must hold after any kill.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -10,10 +10,10 @@ use super::process::{self, Ended};
 use super::{Broken, Lab, Life};
 use crate::report::Report;
 
-/// How long a point may be on its way to the history, in milliseconds.
+/// How long a point may take to reach the history, in milliseconds.
 const ON_ITS_WAY: i64 = 1000;
 
-/// How killed workers that did a part of a stage are counted.
+/// The name of the count of killed workers with a part.
 pub const PARTS: &str = "parts of a stage killed";
 
 /// Milliseconds since 1970.
@@ -57,7 +57,7 @@ pub fn results(said: &Ended) -> Result<BTreeMap<String, String>, Broken> {
     }
 }
 
-/// Whether the results have the bytes of a run that nothing happened to.
+/// Whether the results have the bytes of an undisturbed run.
 pub fn results_are(said: &Ended, right: &BTreeMap<String, String>) -> Result<(), Broken> {
     let found = results(said)?;
     match found == *right {
@@ -68,7 +68,7 @@ pub fn results_are(said: &Ended, right: &BTreeMap<String, String>) -> Result<(),
     }
 }
 
-/// How runners end: with a documented code, or by the signal that was sent.
+/// Runners end with a documented code, or by the signal that was sent.
 pub fn end_is_known(ended: &Ended, life: &Life) -> Result<(), Broken> {
     let killed = life
         .runner
@@ -85,7 +85,7 @@ pub fn end_is_known(ended: &Ended, life: &Life) -> Result<(), Broken> {
             .runner
             .iter()
             .any(|(signal, _)| *signal != libc::SIGKILL),
-        // A signal that came before the runner listened.
+        // The signal came before the runner listened.
         (_, Some(signal)) => {
             killed && signal == libc::SIGKILL || life.runner.iter().any(|(sent, _)| *sent == signal)
         }
@@ -123,7 +123,7 @@ fn is_worker(pid: u32) -> bool {
     command.starts_with(b"retort\0worker")
 }
 
-/// No run is under way when no runner is, and the states are those that what happened allows.
+/// Without a runner no run is running, and the states are consistent with the disturbances.
 pub fn states_are_true(
     lab: &Lab,
     store: &Path,
@@ -204,7 +204,7 @@ pub fn points_are_there(
         if was_hit && ledger.starts_with("part\n") {
             report.count(PARTS);
         }
-        // Parts have no attempt of their own. A process that is stopped sends nothing, and a full disk takes nothing.
+        // Parts have no separate attempts. A stopped process sends nothing, and a full disk stores nothing.
         let attempt = attempts.iter().find(|attempt| attempt["worker_pid"] == pid);
         let Some(attempt) = attempt.filter(|_| !life.stopped && !life.filled) else {
             continue;
@@ -220,7 +220,7 @@ pub fn points_are_there(
             .iter()
             .find(|(worker, _)| i64::from(*worker) == pid)
             .map(|(_, at)| *at));
-        // A machine that has no time for the stage may have none for the runner either.
+        // A machine too busy for the stage may be too busy for the runner as well.
         let stall = given
             .windows(2)
             .map(|pair| pair[1].2 - pair[0].2)
@@ -259,7 +259,7 @@ fn given(line: &str) -> Option<(&str, i64, i64)> {
     (at > 1_000_000_000_000).then_some((series, step, at))
 }
 
-/// Every artifact has the bytes that its name says, and the history is sound.
+/// Every artifact's content matches its name, and the history is sound.
 pub fn is_whole(lab: &Lab, store: &Path) -> Result<(), Broken> {
     for arguments in [["artifacts", "verify"].as_slice(), &["doctor"]] {
         let said = lab.retort(store, arguments);
@@ -276,7 +276,7 @@ pub fn is_whole(lab: &Lab, store: &Path) -> Result<(), Broken> {
     Ok(())
 }
 
-/// After `gc --remove` nothing lies in the store that nobody needs.
+/// After `gc --remove` the store contains nothing unneeded.
 pub fn nothing_is_left_over(store: &Path) -> Result<(), Broken> {
     let names = |dir: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();

@@ -1,8 +1,8 @@
-//! Feeds a target with mutated inputs, in a process of its own.
+//! Feeds a target with mutated inputs, in a separate process.
 //!
-//! The process writes each input down before it tries it, so that whatever ends the process (a panic, a signal, a stack
-//! that overflows, running out of memory, too much time) the input is known. Its address space is limited, which turns greed
-//! into a failed allocation; a thread of it watches the processor time of each input.
+//! The process records each input before it tries it, so the input is known whatever ends the process (a panic, a signal, a
+//! stack overflow, lack of memory, too much time). A limit on its address space turns excessive memory use into a failed
+//! allocation; a thread monitors the processor time of each input.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -21,29 +21,29 @@ use super::mutation::mutate;
 use crate::random::Random;
 use crate::report::Inputs;
 
-/// The most memory that an input may have a target use, in KiB, beyond what the process has before.
+/// The most memory that an input may cost, in KiB, beyond what the process had before.
 const MEMORY_KIB: u64 = 512 << 10;
 /// The most processor time for one input.
 const CPU_SECONDS: f64 = 2.0;
-/// The most time by the clock for one input, on a busy machine: who waits for ever uses no processor.
+/// The most wall-clock time for one input, on a busy machine: an endless wait uses no processor time.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The longest mutated input.
 const LONGEST: usize = 1 << 16;
-/// Crashes of one target after which it is left alone.
+/// Crashes after which a target is no longer tested.
 const MOST_CRASHES: usize = 20;
-/// Exit code of a process that found an input too slow.
+/// The exit code after an input that was too slow.
 const TOO_SLOW: i32 = 17;
 
 /// How long to go on.
 #[derive(Debug, Clone, Copy)]
 pub enum Until {
-    /// So many inputs.
+    /// A number of inputs.
     Inputs(u64),
-    /// So much time by the clock.
+    /// A wall-clock duration.
     Time(Duration),
 }
 
-/// What a process is to feed a target with.
+/// A process's instructions for feeding a target.
 #[derive(Debug, Clone)]
 pub struct FuzzInput {
     /// Seed of all choices.
@@ -52,12 +52,12 @@ pub struct FuzzInput {
     pub until: Until,
     /// Inputs of the corpus that are known to end the process, as [`name_of`] names them.
     pub known: Vec<u64>,
-    /// File for the input that is being tried.
+    /// The file for the current input.
     pub note: PathBuf,
 }
 
-/// Tries the corpus and then mutations of it; for the process that is to do it. Does not return where an input is too
-/// slow or makes something panic.
+/// Tries the corpus and then mutations of it; for the feeding process. Does not return if an input is too slow or causes a
+/// panic.
 pub fn feed(target: &Target, meal: &FuzzInput) -> Inputs {
     end_with_any_panic();
     let notes = Arc::new(Notes {
@@ -68,7 +68,7 @@ pub fn feed(target: &Target, meal: &FuzzInput) -> Inputs {
     corpus.extend(target.corpus().into_iter().map(|(_, bytes)| bytes));
     corpus.retain(|bytes| !meal.known.contains(&name_of(bytes)));
     let kept = corpus.len();
-    // What a target makes once, it makes now, before memory is counted.
+    // The target initialises itself now, before memory is measured.
     notes.try_one(target, b"");
     limit_memory();
     watch(Arc::clone(&notes));
@@ -87,7 +87,7 @@ pub fn feed(target: &Target, meal: &FuzzInput) -> Inputs {
         if over {
             break;
         }
-        // Half of the time from the files themselves: what was found lately is not everything.
+        // Half of the time from the corpus, so that recent finds do not dominate.
         let among = if random.once_in(2) {
             kept
         } else {
@@ -116,19 +116,19 @@ pub fn feed(target: &Target, meal: &FuzzInput) -> Inputs {
     inputs
 }
 
-/// What an input did to the process that tried it.
+/// A crash by an input.
 #[derive(Debug)]
 pub struct Crash {
-    /// What happened.
+    /// How it crashed.
     pub what: String,
     /// The input.
     pub bytes: Vec<u8>,
 }
 
-/// Has `command` (this program, told to call [`feed`] with the file `note`) feed a target, and looks how it ends. Its last line
-/// says what it did.
+/// Feeds a target through `command` (this program, which calls [`feed`] with the file `note`), and reads how it ended. Its last
+/// line has the counts.
 pub fn watch_over(command: &mut Command, note: &Path) -> (Inputs, Option<Crash>) {
-    // One arena for all threads: each takes address space, of which there is not much.
+    // One arena for all threads, because each takes some of the limited address space.
     let mut child = command
         .env("MALLOC_ARENA_MAX", "1")
         .env("RUST_BACKTRACE", "0")
@@ -170,8 +170,8 @@ pub fn watch_over(command: &mut Command, note: &Path) -> (Inputs, Option<Crash>)
     (inputs, Some(Crash { what, bytes }))
 }
 
-/// Feeds a target for some time; a crash ends a process, not the whole. `feed` makes the command for a meal. Crashing
-/// inputs are kept in `crashes`; what they did is returned.
+/// Feeds a target for some time; a crash ends only one process. `feed` makes the command. Crashing inputs are saved in
+/// `crashes`, and returned with their effects.
 pub fn run(
     target: &Target,
     seed: u64,
@@ -218,7 +218,7 @@ pub fn run(
     (all, violations)
 }
 
-/// A number that stands for an input.
+/// A number that identifies an input.
 fn name_of(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     bytes.hash(&mut hasher);
@@ -232,14 +232,14 @@ fn keep(folder: &Path, target: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// The input that is being tried, and how many there were: for whoever finds the process dead.
+/// The current input and its count, for the parent if this process dies.
 struct Notes {
     file: File,
     count: AtomicU64,
 }
 
 impl Notes {
-    /// Writes the input down, then tries it.
+    /// Records the input, then tries it.
     fn try_one(&self, target: &Target, bytes: &[u8]) -> String {
         let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
         let mut note = Vec::with_capacity(16 + bytes.len());
@@ -262,7 +262,7 @@ impl Notes {
     }
 }
 
-/// Any panic ends the process, whichever thread it is in and whoever would catch it.
+/// Any panic ends the process, in any thread, even if it would be caught.
 fn end_with_any_panic() {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -271,7 +271,7 @@ fn end_with_any_panic() {
     }));
 }
 
-/// Allows this process so much address space beyond what it has.
+/// Allows this process this much more address space.
 fn limit_memory() {
     let most = (own("status", "VmSize:").expect("Linux") + MEMORY_KIB) << 10;
     let limit = libc::rlimit {
@@ -299,7 +299,7 @@ fn watch(notes: Arc<Notes>) {
     });
 }
 
-/// Processor time of this process, as Linux counts it in hundredths of a second.
+/// This process's processor time, in Linux's hundredths of a second.
 fn cpu_seconds() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").expect("Linux");
     let fields = stat.rsplit_once(')').expect("a name in brackets").1;
@@ -317,7 +317,7 @@ fn own(file: &str, figure: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.trim().parse().ok()
 }
 
-/// A message without its numbers, short.
+/// A message without its numbers, shortened.
 fn shape_of(outcome: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     for byte in outcome

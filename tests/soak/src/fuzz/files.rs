@@ -1,10 +1,11 @@
-//! Files that come from elsewhere: checkpoints, arrays, images, datasets.
+//! Files from elsewhere: checkpoints, arrays, images, datasets.
 
 use std::fs;
 use std::path::Path;
 
 use retort_checkpoint::Checkpoint;
 use retort_checkpoint::parquet::Parquet;
+use retort_checkpoint::sharded_weights::ShardPlace;
 use retort_checkpoint::trajectories::Manifest;
 use retort_engine::data::source::Source;
 use retort_engine::data::{DataOptions, Images};
@@ -201,7 +202,7 @@ pub const IMAGE: Target = Target {
     examples: Some("plugins/engine/fixtures/images/formats"),
 };
 
-/// Directories, which may lie anywhere and in any number, are read before anything else of a TIFF.
+/// A TIFF's directories, which may be anywhere and in any number, are read first.
 pub const TIFF: Target = Target {
     name: "tiff",
     exercise: exercise_image,
@@ -262,6 +263,55 @@ pub const TRAJECTORIES: Target = Target {
     examples: None,
 };
 
+pub const TABLE: Target = Target {
+    name: "table",
+    exercise: exercise_table,
+    tokens: &[
+        b"file_name",
+        b"label",
+        b"caption",
+        b"text",
+        b"0/a.png",
+        b"1/a.png",
+        b"../a.png",
+        b"/dev/zero",
+        b"{\"file_name\": \"0/a.png\", \"label\": 1}\n",
+        b"\"label\": -1",
+        b"\"label\": 1e300",
+        b"\\u0000",
+        b"\xef\xbb\xbf",
+        b",",
+        b"\"",
+        b"\r\n",
+        b"\n",
+        b"[[[[",
+        b"{",
+        b"}",
+    ],
+    mend: None,
+    examples: None,
+};
+
+pub const INDEX: Target = Target {
+    name: "index",
+    exercise: exercise_index,
+    tokens: &[
+        b"{\"weight_map\": {",
+        b"\"metadata\": {\"total_size\": 8},",
+        b"\"a\": \"part-00001-of-00002.safetensors\",",
+        b"\"a\": \"../part.safetensors\"",
+        b"\"a\": \"/dev/zero\"",
+        b"\"a\": 1",
+        b"\\u0000",
+        b"null",
+        b"[",
+        b"{",
+        b"}",
+    ],
+    mend: None,
+    examples: None,
+};
+
 /// Opens the bytes and reads every tensor.
 fn exercise_checkpoint(bytes: &[u8]) -> String {
     let checkpoint = match Checkpoint::from_bytes(bytes.to_vec()) {
@@ -279,7 +329,7 @@ fn exercise_checkpoint(bytes: &[u8]) -> String {
     for dictionary in checkpoint.dictionaries() {
         for (name, tensor) in dictionary.tensors() {
             assert_eq!(dictionary.get(name).map(|t| &t.shape), Some(&tensor.shape));
-            // A file may name one storage thousands of times: enough is enough.
+            // A file may name one storage thousands of times, so the number is limited.
             if tensor.bytes() > left {
                 continue;
             }
@@ -380,7 +430,7 @@ fn exercise_parquet(bytes: &[u8]) -> String {
     told
 }
 
-/// Cells of a column, as many as there may be in a small file.
+/// The most cells of a column in a small file.
 fn cells(file: &Parquet, column: usize) -> retort_checkpoint::Result<u64> {
     let (mut pages, mut count) = (file.pages(column), 0);
     while let Some(page) = pages.next()? {
@@ -399,7 +449,7 @@ fn load_from(name: &str, bytes: &[u8], options: impl FnOnce(String) -> DataOptio
     with_file(name, bytes, |path| load(&options(name.into()), path))
 }
 
-/// One more image of a folder that has two good ones; the format is told by its content.
+/// Another image in a folder with two valid ones; the content determines the format.
 fn exercise_image(bytes: &[u8]) -> String {
     with_file("images/0/b.png", bytes, |path| {
         let base = path.ancestors().nth(3).expect("the folder");
@@ -413,8 +463,38 @@ fn exercise_image(bytes: &[u8]) -> String {
     })
 }
 
+/// A table of the two good images, in the format that its first byte says.
+fn exercise_table(bytes: &[u8]) -> String {
+    let name = match bytes.first() {
+        Some(b'{') => "a.jsonl",
+        _ => "a.csv",
+    };
+    load_from(name, bytes, |file| DataOptions {
+        folder: Some("images".into()),
+        table: Some(file),
+        skip_damaged: true,
+        ..DataOptions::default()
+    })
+}
+
+/// An index of weights in several files, which are not there.
+fn exercise_index(bytes: &[u8]) -> String {
+    with_file(
+        "a.safetensors.index.json",
+        bytes,
+        |path| match ShardPlace::find(path) {
+            Ok(place) => place.files().len().to_string(),
+            Err(error) => error.to_string(),
+        },
+    )
+}
+
 fn load(options: &DataOptions, beside: &Path) -> String {
-    let source = match Source::open(options, beside.parent().expect("the folder")) {
+    let source = match Source::open(
+        options,
+        beside.parent().expect("the folder"),
+        &mut |_, _| true,
+    ) {
         Ok(source) => source,
         Err(error) => return error.to_string(),
     };
@@ -458,7 +538,7 @@ fn exercise_trajectories(bytes: &[u8]) -> String {
     })
 }
 
-/// Puts the bytes into a file of a folder that this thread keeps, in memory where the system has such a place.
+/// Writes the bytes to a file in this thread's folder, in memory if the system has such a file system.
 fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> String) -> String {
     thread_local! {
         static FOLDER: TempDir = {
@@ -481,7 +561,7 @@ fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> String) -> St
 /// A grey image of 2 x 2 pixels.
 const GREY: &[u8] = include_bytes!("../../corpus/image/grey.png");
 
-/// Sets the check sums of the headers, mostly those at multiples of a block.
+/// Sets the checksums of the headers, mostly those at multiples of a block.
 fn mend_tar(bytes: &mut [u8]) {
     for block in bytes.chunks_exact_mut(512) {
         if &block[257..262] == b"ustar" {
@@ -492,7 +572,7 @@ fn mend_tar(bytes: &mut [u8]) {
     }
 }
 
-/// Sets the check sums of all chunks.
+/// Sets the checksums of all chunks.
 fn mend_png(bytes: &mut [u8]) {
     let mut at = 8;
     while let Some(length) = bytes.get(at..at + 4) {
@@ -510,7 +590,7 @@ fn mend_png(bytes: &mut [u8]) {
     }
 }
 
-/// Sets the check sums of the entries of an archive that are not packed; of many, those of the first.
+/// Sets the checksums of an archive's unpacked entries, up to a limit.
 fn mend_zip(bytes: &mut [u8]) {
     const MOST: usize = 16;
     let number = |bytes: &[u8]| {

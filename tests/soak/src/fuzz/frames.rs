@@ -1,4 +1,4 @@
-//! What a worker sends: bytes through a live socket into the reader that the runner has.
+//! A worker's messages: bytes through a live socket into the runner's reader.
 
 use std::io::Write;
 use std::net::Shutdown;
@@ -66,7 +66,7 @@ async fn hear(bytes: &[u8]) -> String {
         if wire.closed() {
             return outcome;
         }
-        // Never more than the socket holds: nobody reads while this thread writes.
+        // Never more than the socket buffers, because nobody reads while this thread writes.
         match waiting.next() {
             Some(piece) => theirs.write_all(piece).expect("room"),
             None => theirs.shutdown(Shutdown::Write).expect("a socket"),
@@ -75,20 +75,20 @@ async fn hear(bytes: &[u8]) -> String {
     }
 }
 
-/// Gives each frame a length that reaches to the next one, mostly: what is looked for lies in the messages.
+/// Usually sets each frame's length so that it ends at the next one: faults are more likely in the messages.
 fn mend(bytes: &mut Vec<u8>) {
     if bytes.len().is_multiple_of(8) {
         return;
     }
     let mut mended = Vec::with_capacity(bytes.len());
-    // A message begins with a brace or a quote, after three zeroes of a length.
+    // A message begins with a brace or a quote, after three zeros of a length.
     let mut starts: Vec<usize> = (4..bytes.len())
         .filter(|&at| matches!(bytes[at], b'{' | b'"') && bytes[at - 2..at] == [0, 0])
         .collect();
     starts.push(bytes.len() + 4);
     for ends in starts.windows(2) {
         let message = &bytes[ends[0]..(ends[1] - 4).max(ends[0])];
-        // As long as a mutated input: it fits.
+        // As long as a mutated input, so it fits.
         mended.extend((message.len() as u32).to_le_bytes());
         mended.extend(message);
     }

@@ -1,8 +1,8 @@
-//! A target that breaks as it is told: shows that the harness notices.
+//! A target that breaks on demand, which shows that the harness detects it.
 
 use super::Target;
 
-/// Not among the targets that a soak feeds.
+/// Not among a soak's targets.
 pub const HARNESS: Target = Target {
     name: "harness",
     exercise,
@@ -26,7 +26,7 @@ fn exercise(bytes: &[u8]) -> String {
     }
 }
 
-/// Never ends but by a full stack.
+/// Recurses until the stack overflows.
 #[allow(
     unconditional_recursion,
     reason = "a stack that overflows is what is tried"

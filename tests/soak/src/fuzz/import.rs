@@ -1,8 +1,8 @@
-//! Files for `runs import`: a good export, changed by statements of SQL, by bytes, or cut; or any bytes at all.
+//! Files for `runs import`: a valid export, changed by SQL or by bytes, or cut; or arbitrary bytes.
 //!
-//! What must hold afterwards, whatever the file was: the artifacts that were there are there, each directory of an
-//! artifact has the content that its name says, nothing was written beside the store, no run is under way, the
-//! history is sound, and an export of it holds no file of this machine.
+//! Invariants afterwards, for any file: the previous artifacts exist, each artifact's directory has the content that its name
+//! says, nothing was written beside the store, no run is running, the history is sound, and an export of it contains no file of
+//! this machine.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -64,10 +64,10 @@ pub const IMPORT: Target = Target {
     examples: None,
 };
 
-/// What no export may hold: the content of a file beside the store.
+/// What no export may contain: the content of a file beside the store.
 const SECRET: &str = "what lies beside the store is nobody's business";
 
-/// Stores and a good export, made once a thread.
+/// Stores and a valid export, made once per thread.
 struct TestStore {
     runtime: Runtime,
     home: TempDir,
@@ -138,7 +138,7 @@ async fn exercise_in(home: &Path, bytes: &[u8]) -> String {
         ["secret", "store"],
         "nothing is written beside the store"
     );
-    // Only what was taken over can be given away.
+    // Only imported content can be exported again.
     if !outcome.starts_with("0 ") {
         let given = lab.join("given.db");
         if export(&store_dir, None, &given, true).await.is_ok() {
@@ -151,7 +151,7 @@ async fn exercise_in(home: &Path, bytes: &[u8]) -> String {
     outcome
 }
 
-/// What holds after any import.
+/// Checks the invariants after an import.
 async fn check(store: &Store, before: &[String]) {
     let artifacts = store.dir().join("artifacts");
     let after = names(&artifacts);
@@ -192,7 +192,7 @@ async fn check(store: &Store, before: &[String]) {
     }
 }
 
-/// Does what the lines say to a copy of a good export. What cannot be done is passed over.
+/// Applies the lines to a copy of a valid export. Impossible changes are skipped.
 async fn change(file: &Path, lines: &str) {
     let mut statements = Vec::new();
     let mut bytes = Vec::new();
@@ -207,9 +207,9 @@ async fn change(file: &Path, lines: &str) {
         && let Ok(mut connection) = connect(file).await
     {
         for statement in statements {
-            // SQLite takes a NUL for the end, and the library asks for what follows it, for ever.
+            // SQLite takes a NUL for the end, and the library would ask forever for the rest.
             let statement = statement.split('\0').next().unwrap_or_default();
-            // Not what is tried here, and without an end.
+            // Not under test here, and endless.
             let harmless = !statement.contains("recursive") || statement.starts_with("create ");
             if harmless {
                 let _ = sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned()))
@@ -246,12 +246,12 @@ async fn connect(file: &Path) -> sqlx::Result<SqliteConnection> {
         .filename(file)
         .foreign_keys(false)
         .pragma("writable_schema", "on")
-        // A file of eight megabytes: what is looked for needs no more, and to write one takes time itself.
+        // Files up to eight megabytes suffice, and larger ones take long to write.
         .pragma("max_page_count", "2000")
         .pragma("journal_mode", "off")
         .pragma("synchronous", "off");
     let mut connection = options.connect().await?;
-    // A statement of a hundred steps of a thousand instructions has done enough.
+    // A statement is ended after a hundred steps of a thousand instructions.
     let mut left = 100;
     let mut handle = connection.lock_handle().await?;
     handle.set_progress_handler(1000, move || {

@@ -1,8 +1,8 @@
-//! Changes of bytes: at random, with pieces of the format, with pieces of other inputs.
+//! Mutations of bytes: random ones, tokens of the format, pieces of other inputs.
 
 use crate::random::Random;
 
-/// Numbers at which sizes and counters break.
+/// Numbers that break sizes and counters.
 const NUMBERS: [&str; 16] = [
     "0",
     "-1",
@@ -22,7 +22,7 @@ const NUMBERS: [&str; 16] = [
     "nan",
 ];
 
-/// Text that terminals, parsers and renderers stumble over.
+/// Text that trips up terminals, parsers and renderers.
 const TEXTS: [&str; 12] = [
     "\u{feff}",
     "\u{a0}",
@@ -38,7 +38,7 @@ const TEXTS: [&str; 12] = [
     "\t",
 ];
 
-/// Changes `bytes` once, with pieces of `other` and `tokens` among what it may become.
+/// Changes `bytes` once, perhaps with pieces of `other` or `tokens`.
 pub fn mutate(bytes: &mut Vec<u8>, other: &[u8], tokens: &[&[u8]], random: &mut Random) {
     let at = random.below(bytes.len() + 1);
     match random.below(18) {
@@ -88,7 +88,7 @@ pub fn mutate(bytes: &mut Vec<u8>, other: &[u8], tokens: &[&[u8]], random: &mut 
             bytes.splice(at..at, text.bytes());
         }
         _ => {
-            // A size as a binary file has it.
+            // A size in binary.
             let values = [
                 0,
                 1,
@@ -108,14 +108,14 @@ pub fn mutate(bytes: &mut Vec<u8>, other: &[u8], tokens: &[&[u8]], random: &mut 
     }
 }
 
-/// Some bytes of these.
+/// Some of these bytes.
 fn part_of(bytes: &[u8], random: &mut Random) -> Vec<u8> {
     let start = random.below(bytes.len());
     let end = (start + random.between(1, 64)).min(bytes.len());
     bytes[start.min(end)..end].to_vec()
 }
 
-/// Puts an awkward number in place of the next one in the text.
+/// Replaces the next number in the text with an awkward one.
 fn replace_number(bytes: &mut Vec<u8>, at: usize, random: &mut Random) {
     let Some(start) = bytes[at..].iter().position(u8::is_ascii_digit) else {
         return;
@@ -129,7 +129,7 @@ fn replace_number(bytes: &mut Vec<u8>, at: usize, random: &mut Random) {
     bytes.splice(start..end, number.bytes());
 }
 
-/// Puts a line of the other input, or of this one, in place of a line or before it.
+/// Puts a line of either input in place of a line or before it.
 fn replace_line(bytes: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     let lines = |bytes: &[u8]| -> Vec<Vec<u8>> {
         bytes

@@ -102,7 +102,7 @@ pub const FILTER: Target = Target {
     examples: None,
 };
 
-/// Recipes that vary values, and `--sweep`; a definition as histories have it.
+/// Recipes with varied values, and `--sweep`; a sweep's definition as in histories.
 pub const SWEEP: Target = Target {
     name: "sweep",
     exercise: exercise_sweep,
@@ -135,7 +135,7 @@ pub const SWEEP: Target = Target {
     examples: None,
 };
 
-/// A project's settings, and those of flags in its lines `#slurm KEY=VALUE`.
+/// A project's settings, and flags in its lines `#slurm KEY=VALUE`.
 pub const PROJECT: Target = Target {
     name: "project",
     exercise: exercise_project,
@@ -233,7 +233,11 @@ fn exercise_project(bytes: &[u8]) -> String {
             Ok(settings) => settings,
             Err(error) => return error.to_string(),
         };
-        let mut outcome = format!("{:?} {}", settings.executor().0, settings.asks_for_gpus());
+        let mut outcome = format!(
+            "{:?} {}",
+            settings.executor().0,
+            settings.asks_for_gpus("distill")
+        );
         for (name, _, _) in settings.list() {
             outcome.push_str(&name);
         }
@@ -252,7 +256,7 @@ fn exercise_project(bytes: &[u8]) -> String {
     })
 }
 
-/// The text is a recipe; its lines `#set CHANGE` are given as `--set`, too.
+/// The text is a recipe; its lines `#set CHANGE` are also passed as `--set`.
 fn exercise_recipe(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes).into_owned();
     let set: Vec<String> = text
@@ -276,7 +280,7 @@ fn exercise_recipe(bytes: &[u8]) -> String {
             {
                 outcome.push_str(&finding.render(&plan.path, &plan.text, false));
             }
-            // What a run freezes is what `resume` continues.
+            // `resume` continues with what the run has frozen.
             let frozen = serde_json::to_string(&plan).expect("a plan is data");
             let thawed: plan::Plan = serde_json::from_str(&frozen).expect("and read back");
             assert_eq!(thawed.stages, plan.stages);
@@ -349,7 +353,7 @@ impl Descriptions for Candles {
     }
 }
 
-/// What the plugin says of itself, made once: it takes longer than to read a recipe.
+/// The plugin's description, made once, because it takes longer than reading a recipe.
 fn description() -> Description {
     thread_local! {
         static DESCRIPTION: Description = Description {

@@ -1,6 +1,6 @@
-//! What a compute node leaves for the runner: the order of a job, and pieces of records.
+//! A compute node's files for the runner: a job's order, and pieces of records.
 //!
-//! The first byte says which file the bytes are: `o` the order, `s` a sealed piece, anything else an open one.
+//! The first byte selects the file: `o` for the order, `s` for a sealed piece, anything else for an open one.
 
 use std::fs;
 
@@ -63,7 +63,7 @@ fn exercise(bytes: &[u8]) -> String {
         fs::write(dir.join(name), rest).expect("a file");
         let mut reader = Reader::new(dir);
         let (mut records, mut outcome) = (Vec::new(), String::new());
-        // As often as a runner would look that waits for the rest of a record.
+        // As often as a runner that waits for the rest of a record.
         for _ in 0..64 {
             match reader.look(&mut records) {
                 Ok(SpoolReading::More) => {}
@@ -82,7 +82,7 @@ fn exercise(bytes: &[u8]) -> String {
     })
 }
 
-/// Gives each record a length that reaches to the next one, and the check sum of what is between.
+/// Sets each record's length so that it ends at the next one, and its checksum.
 fn mend(bytes: &mut Vec<u8>) {
     const BEGIN: &[u8] = b"{\"number\":";
     if bytes.len().is_multiple_of(8) || bytes.is_empty() || bytes[0] == b'o' {
@@ -97,7 +97,7 @@ fn mend(bytes: &mut Vec<u8>) {
     let mut mended = vec![bytes[0]];
     for ends in starts.windows(2) {
         let text = &bytes[ends[0]..ends[1].saturating_sub(8).clamp(ends[0], bytes.len())];
-        // As long as a mutated input: it fits.
+        // As long as a mutated input, so it fits.
         mended.extend((text.len() as u32).to_le_bytes());
         mended.extend(checksum(text).to_le_bytes());
         mended.extend(text);

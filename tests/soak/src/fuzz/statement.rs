@@ -1,10 +1,10 @@
-//! Statements that change a history, so that most mutated files for an import hold one that means something.
+//! Statements that change a history, so that most mutated import files contain a meaningful one.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::random::Random;
 
-/// Tables, with columns of theirs.
+/// Tables, with some of their columns.
 const TABLES: [(&str, &[&str]); 15] = [
     (
         "runs",
@@ -111,7 +111,7 @@ const TABLES: [(&str, &[&str]); 15] = [
     ("exported_files", &["artifact", "path", "part", "data"]),
 ];
 
-/// What a column may be set to; `COLUMN` stands for itself.
+/// Possible new values of a column; `COLUMN` stands for its name.
 const VALUES: [&str; 38] = [
     "null",
     "0",
@@ -153,7 +153,7 @@ const VALUES: [&str; 38] = [
     "replace(COLUMN, '\"', '\\u0000')",
 ];
 
-/// Adds some statements to most inputs; which ones follows from the input.
+/// Adds some statements to most inputs; the input determines which.
 pub fn add(bytes: &mut Vec<u8>) {
     if bytes.starts_with(b"SQLite") {
         return;

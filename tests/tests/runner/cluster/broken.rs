@@ -1,18 +1,19 @@
-//! What breaks between a runner and Slurm: questions that nobody answers, spools that are damaged. Slurm's programs are
-//! scripts here, and a job does what the test writes into its spool.
+//! Faults between a runner and Slurm: unanswered queries, damaged spools. Slurm's programs are scripts here, and the test
+//! writes the jobs' spools.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use retort::cluster::spool::{self, SpoolEvent, Writer};
 
+use retort_tests::program::script;
+
 use crate::lab::{CommandOutput, Lab, Running, wait_for};
 
 const KILL: i32 = 9;
 
-/// A lab whose programs of Slurm are scripts.
+/// A lab with scripts as Slurm's programs.
 struct Fake {
     lab: Lab,
 }
@@ -39,11 +40,10 @@ impl Fake {
             ("scancel", "echo \"$@\" >> cancelled"),
             ("scontrol", "echo 'MaxArraySize = 1001'"),
         ];
-        for (name, script) in scripts {
+        for (name, text) in scripts {
             let path = bin.join(name);
             let cd = lab.dir.path().display();
-            fs::write(&path, format!("#!/bin/sh\ncd '{cd}'\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            script(&path, &format!("#!/bin/sh\ncd '{cd}'\n{text}\n"));
         }
         let fake = Self { lab };
         fake.queue("1|N/A|RUNNING|None|node1\n");
@@ -82,7 +82,7 @@ impl Fake {
     }
 }
 
-/// The first life of the job's only element, which has begun.
+/// The first life of the job's only element, already begun.
 fn begin(spool: &std::path::Path) -> (PathBuf, Writer) {
     let dir = spool::element_dir(spool, 0);
     let mut writer = Writer::open(&dir).unwrap();
@@ -106,7 +106,7 @@ fn check_is_cancelled(fake: &Fake, said: CommandOutput, words: &[&str]) {
 
 #[test]
 fn the_job_of_a_damaged_spool_is_cancelled() {
-    // A byte of a sealed piece has another value.
+    // A changed byte in a sealed piece.
     let fake = Fake::new();
     let running = fake.start(&["run", "r.yaml"]);
     let (dir, _writer) = begin(&fake.spool());
@@ -117,7 +117,7 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
     fs::rename(dir.join("spoilt"), dir.join("0.0.sealed")).unwrap();
     check_is_cancelled(&fake, running.end(), &["0.0.sealed is damaged"]);
 
-    // Its end is missing, for good.
+    // Its end is missing permanently.
     let fake = Fake::new();
     let running = fake.start(&["run", "r.yaml"]);
     let (dir, _writer) = begin(&fake.spool());
@@ -126,7 +126,7 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
     fs::rename(dir.join("torn"), dir.join("0.0.sealed")).unwrap();
     check_is_cancelled(&fake, running.end(), &["its last record is cut off"]);
 
-    // Somebody has put a link there.
+    // Somebody has put a link in its place.
     let fake = Fake::new();
     let running = fake.start(&["run", "r.yaml"]);
     let (dir, _writer) = begin(&fake.spool());
@@ -143,7 +143,7 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
 #[test]
 fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     let fake = Fake::new();
-    // Slurm has taken the job, and the runner dies before it knows the number.
+    // Slurm has accepted the job, and the runner dies before it knows the id.
     fs::write(fake.path("slow"), "").unwrap();
     let running = fake.start(&["run", "r.yaml"]);
     let spool = fake.spool();
@@ -153,13 +153,13 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     let (dir, _writer) = begin(&spool);
     fs::write(fake.path("silent"), "").unwrap();
     let mut resumed = fake.start(&["resume"]);
-    // It asks for half a minute; an answer in time would do.
+    // It retries for half a minute; an answer within that time would suffice.
     resumed.wait_for_words("what became of the job of this spool is not known now");
     let said = resumed.end();
     assert_ne!(said.code, Some(0), "{}", said.stderr);
     assert!(dir.join("0.0.open").exists(), "nothing of it is removed");
     assert!(!fake.path("cancelled").exists());
-    // Slurm answers again: the job is taken up as it is.
+    // Slurm answers again: the job is taken over unchanged.
     fs::remove_file(fake.path("silent")).unwrap();
     fs::remove_file(fake.path("submitted")).unwrap();
     let mut resumed = fake.start(&["resume", "-v"]);

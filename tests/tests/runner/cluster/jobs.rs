@@ -1,87 +1,106 @@
-//! Whole runs on a real Slurm, and what happens to them: one test, because one Slurm serves all.
+//! Complete runs on a real Slurm, with disturbances: a single test, because one Slurm serves all.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use retort::store::{AttemptState, RunState};
 use serde_json::Value;
 
-use super::site::Site;
-use crate::lab::{Lab, compile, signal_process, wait_for};
+use retort_tests::digits::Digits;
+
+use super::site::{self, Site};
+use super::{profiles, restarts};
+use crate::lab::{Lab, Running, binary, compile, signal_process, wait_for, wait_until_gone};
+use crate::terminal::{Screen, on_a_terminal};
+use crate::training::output;
 
 const KILL: i32 = 9;
 
-/// A tokenizer and a teacher of a few seconds, and trajectories that three workers share.
-const PAIRS: &str = "
-version: 1
-seed: 3
-backend: candle
-params:
-  data: {csv: DIGITS, height: 8, width: 8, max: 16}
-stages:
-  codes:
-    kind: tokenizer
-    data: ${params.data}
-    codebook_size: 16
-    codebook_dim: 4
-    channels: 8
-    z_channels: 8
-    train: {steps: 10, batch: 32}
-  teacher:
-    kind: pretrain
-    tokenizer: codes
-    data: ${params.data}
-    width: 32
-    depth: 2
-    heads: 2
-    train: {steps: 10, batch: 32}
-  pairs: {kind: trajectories, teacher: teacher, count: 601, shard_size: 100, batch: 33, workers: 3}
-";
+/// Trajectories that three workers share.
+const PAIRS: &str = "  pairs: {kind: trajectories, teacher: teacher, count: 601, shard_size: 100, batch: 33, workers: 3}\n";
 
-/// Works for so many tenths of a second.
-fn working(name: &str, ticks: u32) -> Lab {
+/// Works for this many tenths of a second.
+pub fn working(name: &str, ticks: u32) -> Lab {
     Lab::new(&[&format!(
         "a: {{kind: do, act: work, amount: {ticks}, text: {name}}}"
     )])
+}
+
+/// Works until [`release`], so that every disturbance hits it while it is running.
+pub fn held(name: &str) -> Lab {
+    let lab = Lab::new(&[]);
+    let flag = flag(&lab);
+    lab.recipe(&[&format!(
+        "a: {{kind: do, act: wait, flag: {}, text: {name}}}",
+        flag.display()
+    )]);
+    lab
+}
+
+fn flag(lab: &Lab) -> PathBuf {
+    lab.dir.path().join("enough")
+}
+
+/// Lets the stage of [`held`] end.
+pub fn release(lab: &Lab) {
+    fs::write(flag(lab), "").unwrap();
 }
 
 #[test]
 fn a_store_that_another_machine_writes_to_is_left_alone() {
     let lab = Lab::new(&["a: {kind: do}"]);
     lab.run(&[]).expect(0);
-    let hosts = lab.store_dir().join("hosts");
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap();
-    let other = format!(
-        "{{\"host\":\"login2\",\"boot\":\"another\",\"pid\":4711,\"at\":{},\"free\":false}}",
-        now.as_millis()
-    );
-    fs::write(hosts.join("100"), other).unwrap();
+    let claim = lab.claim_elsewhere();
     for command in [&["run", "r.yaml"][..], &["runs", "list"], &["resume"]] {
         lab.retort(command)
             .expect(75)
             .saying(&["process 4711 on login2"]);
     }
-    fs::remove_file(hosts.join("100")).unwrap();
+    fs::remove_file(claim).unwrap();
     lab.retort(&["runs", "list"]).expect(0);
+}
+
+#[test]
+fn a_run_whose_store_another_machine_has_taken_ends() {
+    let lab = working("taken", 600);
+    let running = lab.start(&[]);
+    let worker = lab.wait_for_worker("a");
+    let mut tail = lab.command(&["tail", "latest"]);
+    tail.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let tail = Running::new(tail.spawn().unwrap());
+    // As after Ctrl-Z and two minutes.
+    lab.claim_elsewhere();
+    for ended in [running.end(), tail.end()] {
+        ended.expect(75).saying(&["process 4711 on login2"]);
+    }
+    wait_until_gone(worker);
 }
 
 #[test]
 fn stages_are_done_by_jobs() {
     let Some(site) = Site::start() else { return };
     for (name, check) in [
-        // First: jobs that have ended count for a while.
+        // This comes first, because ended jobs count for a while.
         ("a full queue", full_queue as fn(&Site)),
         ("an array makes the bytes of one process", array),
+        ("pictures are decoded and measured by arrays", pictures),
         ("a refusal says what to do", refusals),
         ("a job that is cancelled", cancelled),
+        ("a prologue", profiles::prologue),
         ("a worker that is killed", killed_worker),
+        (
+            "a worker that is killed each time",
+            restarts::killed_each_time,
+        ),
+        ("a job that makes room", restarts::preempted),
         ("a runner that is killed", killed_runner),
         ("a runner that leaves", detached),
         ("Ctrl-C", interrupted),
+        ("Ctrl-C on a terminal", asked),
+        ("tail beside a runner", followed),
         ("ranks of a training", ranks),
         ("pieces of a time limit", time_limit),
         ("the documentation, followed", documented),
@@ -93,7 +112,7 @@ fn stages_are_done_by_jobs() {
     }
 }
 
-/// Does what docs/cluster.md says, as it stands there; only the recipe is a smaller one.
+/// Runs the commands of docs/cluster.md unchanged, with a smaller recipe.
 fn documented(site: &Site) {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cluster.md");
     let page = fs::read_to_string(page).unwrap();
@@ -123,17 +142,54 @@ fn documented(site: &Site) {
             .collect();
         let said = site.retort(&lab, &words);
         match words[0] {
-            // The machine of the test may lack plugins that others have.
+            // The test's machine may lack some plugins.
             "doctor" => assert!(said.stdout.contains("retort.toml)"), "{}", said.stdout),
             _ => drop(said.expect(0)),
         }
     }
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
     assert_eq!(ends(site, &lab), ["succeeded"]);
+    placed_by_srun(site, &page);
 }
 
-/// How the lives of jobs of all runs ended, in order.
-fn ends(site: &Site, lab: &Lab) -> Vec<String> {
+/// The page's script in which `srun` starts the processes. This cluster's node names are not host names, so the address is
+/// checked and then replaced.
+fn placed_by_srun(site: &Site, page: &str) {
+    let block = page.split("```sh\n").nth(1).unwrap();
+    let (address, start) = block.split("```").next().unwrap().split_once('\n').unwrap();
+    assert!(start.starts_with("srun ") && start.contains("recipe.yaml"));
+    let plugins = tempfile::tempdir().unwrap();
+    compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
+    let lab = Lab::new(&["a: {kind: train, plugin: ranks, steps: 10}"]);
+    let dir = lab.dir.path();
+    fs::rename(dir.join("r.yaml"), dir.join("recipe.yaml")).unwrap();
+    fs::create_dir(dir.join("bin")).unwrap();
+    std::os::unix::fs::symlink(binary(), dir.join("bin/retort")).unwrap();
+    let script = format!(
+        "#!/bin/bash\nset -eu\n{address}\necho $MASTER_ADDR > address\nexport MASTER_ADDR=127.0.0.1\n{start}"
+    );
+    fs::write(dir.join("job"), script).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let job = ["--wait", "--nodes=2", "--ntasks=2", "--output=said", "job"];
+    let ended = Command::new("sbatch")
+        .args(job)
+        .current_dir(dir)
+        .env("SLURM_CONF", site.conf())
+        .env("HOME", dir)
+        .env("PATH", format!("{}:{path}", dir.join("bin").display()))
+        .env("RETORT_PLUGIN_PATH", plugins.path())
+        .output()
+        .unwrap();
+    let said = fs::read_to_string(dir.join("said")).unwrap_or_default();
+    assert!(ended.status.success(), "{ended:?}: {said}");
+    assert_eq!(fs::read_to_string(dir.join("address")).unwrap(), "n1\n");
+    fs::rename(dir.join(".retort"), lab.store_dir()).unwrap();
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+    assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "10\n");
+}
+
+/// How the jobs' lives of all runs ended, in order.
+pub fn ends(site: &Site, lab: &Lab) -> Vec<String> {
     let said = site.retort(
         lab,
         &[
@@ -158,15 +214,23 @@ fn states(site: &Site, lab: &Lab) -> (String, String) {
     (text(&shown["state"]), text(&shown["stages"][0]["state"]))
 }
 
-/// Waits until a worker is at work; returns the process that watches over it.
-fn wait_for_watch(site: &Site, lab: &Lab) -> u32 {
+/// Waits until this many lives of a run's jobs have begun.
+pub fn wait_for_lives(site: &Site, lab: &Lab, lives: usize) {
+    wait_for("another life", || {
+        let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
+        (said.stdout.lines().filter_map(began).count() >= lives).then_some(())
+    });
+}
+
+/// Waits until a worker is running. Returns its supervising process.
+pub fn wait_for_watch(site: &Site, lab: &Lab) -> u32 {
     wait_for("a job at work", || {
         let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
         said.stdout.lines().filter_map(began).next_back()
     })
 }
 
-/// The process that a line of the log says has begun on a node.
+/// The process in a line of the log about a start on a node.
 fn began(line: &str) -> Option<u32> {
     let (_, process) = line.split_once(" began on ")?.1.split_once("(process ")?;
     process.trim_end().trim_end_matches(')').parse().ok()
@@ -180,12 +244,34 @@ fn child_of(parent: u32) -> u32 {
     })
 }
 
+/// Decoding and evaluating pictures, as arrays.
+fn pictures(site: &Site) {
+    let lab = crate::dividing::pictures();
+    lab.run(&[]).expect(0);
+    let hashes = || ["pictures", "judged"].map(|stage| output(&lab, stage).0);
+    let alone = hashes();
+    let sets = ["--set=pictures.workers=2", "--set=judged.workers=2"];
+    let force = ["--force=pictures", "--force=judged", "-v"];
+    site.run(&lab, &[&sets[..], &force].concat())
+        .expect(0)
+        .saying(&[
+            "of 2 elements",
+            "pictures: part 2 of 2: decoded 1000 image files",
+            "judged: part 2 of 2: looked at ",
+        ]);
+    assert_eq!(hashes(), alone);
+    assert_eq!(ends(site, &lab), ["succeeded"; 6], "two stages in parts");
+}
+
 fn array(site: &Site) {
     let lab = Lab::new(&[]);
-    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
-    let digits = digits.canonicalize().unwrap();
-    let text = PAIRS.replace("DIGITS", digits.to_str().unwrap());
-    fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+    let small = Digits {
+        backend: "candle",
+        top: "seed: 3",
+        codes: "train: {steps: 10, batch: 32}",
+        teacher: "width: 32, depth: 2, heads: 2, train: {steps: 10, batch: 32}",
+    };
+    fs::write(lab.dir.path().join("r.yaml"), small.recipe(PAIRS)).unwrap();
     lab.retort(&["run", "r.yaml"]).expect(0);
     site.run(&lab, &["--force=pairs", "-v"]).expect(0).saying(&[
         "pairs: submitted as job",
@@ -214,6 +300,15 @@ fn array(site: &Site) {
         .retort(&["metrics", "latest", "--stage", "pairs", "--json"])
         .expect(0);
     assert_eq!(series.json().as_array().unwrap().len(), 3);
+    let shown = site.retort(&lab, &["runs", "show", "--json"]).expect(0);
+    let shown = shown.json();
+    let jobs = shown["jobs"].as_array().unwrap();
+    assert!(jobs.len() == 2 && jobs.iter().all(|job| job["cluster"] == "test"));
+    let shown = site.retort(&lab, &["runs", "show"]).expect(0).stdout;
+    let mut lines = shown.lines().map(str::split_whitespace);
+    let is_shown = lines.any(|words| words.take(2).eq(["pairs", "test"]));
+    assert!(is_shown, "{shown}");
+    profiles::array_limit(site, &lab);
     assert_eq!(lab.entries("work"), [""; 0], "nothing is left");
     lab.run(&[]).expect(0);
     assert!(
@@ -245,7 +340,7 @@ fn refusals(site: &Site) {
 }
 
 fn cancelled(site: &Site) {
-    let lab = working("cancelled", 600);
+    let lab = held("cancelled");
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     site.slurm("scancel", &["--user=root"]);
@@ -258,10 +353,11 @@ fn cancelled(site: &Site) {
 }
 
 fn killed_worker(site: &Site) {
-    let lab = working("killed", 60);
+    let lab = held("killed");
     let running = site.start_run(&lab, &[]);
     let watch = wait_for_watch(site, &lab);
     signal_process(child_of(watch), KILL);
+    release(&lab);
     running.end().expect(0);
     assert_eq!(
         ends(site, &lab),
@@ -270,7 +366,7 @@ fn killed_worker(site: &Site) {
 }
 
 fn killed_runner(site: &Site) {
-    let lab = working("left", 60);
+    let lab = held("left");
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(KILL);
@@ -280,6 +376,7 @@ fn killed_runner(site: &Site) {
         ("running".into(), "running".into()),
         "Slurm has it"
     );
+    release(&lab);
     site.retort(&lab, &["resume", "-v"])
         .expect(0)
         .saying(&["taken up"]);
@@ -296,42 +393,62 @@ fn killed_runner(site: &Site) {
         .expect(0)
         .json();
     assert_eq!(earlier["state"], "lost");
-    // Its end comes while nobody is there.
-    let lab = working("alone", 60);
+    // It ends while no runner is there.
+    let lab = held("alone");
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(KILL);
     running.end();
+    release(&lab);
     wait_for("the end of the job", || {
         (states(site, &lab).0 == "lost").then_some(())
     });
     let began = Instant::now();
     site.retort(&lab, &["resume"]).expect(0);
-    assert!(began.elapsed() < Duration::from_secs(60));
+    assert!(began.elapsed() < Duration::from_secs(100));
     assert_eq!(ends(site, &lab), ["succeeded"]);
 }
 
 fn detached(site: &Site) {
-    let lab = working("detached", 100);
+    let lab = held("detached");
     let said = site.run(&lab, &["--detach"]).expect(0);
     assert!(said.stderr.contains("is left to Slurm"), "{}", said.stderr);
     let state = states(site, &lab).0;
     assert!(["queued", "running"].contains(&&*state), "{state}");
+    wait_for_watch(site, &lab);
+    // No runner reads the job's output, but it is shown, and ends with the job.
+    let path = lab.dir.path().join("tail");
+    let shown = || fs::read_to_string(&path).unwrap();
+    let mut tail = site.command(&lab, &["tail", "latest"]);
+    tail.stdout(fs::File::create(&path).unwrap());
+    let mut tail = tail.spawn().unwrap();
+    wait_for("a line of the job", || {
+        shown().contains(" began on ").then_some(())
+    });
+    release(&lab);
+    assert!(tail.wait().unwrap().success());
+    let log = site.retort(&lab, &["log", "latest"]).expect(0).stdout;
+    for shown in [&shown(), &log] {
+        assert_eq!(shown.matches(" began on ").count(), 1, "{shown}");
+    }
     site.retort(&lab, &["resume"]).expect(0);
+    let log = site.retort(&lab, &["log", "latest"]).expect(0).stdout;
+    assert_eq!(log.matches(" began on ").count(), 1, "{log}");
     assert_eq!(ends(site, &lab), ["succeeded"]);
-    // A terminal that is closed takes nothing along.
-    let lab = working("closed", 100);
+    // Closing the terminal ends nothing.
+    let lab = held("closed");
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(1);
     running.end().expect(129);
     assert_eq!(states(site, &lab).0, "running");
+    release(&lab);
     site.retort(&lab, &["resume"]).expect(0);
     assert_eq!(ends(site, &lab), ["succeeded"]);
 }
 
 fn interrupted(site: &Site) {
-    let lab = working("interrupted", 80);
+    let lab = held("interrupted");
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(2);
@@ -345,17 +462,96 @@ fn interrupted(site: &Site) {
         (AttemptState::Interrupted, Some("interrupted"))
     );
     assert_eq!(ends(site, &lab), ["stopped"]);
+    release(&lab);
     site.retort(&lab, &["resume", "--executor", "local", "-v"]);
     let log = lab.retort(&["log", "latest"]).stdout;
     assert!(log.contains("continuing from a checkpoint"), "{log}");
 }
 
+/// On a terminal Ctrl-C asks a question. The typed answer decides, or a second Ctrl-C.
+fn asked(site: &Site) {
+    const QUESTION: &str = "[d]etach and leave them to Slurm, [c]ancel them, or [g]o on?";
+    const INTERRUPT: &str = "\x03";
+    let lab = held("asked");
+    let begin = |arguments: &[&str]| {
+        let earlier = lab.latest().map(|run| run.summary.id);
+        let (running, screen) = on_a_terminal(site.command(&lab, arguments));
+        let screen = Screen::new(screen);
+        earlier.map(|earlier| lab.wait_for_run_after(&earlier));
+        // What a job wrote for an earlier run is in that run's log.
+        wait_for("a stage at work", || {
+            let shown = site.retort(&lab, &["runs", "show", "--json"]);
+            let shown: Value = serde_json::from_str(&shown.stdout).ok()?;
+            (shown["stages"][0]["state"] == "running").then_some(())
+        });
+        (running, screen)
+    };
+    let (mut running, mut screen) = begin(&site::ON_SLURM);
+    for answer in ["g", "", "what?"] {
+        screen.type_keys(INTERRUPT);
+        screen.wait_for(QUESTION);
+        screen.type_keys(&format!("{answer}\n"));
+        screen.wait_for("going on");
+    }
+    screen.type_keys(INTERRUPT);
+    screen.wait_for(QUESTION);
+    screen.type_keys("d\n");
+    assert_eq!(running.child.wait().unwrap().code(), Some(0));
+    let at_work = || ("running".to_owned(), "running".to_owned());
+    assert_eq!(states(site, &lab), at_work(), "Slurm has it");
+    let resume = ["resume", "--executor", "slurm", "--slurm", "poll=1s"];
+    for (arguments, answer) in [(&resume[..], "C\n"), (&site::ON_SLURM, INTERRUPT)] {
+        let (mut running, mut screen) = begin(arguments);
+        assert_eq!(states(site, &lab), at_work());
+        screen.type_keys(INTERRUPT);
+        screen.wait_for(QUESTION);
+        screen.type_keys(answer);
+        assert_eq!(running.child.wait().unwrap().code(), Some(130));
+        assert_eq!(lab.attempt("a").reason.as_deref(), Some("interrupted"));
+    }
+    assert_eq!(ends(site, &lab), ["stopped"; 2]);
+}
+
+/// `tail` shows a job's output while a runner reads it too, each line once, and ends with the run. A job that waits in Slurm is
+/// queued, with Slurm's reason.
+fn followed(site: &Site) {
+    let lab = held("followed");
+    for node in ["n1", "n2"] {
+        site.set_node(node, "drain");
+    }
+    let running = site.start_run(&lab, &[]);
+    let waiting = wait_for("Slurm's reason", || {
+        let shown = site.retort(&lab, &["runs", "show", "--json"]);
+        let shown: Value = serde_json::from_str(&shown.stdout).ok()?;
+        let waiting = shown["stages"][0]["attempts"][0]["waiting"].as_str()?;
+        (!waiting.contains("submitted")).then(|| waiting.to_owned())
+    });
+    // Slurm's name for it: squeue's manual has a list.
+    let queue = site.slurm("squeue", &["--noheader", "--format=%r"]);
+    assert!(
+        !waiting.is_empty() && queue.contains(&waiting),
+        "{waiting}: {queue}"
+    );
+    assert_eq!(states(site, &lab), ("queued".into(), "queued".into()));
+    let tail = site.start_tail(&lab);
+    for node in ["n1", "n2"] {
+        site.set_node(node, "resume");
+    }
+    wait_for_watch(site, &lab);
+    release(&lab);
+    running.end().expect(0);
+    let shown = tail.end().expect(0).stdout;
+    assert_eq!(shown.matches(" began on ").count(), 1, "{shown}");
+}
+
 fn time_limit(site: &Site) {
-    // A minute is Slurm's shortest time. It looks every thirty seconds for jobs whose signal is due, which this one's is from
-    // its beginning: work for longer than that.
-    let lab = working("pieces", 400);
-    site.run(&lab, &["--slurm", "time=1", "--slurm", "signal=55s"])
-        .expect(0);
+    // A minute is Slurm's shortest time. It checks every thirty seconds for jobs whose signal is due; this one's is due from
+    // the start.
+    let lab = held("pieces");
+    let running = site.start_run(&lab, &["--slurm", "time=1", "--slurm", "signal=55s"]);
+    wait_for_lives(site, &lab, 2);
+    release(&lab);
+    running.end().expect(0);
     let ends = ends(site, &lab);
     assert!(
         ends.len() > 1 && ends[0] == "time limit, at a checkpoint",
@@ -369,7 +565,7 @@ fn time_limit(site: &Site) {
     );
 }
 
-/// Ranks run at the same time on two nodes, end together and go on together.
+/// Ranks run at the same time on two nodes, and end and continue together.
 fn ranks(site: &Site) {
     let plugins = tempfile::tempdir().unwrap();
     compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
@@ -379,7 +575,16 @@ fn ranks(site: &Site) {
             "a: {{kind: train, plugin: ranks, steps: {steps}, workers: 2}}"
         )])
     };
-    // Both at work: what a signal finds before that is another story.
+    let held = |options: &str| {
+        let lab = Lab::new(&[]);
+        let flag = flag(&lab);
+        lab.recipe(&[&format!(
+            "a: {{kind: train, plugin: ranks, workers: 2, flag: {}, {options}}}",
+            flag.display()
+        )]);
+        lab
+    };
+    // Both are running; signals before that are a different case.
     let watches = |lab: &Lab| -> [u32; 2] {
         wait_for("both ranks at work", || {
             let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
@@ -395,18 +600,20 @@ fn ranks(site: &Site) {
     let lives = lives.as_array().unwrap().iter();
     let nodes: BTreeSet<&str> = lives.map(|life| life["node"].as_str().unwrap()).collect();
     assert_eq!(nodes, BTreeSet::from(["n1", "n2"]));
-    // The whole has a job of its own.
+    // The undivided stage has a separate job.
     assert_eq!(ends(site, &lab), ["succeeded"; 3]);
-    // On this machine they make the same.
+    // On this machine they make the same result.
     let here = training(10);
     here.run(&own).expect(0);
     assert_eq!(here.attempt("a").output, lab.attempt("a").output);
 
-    // One is killed: all begin again, from the checkpoint, by themselves.
-    let lab = training(60);
+    // One is killed: all restart from the checkpoint by themselves.
+    let lab = held("steps: 10");
     let running = site.start_run(&lab, &own);
     let [watch, _] = watches(&lab);
     signal_process(child_of(watch), KILL);
+    wait_for_lives(site, &lab, 4);
+    release(&lab);
     running.end().expect(0);
     let count = |lab: &Lab, wanted: &str| {
         let all = ends(site, lab);
@@ -416,23 +623,34 @@ fn ranks(site: &Site) {
     assert_eq!(killed, 1, "{:?}", ends(site, &lab));
     assert_eq!(count(&lab, "succeeded"), 3, "{:?}", ends(site, &lab));
 
-    // What Slurm sends ahead of a time limit.
-    let lab = training(60);
+    // One hangs: its supervisor kills it, and all restart.
+    let lab = held("steps: 10");
+    let running = site.start_run(&lab, &own);
+    let [_, watch] = watches(&lab);
+    signal_process(child_of(watch), libc::SIGSTOP);
+    wait_for_lives(site, &lab, 4);
+    release(&lab);
+    running.end().expect(0);
+    let told = ends(site, &lab);
+    assert_eq!(count(&lab, "its worker hangs"), 1, "{told:?}");
+    assert_eq!(count(&lab, "succeeded"), 3, "{told:?}");
+
+    // Slurm's signal ahead of a time limit.
+    let lab = held("steps: 10");
     let running = site.start_run(&lab, &own);
     watches(&lab);
     site.slurm("scancel", &["--signal=USR1", "--user=root"]);
+    wait_for_lives(site, &lab, 4);
+    release(&lab);
     running.end().expect(0);
-    // The first asks for the next start, which may end the other before it has said why it stopped.
+    // The first rank asks for the restart, which may end the other before it has reported why it stopped.
     let told = ends(site, &lab);
-    let of_signal = [
-        "time limit, at a checkpoint",
-        "preempted, or ended to be started again",
-    ];
+    let of_signal = ["time limit, at a checkpoint", "ended with another worker"];
     let [first, second] = of_signal.map(|end| count(&lab, end));
     assert!(first >= 1 && first + second == 2, "{told:?}");
     assert_eq!(count(&lab, "succeeded"), 3, "{told:?}");
 
-    let lab = training(60);
+    let lab = held("steps: 10");
     let running = site.start_run(&lab, &own);
     watches(&lab);
     running.signal(2);
@@ -440,19 +658,18 @@ fn ranks(site: &Site) {
         .end()
         .expect(130)
         .saying(&["stopped at a checkpoint"]);
+    release(&lab);
     site.retort(&lab, &[&["resume"][..], &own].concat())
         .expect(0);
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
 
-    // A node is gone for good: what is left goes on with the other one.
-    let lab = Lab::new(&["a: {kind: train, plugin: ranks, steps: 80, workers: 2, min_workers: 1}"]);
+    // A node is lost permanently: the training goes on with the other one.
+    let lab = held("steps: 80, min_workers: 1");
     let running = site.start_run(&lab, &[&own[..], &["--slurm", "shrink-after=1s"]].concat());
     watches(&lab);
-    let state = |state: &str| {
-        let words = ["update", "nodename=n2", state, "reason=test"];
-        site.slurm("scontrol", &words);
-    };
-    state("state=down");
+    site.set_node("n2", "down");
+    wait_for_lives(site, &lab, 3);
+    release(&lab);
     running.end().expect(0);
     let attempts = "select reason from v_attempts order by attempt";
     let attempts = site.retort(&lab, &["query", "--json", attempts]).expect(0);
@@ -465,12 +682,12 @@ fn ranks(site: &Site) {
         .collect();
     assert_eq!(reasons, ["lost a worker: no nodes", "succeeded"]);
     assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "80\n");
-    state("state=resume");
+    site.set_node("n2", "resume");
     site.wait_for_nodes();
 }
 
-/// What the plugin `ranks` has made.
-fn made(lab: &Lab) -> std::path::PathBuf {
+/// The output of the plugin `ranks`.
+pub fn made(lab: &Lab) -> PathBuf {
     let stages = lab.latest().unwrap().stages;
     let output = stages[0].attempts.last().unwrap().output.clone().unwrap();
     lab.store_dir()
@@ -483,17 +700,19 @@ fn full_queue(site: &Site) {
     let script = site.path("idle");
     fs::write(&script, "#!/bin/sh\n").unwrap();
     let script = script.display().to_string();
-    // As many as the controller keeps: forty, and it counts one more than there are.
-    for elements in ["--array=0-19", "--array=0-18"] {
+    // The controller's limit: four hundred, and it counts one more than exist.
+    for elements in ["--array=0-199", "--array=0-198"] {
         let said = site.slurm(
             "sbatch",
             &["--hold", elements, "--output=/dev/null", &script],
         );
         assert!(said.contains("Submitted"), "{said}");
     }
+    // Ended jobs count until they are forgotten.
+    site.keep_jobs(2);
     let lab = Lab::new(&["a: {kind: do}"]);
     let running = site.start_run(&lab, &[]);
-    // Not before it has tried to submit: until then it is queued as well.
+    // Only after it has tried to submit: before that it is queued as well.
     wait_for("a job that Slurm has no room for", || {
         let shown = site.retort(&lab, &["runs", "show", "--json"]);
         let shown: Value = serde_json::from_str(&shown.stdout).ok()?;
@@ -504,40 +723,5 @@ fn full_queue(site: &Site) {
     assert_eq!((&*run, &*stage), ("queued", "queued"), "nothing of it runs");
     site.slurm("scancel", &["--user=root", "--state=PENDING"]);
     running.end().expect(0);
-}
-
-/// A node's daemon dies, and its job is started again. The worker that Slurm took for dead may live: it gives way.
-#[test]
-fn a_node_that_dies() {
-    let Some(site) = Site::start() else { return };
-    let site = &site;
-    // Longer than the controller takes to give a node up: 27 seconds were seen.
-    let lab = working("dead", 600);
-    let running = site.start_run(&lab, &[]);
-    let watch = wait_for_watch(site, &lab);
-    let node = site.slurm("squeue", &["--noheader", "--states=RUNNING", "--format=%N"]);
-    let node = node.trim();
-    site.kill_node(node);
-    wait_for("the end of the node", || {
-        let nodes = site.slurm("sinfo", &["--noheader", "--Node", "--format=%N %T"]);
-        let down = |line: &str| line.starts_with(node) && line.contains(" down");
-        nodes.lines().any(down).then_some(())
-    });
-    running.end().expect(0);
-    let ends = ends(site, &lab);
-    assert_eq!(ends, ["node failed, or preempted", "succeeded"]);
-    assert_eq!(lab.latest().unwrap().stages[0].attempts.len(), 1);
-    // The life that Slurm took for dead was not, and has seen that another had begun.
-    wait_for("the end of the first life", || {
-        (!Path::new(&format!("/proc/{watch}/task/{watch}/children")).exists()).then_some(())
-    });
-    site.start_node(node);
-    // The same work on this machine, where it is over at once, has the same bytes.
-    let local = working("dead", 0);
-    local.run(&[]).expect(0);
-    let hash = |lab: &Lab| {
-        let rows = lab.retort(&["artifacts", "list", "latest", "--json"]);
-        rows.expect(0).json()[0]["hash"].clone()
-    };
-    assert_eq!(hash(&lab), hash(&local));
+    site.keep_jobs(600);
 }

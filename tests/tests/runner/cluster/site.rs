@@ -1,12 +1,12 @@
-//! A Slurm of two nodes on this machine, with a munge of its own, in a directory of its own. It ends with the test.
+//! A Slurm with two nodes on this machine, with its own munge, in a separate directory. It ends with the test.
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use retort_tests::port::HeldPort;
 use tempfile::TempDir;
 
 use crate::lab::{CommandOutput, Lab, Running, wait_for};
@@ -24,9 +24,11 @@ const PROGRAMS: [&str; 8] = [
 
 pub struct Site {
     dir: TempDir,
+    /// The ports of the controller and of both nodes.
+    ports: [HeldPort; 3],
 }
 
-/// A path of a program: daemons are not always on PATH.
+/// The path of a program: daemons are not always on PATH.
 fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -35,13 +37,8 @@ fn program(name: &str) -> Option<PathBuf> {
         .find(|path| path.exists())
 }
 
-fn free_ports() -> [u16; 3] {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap().port())
-}
-
 impl Site {
-    /// Starts it; none, said loudly, where it cannot be started.
+    /// Starts it; None, with a loud message, if that is impossible.
     pub fn start() -> Option<Self> {
         let missing: Vec<&str> = PROGRAMS
             .into_iter()
@@ -67,7 +64,8 @@ impl Site {
             return None;
         }
         let dir = tempfile::Builder::new().prefix("slurm").tempdir().unwrap();
-        let site = Self { dir };
+        let ports = [(); 3].map(|()| HeldPort::take());
+        let site = Self { dir, ports };
         for name in ["state", "log", "run", "munge"] {
             fs::create_dir(site.path(name)).unwrap();
         }
@@ -85,7 +83,7 @@ impl Site {
         Some(site)
     }
 
-    /// Waits until both nodes are there and have nothing to do.
+    /// Waits until both nodes are up and idle.
     pub fn wait_for_nodes(&self) {
         wait_for("two nodes", || {
             let said = self.slurm(
@@ -131,7 +129,7 @@ impl Site {
     fn configuration(&self) -> String {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
         let (host, dir) = (host.trim(), self.dir.path().display());
-        let [controller, first, second] = free_ports();
+        let [controller, first, second] = self.ports.each_ref().map(HeldPort::number);
         format!(
             "ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -153,10 +151,12 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 ReturnToService=2
 SlurmdTimeout=5
-KillWait=2
-MinJobAge=20
-MaxJobCount=40
-MaxArraySize=31
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+MinJobAge=600
+MaxJobCount=400
+MaxArraySize=201
 MpiDefault=none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -165,6 +165,7 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1 RealMemo
 PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 PartitionName=short Nodes=n1,n2 MaxTime=60 State=UP
 PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
+PartitionName=high Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 "
         )
     }
@@ -185,7 +186,7 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
         self.daemon("slurmd", &["-N", node]);
     }
 
-    /// The process that a file in `run` names.
+    /// The process named in a file in `run`.
     fn daemon_pid(&self, name: &str) -> Option<i32> {
         let text = fs::read_to_string(self.path("run").join(name)).ok()?;
         text.trim().parse().ok()
@@ -200,7 +201,7 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
         assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
     }
 
-    /// What one of Slurm's programs says.
+    /// The output of one of Slurm's programs.
     pub fn slurm(&self, name: &str, arguments: &[&str]) -> String {
         let output = Command::new(program(name).unwrap())
             .args(arguments)
@@ -208,6 +209,28 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
             .output()
             .unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Changes a node's state like an administrator: `down`, `drain`, `resume`.
+    pub fn set_node(&self, node: &str, state: &str) {
+        let words = [
+            "update",
+            &format!("nodename={node}"),
+            &format!("state={state}"),
+            "reason=test",
+        ];
+        self.slurm("scontrol", &words);
+    }
+
+    /// How long the controller remembers an ended job.
+    pub fn keep_jobs(&self, seconds: u32) {
+        let text = fs::read_to_string(self.conf()).unwrap();
+        let lines = text.lines().map(|line| match line.split_once('=') {
+            Some(("MinJobAge", _)) => format!("MinJobAge={seconds}\n"),
+            _ => format!("{line}\n"),
+        });
+        fs::write(self.conf(), lines.collect::<String>()).unwrap();
+        self.slurm("scontrol", &["reconfigure"]);
     }
 
     fn logs(&self) -> String {
@@ -243,22 +266,27 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
         }
     }
 
-    /// `retort run r.yaml` on this Slurm, which is asked every second.
+    /// `retort run r.yaml` on this Slurm, with a poll every second.
     pub fn run(&self, lab: &Lab, arguments: &[&str]) -> CommandOutput {
         self.retort(lab, &[&ON_SLURM, arguments].concat())
     }
 
     pub fn start_run(&self, lab: &Lab, arguments: &[&str]) -> Running {
-        let mut command = self.command(lab, &[&ON_SLURM, arguments].concat());
-        let child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        Running::new(child.unwrap())
+        self.begin(lab, &[&ON_SLURM, arguments].concat())
+    }
+
+    pub fn start_tail(&self, lab: &Lab) -> Running {
+        self.begin(lab, &["tail", "latest"])
+    }
+
+    fn begin(&self, lab: &Lab, arguments: &[&str]) -> Running {
+        let mut command = self.command(lab, arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running::new(command.spawn().unwrap())
     }
 }
 
-const ON_SLURM: [&str; 6] = ["run", "r.yaml", "--executor", "slurm", "--slurm", "poll=1s"];
+pub const ON_SLURM: [&str; 6] = ["run", "r.yaml", "--executor", "slurm", "--slurm", "poll=1s"];
 
 impl Drop for Site {
     fn drop(&mut self) {
@@ -283,7 +311,7 @@ impl Drop for Site {
             .filter_map(|name| self.daemon_pid(name))
             .collect();
         for &pid in &pids {
-            // SAFETY: a plain system call on a daemon that this test has started; its file names it while it lives.
+            // SAFETY: a plain system call on a daemon that this test has started; its file names it while it is alive.
             unsafe { libc::kill(pid, libc::SIGTERM) };
         }
         for pid in pids {

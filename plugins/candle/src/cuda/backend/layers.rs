@@ -45,7 +45,7 @@ impl Layers for Cuda {
 
     fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
         let (a, g) = (x.single()?, grad.single()?);
-        // Of the others the argument is enough, and the result may have been rounded.
+        // The others need only the argument, and the result may have been rounded.
         let b = match f {
             Unary::Exp
             | Unary::Sqrt

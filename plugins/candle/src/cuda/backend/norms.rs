@@ -351,7 +351,8 @@ impl Modulated {
         let (x, _, _) = rows(x)?;
         let (b, l, d) = x.dims3().map_err(failed)?;
         if d > HELD {
-            let message = format!("a norm of rows of {d} elements: at most {HELD}");
+            let message =
+                format!("a modulated norm takes rows of at most {HELD} elements, got {d}");
             return Err(Error::Backend(message));
         }
         let scale = sized(scale, b * d)?;

@@ -1,4 +1,4 @@
-// Functions of each element.
+// Elementwise functions.
 
 // In the order of the engine's `Unary`.
 enum { EXP, LOG, SQRT, SQUARE, RECIP, TANH, SIGMOID, ERF, SILU, GELU_TANH, GELU_ERF, RELU };
@@ -90,9 +90,9 @@ __device__ inline float binary(int f, float a, float b) {
         default: return a > b ? a : b;
     }
 }
-// Places of elements, or of four at a time.
+// Offsets of single elements, or of groups of four.
 template <unsigned N>
-__device__ void binary(unsigned n, int f, const Places& p, const float* as, const float* bs, float* to) {
+__device__ void binary(unsigned n, int f, const StridedDims& p, const float* as, const float* bs, float* to) {
     EACH(i, n) {
         long long i_a, i_b;
         both(p, i, i_a, i_b);
@@ -101,14 +101,14 @@ __device__ void binary(unsigned n, int f, const Places& p, const float* as, cons
         store(to + (size_t)i * N, a);
     }
 }
-KERNEL(binary_one, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
+KERNEL(binary_one, unsigned n, int f, StridedDims p, const float* as, const float* bs, float* to) {
     binary<1>(n, f, p, as, bs, to);
 }
-KERNEL(binary_four, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
+KERNEL(binary_four, unsigned n, int f, StridedDims p, const float* as, const float* bs, float* to) {
     binary<4>(n, f, p, as, bs, to);
 }
 
-// x + y gate (+ added) for rows of `row` = l c elements with a gate (c) each; nothing is added where `added` is null.
+// x + y gate (+ added, unless null) for rows of `row` = l c elements with a gate (c) each.
 template <unsigned N>
 __device__ void gated_add(unsigned n, unsigned row, unsigned c, const float* xs, const float* ys, const float* gates,
                           const float* added, float* to) {

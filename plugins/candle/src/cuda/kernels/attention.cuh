@@ -17,8 +17,8 @@ KERNEL(rope, unsigned n, unsigned l, unsigned h, unsigned half, Steps from, cons
     }
 }
 
-// What a step of a generation does with its positions (b, l, h, 2 half): queries turn, keys turn into their cache, values
-// go into theirs. The first goes to row `place` of the tables and of the caches, or to row 0 where it is null.
+// A generation step's positions (b, l, h, 2 half): rotates queries and keys, and writes keys and values to their caches. The
+// first position uses row `place` of the tables and of the caches, or row 0 if it is null.
 template <class T>
 __device__ void rope_cached(unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
                             Steps values, const float* q, const float* k, const float* v, const float* cosines,
@@ -51,8 +51,8 @@ KERNEL(rope_cached_bf16, unsigned n, unsigned l, unsigned h, unsigned half, Step
     rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value, place);
 }
 
-// Scores (rows = b h lq, lk) to weights: scaled, masked, softmax. `causal` or a bias or neither. A warp per row: most rows
-// are short.
+// Scores (rows = b h lq, lk) to weights: scaled, masked, softmax. `causal` or a bias or neither. One warp per row, because
+// most rows are short.
 KERNEL(weights, unsigned rows, unsigned h, unsigned lq, unsigned lk, float scale, int causal, Steps steps,
        const float* bias, const float* scores, float* to) {
     unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -77,7 +77,7 @@ KERNEL(weights, unsigned rows, unsigned h, unsigned lq, unsigned lk, float scale
     }
 }
 
-// Gradients for the scores, given those for the weights; a warp per row.
+// Gradients of the scores from those of the weights; one warp per row.
 KERNEL(weights_backward, unsigned rows, unsigned lk, float scale, const float* p, const float* g, float* to) {
     unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
@@ -88,9 +88,9 @@ KERNEL(weights_backward, unsigned rows, unsigned lk, float scale, const float* p
     for (unsigned i = lane; i < lk; i += 32) to[at + i] = scale * p[at + i] * (g[at + i] - along);
 }
 
-// A few queries (b, lq, h, d) against many keys, without scores in memory: what a step with a cache of keys and values
-// does. A block per query and head; its scores, the query and the partial sums lie in shared memory: lk + d + BLOCK floats.
-// With a place, a query sees the keys up to that row.
+// A few queries (b, lq, h, d) against many keys, without scores in memory, for steps with a cache of keys and values. One block
+// per query and head, with its scores, the query and the partial sums in shared memory: lk + d + BLOCK floats. With a place, a
+// query sees the keys up to that row.
 template <class T>
 __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks,
                        Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to,
@@ -103,14 +103,14 @@ __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float s
     k += b * ks.s[0] + head * ks.s[2];
     v += b * vs.s[0] + head * vs.s[2];
     if (bias) bias += b * steps.s[0] + head * steps.s[1] + at * steps.s[2];
-    // Rounded as the keys are.
+    // Rounded like the keys.
     ALONG(e, d) {
         T rounded;
         put(rounded, q[e]);
         query[e] = wide(rounded);
     }
     __syncthreads();
-    // A warp per key.
+    // One warp per key.
     float top = lowest();
     for (unsigned i = threadIdx.x / 32; i < seen; i += WARPS) {
         float along = 0.0f;
@@ -127,7 +127,7 @@ __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float s
         scores[i] = p;
     }
     float share = 1.0f / total(sum);
-    // As many threads per coordinate as there are.
+    // As many threads per coordinate as possible.
     for (unsigned begin = 0; begin < d; begin += BLOCK) {
         unsigned width = d - begin < BLOCK ? d - begin : BLOCK, teams = BLOCK / width;
         unsigned team = threadIdx.x / width, e = begin + threadIdx.x % width;

@@ -1,8 +1,8 @@
 // Attention in bf16 on tensor cores, without scores in memory, with gradients.
 
-// Products on tensor cores, with everything between them in registers: scores are never in memory. A block has 128 rows
-// that stay (queries, or keys where these get their gradients), 16 for each warp, and goes over the others in tiles. In
-// registers are fragments as `mma` takes them: with g = lane / 4 and t = lane % 4, a lane has of 16 rows of sums
+// Products on tensor cores, with all intermediate values in registers: scores are never in memory. A block keeps 128 rows
+// (queries, or keys when it computes their gradients), 16 per warp, and iterates over the others in tiles. Registers hold
+// `mma` fragments: with g = lane / 4 and t = lane % 4, a lane has, of 16 rows of sums,
 // c[0], c[1]: row g, columns 2 t and 2 t + 1; c[2], c[3]: the same of row g + 8.
 
 #ifndef EMULATED
@@ -14,7 +14,7 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Four matrices (8, 8) from shared memory: of matrix i the rows begin where lanes 8 i to 8 i + 7 say, and a lane gets row g,
+// Four matrices (8, 8) from shared memory: lanes 8 i to 8 i + 7 give the addresses of matrix i's rows, and a lane gets row g,
 // columns 2 t and 2 t + 1; or rows 2 t and 2 t + 1 of column g.
 __device__ inline void matrices(unsigned (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -28,7 +28,7 @@ __device__ inline void matrices_turned(unsigned (&to)[4], const void* row) {
                  : "r"((unsigned)__cvta_generic_to_shared(row))
                  : "memory");
 }
-// Two numbers as bf16, rounded as `put` does, the first in the lower half.
+// Two numbers as bf16, rounded like in `put`, the first in the lower half.
 __device__ inline unsigned rounded(float low, float high) {
     unsigned both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
@@ -44,11 +44,11 @@ __device__ inline float power_of_two(float x) {
 __device__ inline float low(unsigned both) { return __uint_as_float(both << 16); }
 __device__ inline float high(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
 
-// Scores are in units of log 2.
+// Scores are in base-2 logarithms.
 constexpr float LOG2_E = 1.4426950409f;
 
-// Rows that stay in a block, those of a warp, and those of a tile of the others; elements from row to row in shared
-// memory, so that eight rows begin in different banks.
+// Rows that a block keeps, those of a warp, and those of a tile of the others; the row stride in shared memory, chosen so
+// that eight rows begin in different banks.
 constexpr unsigned STAY = 128, GROUP = 16;
 template <int D> constexpr unsigned TILE = D > 64 ? 32 : 64;
 template <int D> constexpr unsigned LEAD = D + 8;
@@ -61,7 +61,7 @@ struct Heads {
     int fours;  // whether any four elements from a multiple of four on may be read at once
 };
 
-// What sees what. `kinds`: for every 16 queries and 16 keys what `kind` would have to read the bias for; or null.
+// The mask. `kinds`: for every 16 queries and 16 keys, the precomputed `kind`, which would read the bias; or null.
 struct Seen {
     unsigned lq, lk;
     int causal;
@@ -70,10 +70,10 @@ struct Seen {
     const unsigned* kinds;
 };
 
-// Of 16 queries and 16 keys: no score counts, all do as they are, or it has to be looked at each.
+// The kind of a block of 16 queries and 16 keys: all scores hidden, all visible without bias, or mixed.
 enum { HIDDEN, PLAIN, MIXED };
 
-// Keys that a query sees, the bias aside.
+// Keys that a query sees, apart from the bias.
 __device__ inline unsigned seen_by(const Seen& m, unsigned query) {
     unsigned seen = m.lk - m.lq + query + 1;
     return m.causal && seen < m.lk ? seen : m.lk;
@@ -86,7 +86,7 @@ __device__ inline unsigned kind(const Seen& m, unsigned queries, unsigned keys) 
     return !m.bias && k + GROUP <= seen_by(m, q) ? PLAIN : MIXED;
 }
 
-// The kinds of a bias (lq, lk) for all sequences and heads; a warp for each.
+// The kinds of a bias (lq, lk) for all sequences and heads; one warp each.
 KERNEL(mask_kinds, unsigned n, Seen m, unsigned* to) {
     unsigned own = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (own >= n) return;
@@ -102,12 +102,12 @@ KERNEL(mask_kinds, unsigned n, Seen m, unsigned* to) {
     if (lane == 0) to[own] = hidden ? HIDDEN : plain ? PLAIN : MIXED;
 }
 
-// A tile, and of each warp's 16 rows and each 16 of the tile whether they are hidden or mixed: bits from the first on.
+// A tile, and for each warp's 16 rows and each 16 rows of the tile whether they are hidden or mixed, as bits.
 template <int D> struct Tile {
     static constexpr unsigned GROUPS = TILE<D> / GROUP;
     unsigned at, hidden, mixed;
 
-    // The first from `at` on of which something counts. Every warp finds the same.
+    // The first tile from `at` on that is not hidden. Every warp finds the same.
     __device__ void find(const Seen& m, unsigned part, bool keys_stay, unsigned tiles) {
         unsigned lane = threadIdx.x % 32;
         for (; at < tiles; ++at) {
@@ -124,11 +124,11 @@ template <int D> struct Tile {
     __device__ bool none() const { return hidden == (1u << GROUPS) - 1; }
 };
 
-// Rows of a head on their way into shared memory. An item is four elements of each thread, ROWS rows of all.
+// Copies rows of a head into shared memory. An item is four elements of each thread, ROWS rows in all.
 template <int D> struct Rows {
     static constexpr unsigned ROWS = BLOCK / (D / 4);
     const Heads& from;
-    // Of this thread in the first item: where its elements are, how many, and its row; and how many rows there are for it.
+    // This thread's elements in the first item: where they are, how many, and the row; and the number of its rows.
     const char* first;
     unsigned some, row, l;
     // Bytes to the next item.
@@ -165,7 +165,7 @@ template <int D> struct Rows {
                 if (n < some) held[n] = __float_as_uint(((const float*)own)[n]);
         }
     }
-    // To the item's place in shared memory.
+    // To the item's position in shared memory.
     __device__ void put_down(const unsigned (&held)[4], unsigned item, bf16* tile) const {
         Pairs pairs{{held[0], held[1]}};
         if (!from.half) {
@@ -186,7 +186,7 @@ template <int D> struct Rows {
             for (unsigned n = 0; n < SOME; ++n) put_down(held[n], i + n, to);
         }
     }
-    // The rows of this block that stay, as left operands of this warp. Goes through shared memory, which is free after.
+    // The rows that this block keeps, as left operands of this warp. Goes through shared memory, which is free afterwards.
     __device__ void stay(unsigned part, bf16* tile, unsigned (&to)[D / 16][4]) const {
         move<STAY>(part, tile);
         __syncthreads();
@@ -198,7 +198,7 @@ template <int D> struct Rows {
     }
 };
 
-// What of a tile is on its way to shared memory while 16 rows of the one before are multiplied.
+// The part of a tile that is copied to shared memory while 16 rows of the previous tile are multiplied.
 template <int D> struct Share {
     static constexpr unsigned ITEMS = TILE<D> / Rows<D>::ROWS, GROUPS = TILE<D> / GROUP;
     static constexpr unsigned MOST = (ITEMS + GROUPS - 1) / GROUPS;
@@ -246,7 +246,7 @@ template <int D> __device__ void onto(const float (*p)[4], const bf16* rows, flo
     }
 }
 
-// Scores of 16 rows and 16 others from products: in units of log 2, -inf where a key is not seen.
+// Scores of 16 rows and 16 others from products: base-2 logarithms, -inf for hidden keys.
 __device__ inline void scores(const Seen& m, const float* bias, bool mixed, bool keys_stay, float scale, unsigned row,
                               unsigned other, float (*s)[4]) {
     for (int i = 0; i < 8; ++i) s[i / 4][i % 4] *= scale;
@@ -258,7 +258,7 @@ __device__ inline void scores(const Seen& m, const float* bias, bool mixed, bool
     for (int i = 0; i < 8; ++i) {
         unsigned r = row + i / 2 % 2 * 8, o = other + i / 4 * 8 + i % 2;
         unsigned q = keys_stay ? o : r, k = keys_stay ? r : o;
-        // Queries behind the last are nobody's.
+        // Beyond the last query.
         if (q >= m.lq) q = m.lq - 1;
         float& x = s[i / 4][i % 4];
         if (k >= seen_by(m, q)) {
@@ -269,7 +269,7 @@ __device__ inline void scores(const Seen& m, const float* bias, bool mixed, bool
     }
 }
 
-// Of the four lanes that share a row.
+// Over the four lanes that share a row.
 template <class Op> __device__ float of_row(float x) {
     x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return Op::of(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -279,7 +279,7 @@ template <class T> struct alignas(2 * sizeof(T)) Two {
     T of[2];
 };
 
-// Sums (16, D) of this warp, times a number for each of both rows, into rows of (b, l, h, d).
+// Writes sums (16, D) of this warp, times a number for each of both rows, to rows of (b, l, h, d).
 template <int D, class T>
 __device__ void write(const float (&sums)[D / 8][4], float upper, float lower, unsigned row, unsigned l, unsigned b,
                       unsigned h, unsigned head, unsigned d, T* to) {
@@ -312,7 +312,7 @@ template <class T> __device__ inline void swap(T*& a, T*& b) {
     b = before;
 }
 
-// The place of a block: parts of 128 rows, then heads, then sequences.
+// The position of a block: parts of 128 rows, then heads, then sequences.
 struct Place {
     unsigned part, head, b;
     __device__ Place(unsigned l, unsigned h) {
@@ -367,7 +367,7 @@ __device__ void attention(unsigned h, unsigned d, float scale, const Heads& q, c
 #pragma unroll
                 for (unsigned n = 0; n < 2 * GROUPS; ++n) most = Max::of(most, Max::of(s[n][2 * i], s[n][2 * i + 1]));
                 most = of_row<Max>(most);
-                // A row that has not seen a key yet.
+                // A row without visible keys so far.
                 float from = most == lowest() ? 0.0f : most, shrunk = power_of_two(top[i] - from);
                 top[i] = most;
                 sum[i] *= shrunk;
@@ -423,7 +423,7 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
     Tile<D> first{0, 0, 0};
     first.find(m, own.part, false, tiles);
     {
-        // A lane looks at its own columns until the end.
+        // Each lane keeps to its own columns until the end.
         float top[2] = {lowest(), lowest()}, sum[2] = {};
         keys.template move<TILE<D>>(first.at, now);
         __syncthreads();
@@ -501,13 +501,13 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
     write<D>(sums, scale, scale, own.row(), m.lq, own.b, h, own.head, d, dq);
 }
 
-// Gradients for k and v, after those for q: keys stay, queries pass.
+// Gradients for k and v, after those for q: the block keeps keys and iterates over queries.
 template <int D>
 __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& q, const Heads& k, const Heads& v,
                               const Heads& g, const Seen& m, const float* logs, const float* backs, float* dk, float* dv) {
     constexpr unsigned GROUPS = TILE<D> / GROUP, SIZE = TILE<D> * LEAD<D>;
     DYNAMIC_SHARED(shared);
-    // Of either tile: queries, gradients, and two numbers of each query.
+    // Per tile: queries, gradients, and two numbers per query.
     bf16 *now = (bf16*)(shared + 4 * TILE<D>), *next = now + 2 * SIZE;
     float *numbers = shared, *next_numbers = shared + 2 * TILE<D>;
     Place own(m.lk, h);
@@ -518,7 +518,7 @@ __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& 
     Rows<D> queries(q, own.b, own.head, m.lq, d), grads(g, own.b, own.head, m.lq, d);
     logs += ((size_t)own.b * h + own.head) * m.lq;
     backs += ((size_t)own.b * h + own.head) * m.lq;
-    // Weights of queries behind the last become zero.
+    // Weights of queries beyond the last become zero.
     auto number = [&](unsigned tile, float* to) {
         unsigned i = threadIdx.x % TILE<D>, row = tile * TILE<D> + i;
         if (threadIdx.x < TILE<D>) to[threadIdx.x] = row < m.lq ? logs[row] : INFINITY;
@@ -570,7 +570,7 @@ __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& 
     write<D>(values_sums, 1.0f, 1.0f, own.row(), m.lk, own.b, h, own.head, d, dv);
 }
 
-// Below compute capability 8.0 tensor cores do not know bf16.
+// Below compute capability 8.0, tensor cores do not support bf16.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // Registers suffice for `two` blocks at once, or for one.
 #define ATTENTION(D, two, one)                                                                                       \

@@ -1,12 +1,12 @@
 // Truncating logits and drawing codes.
 
-// Bits that order as the numbers do.
+// Bits that sort like the numbers.
 __device__ inline unsigned ordered(float x) {
     unsigned bits = __float_as_uint(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Weights as whole numbers, whose sum does not depend on their order.
+// Weights as integers, whose sum does not depend on their order.
 __device__ inline unsigned long long share_of(float x, float top) {
     return (unsigned long long)(exp((double)(x - top)) * 1099511627776.0);
 }
@@ -50,7 +50,7 @@ KERNEL(truncate, unsigned k, float temperature, unsigned keep, double share, con
     if (keep >= k && share >= 1.0) return;
     unsigned long long above;
     unsigned last = descend(k, row, true, top, 0, keep - 1, buckets, above);
-    // Whatever equals the last of the most probable stays too.
+    // Values equal to the last of the most probable stay too.
     unsigned long long ties = 0;
     ALONG(i, k) if (ordered(row[i]) == last) ++ties;
     unsigned equals = (unsigned)together<Add>(ties, 0ull);
@@ -86,7 +86,7 @@ KERNEL(truncate, unsigned k, float temperature, unsigned keep, double share, con
     }
 }
 
-// The code at which the cumulative probability of a row passes a number in [0, 1). Each thread adds up a part of its own.
+// The code at which the cumulative probability of a row passes a number in [0, 1). Each thread sums a separate part.
 KERNEL(categorical, unsigned k, const float* x, const double* uniforms, unsigned* ids) {
     __shared__ double sums[BLOCK];
     const float* row = x + (size_t)blockIdx.x * k;

@@ -1,8 +1,8 @@
-// What all kernels share: threads, numbers in other formats, places of elements, sums over a block.
+// Shared by all kernels: threads, number formats, element offsets, sums over a block.
 
 #ifndef EMULATED
 #define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(BLOCK) name(__VA_ARGS__)
-// With few enough registers for so many blocks at once on a multiprocessor.
+// With few enough registers for this many concurrent blocks on a multiprocessor.
 #define KERNEL_AT_ONCE(blocks, name, ...) extern "C" __global__ void __launch_bounds__(BLOCK, blocks) name(__VA_ARGS__)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
@@ -10,11 +10,11 @@
 // Threads of every block.
 constexpr int BLOCK = 256;
 constexpr int WARPS = BLOCK / 32;
-// Dimensions that a tensor may have.
+// The most dimensions of a tensor.
 constexpr int RANK = 8;
 
-// Where the elements of two tensors lie: for each dimension its size, and the step to the next element in either.
-struct Places {
+// The layout of two tensors of the same shape: for each dimension its size, and its stride in either tensor.
+struct StridedDims {
     int rank;
     unsigned size[RANK];
     long long first[RANK];
@@ -31,19 +31,19 @@ __device__ inline float wide(bf16 x) { return __uint_as_float((unsigned)x.bits <
 
 __device__ inline void put(float& to, float x) { to = x; }
 __device__ inline void put(unsigned& to, unsigned x) { to = x; }
-// To the nearest, the even one of two.
+// Rounds to nearest even.
 __device__ inline void put(bf16& to, float x) {
     unsigned bits = __float_as_uint(x);
     bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
     to.bits = number ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu;
 }
 
-// IEEE's half: ten bits of a significand as TF32 has, but five of an exponent.
+// IEEE half precision: ten significand bits, like TF32, but five exponent bits.
 struct fp16 {
     unsigned short bits;
 };
 
-// To the nearest, the even one of two. Numbers beyond the range become its ends; below 6e-5 the step is 6e-8.
+// Rounds to nearest even. Numbers beyond the range become its ends; below 6e-5 the step is 6e-8.
 __device__ inline void put(fp16& to, float x) {
     float size = fabsf(x);
     if (size > 65504.0f && size < INFINITY) x = x > 0.0f ? 65504.0f : -65504.0f;
@@ -56,7 +56,7 @@ __device__ inline void put(fp16& to, float x) {
     } else if (bits == 0x7f800000u) {
         bits = 0x7c00u;
     } else if (bits < 0x38800000u) {
-        // One half has the step of what is below 2^-14 as its last bit.
+        // Around 0.5 an f32 has the same step as a half below 2^-14.
         bits = __float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000u;
     } else {
         bits = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -67,11 +67,11 @@ __device__ inline void put(fp16& to, float x) {
 
 __device__ inline float lowest() { return -INFINITY; }
 
-// The elements that this thread is to look at.
+// The elements that this thread processes.
 #define EACH(i, n) for (unsigned i = blockIdx.x * BLOCK + threadIdx.x; i < (n); i += gridDim.x * BLOCK)
 #define ALONG(i, n) for (unsigned i = threadIdx.x; i < (n); i += BLOCK)
 
-__device__ inline long long first(const Places& p, unsigned i) {
+__device__ inline long long first(const StridedDims& p, unsigned i) {
     long long at = 0;
     for (int d = p.rank - 1; d >= 0; --d) {
         at += (long long)(i % p.size[d]) * p.first[d];
@@ -80,7 +80,7 @@ __device__ inline long long first(const Places& p, unsigned i) {
     return at;
 }
 
-__device__ inline void both(const Places& p, unsigned i, long long& a, long long& b) {
+__device__ inline void both(const StridedDims& p, unsigned i, long long& a, long long& b) {
     a = b = 0;
     for (int d = p.rank - 1; d >= 0; --d) {
         unsigned at = i % p.size[d];
@@ -112,13 +112,13 @@ struct Min {
     template <class T> __device__ static T of(T a, T b) { return a < b ? a : b; }
 };
 
-// The values of all threads of a warp as one, in the same order at every call; all threads get it.
+// Combines the values of a warp's threads, in the same order at every call; all threads get the result.
 template <class Op, class T> __device__ T across(T x) {
     for (int step = 16; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, step));
     return x;
 }
 
-// The values of all threads of a block as one, in the same order at every call; all threads get it.
+// Combines the values of a block's threads, in the same order at every call; all threads get the result.
 template <class Op, class T> __device__ T together(T x, T none) {
     __shared__ T parts[WARPS];
     x = across<Op>(x);

@@ -8,11 +8,11 @@ struct Flow {
     float undecided;
 };
 
-// Slopes that a step goes by, and what stands in the table of steps for each: s, then for each slope in its place its weight
-// in z, then in where the next step evaluates.
+// The number of slopes of a step, and of the entries per step in the table: s, then each slope's weight in z, then its weight
+// in the next evaluation point.
 constexpr int KEPT = 5, ROW = 1 + 2 * KEPT;
 
-// Of each coordinate of a codebook (d, k), a block each: the mean of its squares and the square of its mean.
+// For each coordinate of a codebook (d, k), one block each: the mean of its squares and the square of its mean.
 KERNEL(spread_parts, unsigned k, const float* codes, double* to) {
     double sum = 0.0, squares = 0.0;
     ALONG(i, k) {
@@ -28,8 +28,8 @@ KERNEL(spread_parts, unsigned k, const float* codes, double* to) {
     }
 }
 
-// The table of steps for a codebook whose coordinates have these, from that for a spread of 1: all of it goes by the inverse
-// of the spread, the root mean square deviation of a coordinate. One block.
+// The table of steps for a codebook with these moments, from the table for a spread of 1: all of it scales with the inverse of
+// the spread, the root mean square deviation of a coordinate. One block.
 KERNEL(spread_steps, unsigned d, unsigned n, const double* parts, const float* unit, float* to) {
     double mean_square = 0.0, square_of_mean = 0.0;
     for (unsigned e = 0; e < d; ++e) {
@@ -37,7 +37,7 @@ KERNEL(spread_steps, unsigned d, unsigned n, const double* parts, const float* u
         square_of_mean += parts[2 * e + 1];
     }
     double spread = sqrt((mean_square - square_of_mean) / d);
-    // Rounding leaves something of equal codes.
+    // Rounding leaves a remainder even for equal codes.
     float scale = spread > 1e-4 * sqrt(mean_square / d) && spread < 1e30 ? (float)(1.0 / spread) : 1.0f;
     ALONG(i, n) to[i] = unit[i] * scale;
 }
@@ -51,7 +51,7 @@ template <int D> struct alignas(16) Token {
     unsigned counts[WARPS];
 };
 
-// What all threads have added up, as the slope of a token, with the greatest log weight of all and the sum relative to it.
+// Combines the sums of all threads into a token's slope, with the greatest log weight and the sum relative to it.
 template <int D> __device__ void settle(Token<D>& t, const float* sums, int slope, float& top, float& sum) {
     float own = top;
     top = greatest(top);
@@ -71,7 +71,7 @@ template <int D> __device__ void settle(Token<D>& t, const float* sums, int slop
     __syncthreads();
 }
 
-// A code (D) among those that a thread adds up, relative to its own greatest log weight: its own, which is returned.
+// Adds a code (D) to a thread's sums, which are relative to its greatest log weight. Returns the code's log weight.
 template <int D>
 __device__ inline float consider(const float* c, float square, float logit, float s, const float* ahead, float& top,
                                  float& sum, float* sums) {
@@ -108,7 +108,7 @@ template <int D> __device__ inline float read_code(float* c, unsigned k, unsigne
 template <int D>
 __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned* list, const float* codes,
                          const float* logits, float s, int slope, float* kept, float& top, float& sum) {
-    // Codes that a thread reads together, so that it waits for memory once.
+    // Codes that a thread reads together, to wait for memory only once.
     constexpr unsigned SOME = D <= 8 ? 4 : D <= 16 ? 2 : 1;
     float sums[D];
     for (int e = 0; e < D; ++e) sums[e] = 0.0f;
@@ -131,7 +131,7 @@ __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned
     settle(t, sums, slope, top, sum);
 }
 
-// The same of N tokens that look at all codes: each code is read once. `own` are their places in logits and `kept`.
+// The same for N tokens with all codes: each code is read once. `own` are the tokens' positions in logits and `kept`.
 template <int D, int N>
 __device__ void velocities(Token<D>* t, const unsigned* own, unsigned k, const float* codes, const float* logits, float s,
                            int slope, float* kept, float* top, float* sum) {
@@ -154,7 +154,7 @@ __device__ void velocities(Token<D>* t, const unsigned* own, unsigned k, const f
     for (int o = 0; o < N; ++o) settle(t[o], sums[o], slope, top[o], sum[o]);
 }
 
-// Where in the list the leading code is.
+// The leading code's position in the list.
 __device__ inline unsigned leader(unsigned count, const float* kept, float top) {
     unsigned at = count;
     ALONG(i, count) if (kept[i] == top && i < at) at = i;
@@ -188,7 +188,7 @@ __device__ float others(const Token<D>& t, unsigned k, unsigned count, const uns
     return total(rest);
 }
 
-// Leaves those codes in the list whose log weight is above `least`, in order.
+// Keeps the codes in the list whose log weight is above `least`, in order.
 __device__ inline unsigned shorten(unsigned* counts, unsigned count, unsigned* list, bool all, const float* kept, float least) {
     unsigned done = 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (unsigned start = 0; start < count; start += BLOCK) {
@@ -209,7 +209,7 @@ __device__ inline unsigned shorten(unsigned* counts, unsigned count, unsigned* l
     return done;
 }
 
-// Takes a token a step of the Adams method on: `row` has the weights of its slopes.
+// Advances a token by a step of the Adams method: `row` has the weights of its slopes.
 template <int D> __device__ void advance(Token<D>& t, const float* row) {
     ALONG(e, D) {
         float z = t.z[e], ahead = z;
@@ -237,8 +237,8 @@ __device__ inline unsigned near(unsigned count, const float* kept, float least) 
     return together<Add>(left, 0u);
 }
 
-// The code of a token from a step on, at which it looks at all codes; their velocity is known there already if `known`. A
-// token that is decided ends; codes that no longer matter go.
+// Continues a token from a step, at which it starts with all codes (`known`: with the velocity already computed). It ends when
+// the token is decided; codes that no longer matter are dropped.
 template <int D>
 __device__ unsigned finish(Token<D>& t, unsigned k, const Flow& f, const float* logits, const float* codes,
                            const float* steps, float* kept, unsigned* list, int step, bool known, float top, float sum) {
@@ -273,7 +273,7 @@ __device__ void flow(unsigned n, unsigned k, const Flow& f, const float* logits,
     __shared__ Token<D> t[N];
     unsigned own[N];
     float top[N], sum[N];
-    // The last block may have fewer: it does the last token several times.
+    // The last block may have fewer: it repeats the last token.
 #pragma unroll
     for (int o = 0; o < N; ++o) own[o] = blockIdx.x * N + o < n ? blockIdx.x * N + o : n - 1;
     for (int o = 0; o < N; ++o) begin(t[o], noise + (size_t)own[o] * D);
@@ -313,5 +313,5 @@ __device__ void flow(unsigned n, unsigned k, const Flow& f, const float* logits,
 FLOW(4, 4)
 FLOW(8, 4)
 FLOW(16, 4)
-// More sums than that do not fit into a thread's registers.
+// More sums do not fit into a thread's registers.
 FLOW(32, 2)

@@ -11,7 +11,7 @@ struct Slide {
 };
 
 // The pixels under each window, zero beyond the image: (c, h, w) -> (c, kh, kw, oh, ow), for every image.
-// A thread takes adjacent windows of a row.
+// A thread handles adjacent windows of a row.
 template <class T, unsigned N> __device__ void unfold(unsigned n, const Slide& s, const float* x, Some<T, N>* to) {
     EACH(i, n) {
         unsigned per_row = s.ow / N, rest = i / per_row, first = i % per_row * N;
@@ -35,8 +35,8 @@ KERNEL(unfold_four_f32, unsigned n, Slide s, const float* x, Some<float, 4>* to)
 KERNEL(unfold_one_f16, unsigned n, Slide s, const float* x, Some<fp16, 1>* to) { unfold(n, s, x, to); }
 KERNEL(unfold_eight_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) { unfold(n, s, x, to); }
 
-// The same where windows of 3 x 3 keep the size of the image, as most do. A thread reads what lies under eight adjacent
-// windows once, and writes it to all nine places.
+// The same for the common case of 3 x 3 windows that keep the image's size. A thread reads the pixels under eight adjacent
+// windows once, and writes them to all nine positions.
 KERNEL(unfold_3x3_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) {
     EACH(i, n) {
         unsigned per_row = s.w / 8, column = i % per_row, row = i / per_row % s.h, plane = i / per_row / s.h;
@@ -69,7 +69,7 @@ KERNEL(unfold_3x3_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) {
     }
 }
 
-// Adds to images (b, o, area) a number for each of o and, where there is one, a residual of their size.
+// Adds a number per channel o and, if given, a residual of the same size to images (b, o, area).
 template <unsigned N>
 __device__ void plus(unsigned n, unsigned area, unsigned o, const float* bias, const Some<float, N>* residual,
                      Some<float, N>* to) {
@@ -90,7 +90,7 @@ KERNEL(plus_four, unsigned n, unsigned area, unsigned o, const float* bias, cons
     plus(n, area, o, bias, residual, to);
 }
 
-// Adjoint: each pixel gathers what lies over it.
+// Adjoint: each pixel gathers from the windows over it.
 KERNEL(fold, unsigned n, Slide s, const float* g, float* to) {
     EACH(i, n) {
         unsigned x = i % s.w, y = i / s.w % s.h, plane = i / (s.w * s.h), area = s.oh * s.ow;
@@ -109,7 +109,7 @@ KERNEL(fold, unsigned n, Slide s, const float* g, float* to) {
     }
 }
 
-// The first of the greatest pixels under a window, row by row: its place in the image, and its value.
+// The first of the greatest pixels under a window, row by row: its index in the image, and its value.
 __device__ inline unsigned top_of(const Slide& s, const float* image, unsigned window, float& top) {
     unsigned place = 0;
     bool some = false;

@@ -1,14 +1,14 @@
 // Copies between layouts and types.
 
-template <class From, class To> __device__ void copy(unsigned n, const Places& p, const From* from, To* to) {
+template <class From, class To> __device__ void copy(unsigned n, const StridedDims& p, const From* from, To* to) {
     EACH(i, n) {
         long long a, b;
         both(p, i, a, b);
         put(to[b], wide(from[a]));
     }
 }
-// Places of elements four at a time.
-template <class From, class To> __device__ void copy_four(unsigned n, const Places& p, const From* from, To* to) {
+// Copies elements in groups of four.
+template <class From, class To> __device__ void copy_four(unsigned n, const StridedDims& p, const From* from, To* to) {
     EACH(i, n) {
         long long a, b;
         both(p, i, a, b);
@@ -18,9 +18,9 @@ template <class From, class To> __device__ void copy_four(unsigned n, const Plac
         *(Some<To, 4>*)(to + b) = y;
     }
 }
-#define COPY(name, From, To)                                                                                     \
-    KERNEL(copy_##name, unsigned n, Places p, const From* from, To* to) { copy(n, p, from, to); }                \
-    KERNEL(copy_four_##name, unsigned n, Places p, const From* from, To* to) { copy_four(n, p, from, to); }
+#define COPY(name, From, To)                                                                           \
+    KERNEL(copy_##name, unsigned n, StridedDims p, const From* from, To* to) { copy(n, p, from, to); } \
+    KERNEL(copy_four_##name, unsigned n, StridedDims p, const From* from, To* to) { copy_four(n, p, from, to); }
 COPY(f32_f32, float, float)
 COPY(f32_bf16, float, bf16)
 COPY(f32_f16, float, fp16)

@@ -7,7 +7,7 @@ template <class T> __device__ void rms_norm(unsigned d, float eps, const float* 
     float r = 1.0f / sqrtf(total(square) / d + eps);
     ALONG(i, d) put(to[at + i], x[at + i] * r * w[i]);
 }
-// The same for short rows: a warp each.
+// The same for short rows: one warp each.
 template <class T>
 __device__ void rms_norm_short(unsigned rows, unsigned d, float eps, const float* x, const float* w, T* to) {
     unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -31,7 +31,7 @@ KERNEL(rms_norm_bf16, unsigned, unsigned d, float eps, const float* x, const flo
     rms_norm(d, eps, x, w, to);
 }
 
-// `dw`: what each row adds to the gradient of w.
+// `dw`: each row's contribution to the gradient of w.
 KERNEL(rms_norm_backward, unsigned, unsigned d, float eps, const float* x, const float* w, const float* g, float* dx,
        float* dw) {
     size_t at = (size_t)blockIdx.x * d;
@@ -68,7 +68,7 @@ KERNEL(rms_norm_short_backward, unsigned rows, unsigned d, float eps, const floa
     }
 }
 
-// Mean and the reciprocal of the deviation of a row.
+// The mean and the reciprocal standard deviation of a row.
 __device__ inline void moments(unsigned n, float eps, const float* row, float& mean, float& r) {
     float sum = 0.0f, square = 0.0f;
     ALONG(i, n) sum += row[i];
@@ -101,7 +101,7 @@ template <unsigned N> struct Row {
     _Pragma("unroll") for (unsigned k = 0; k < Row<N>::HELD; ++k) \
         if (unsigned i = (k * BLOCK + threadIdx.x) * N; i < (d))
 
-// The row's moments, and the row less its mean over its deviation.
+// The row's moments, and the standardised row.
 template <unsigned N> __device__ void standardise(unsigned d, float eps, Row<N>& row, float& mean, float& r) {
     float sum = 0.0f, square = 0.0f;
     HOLD(k, i, d) for (unsigned e = 0; e < N; ++e) sum += row.of[k].of[e];

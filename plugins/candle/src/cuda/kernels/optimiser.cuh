@@ -1,4 +1,4 @@
-// AdamW and averages of weights, in place.
+// AdamW and moving averages of weights, in place.
 
 struct Adamw {
     float beta1, beta2, eps, grad_scale;

@@ -1,7 +1,7 @@
 // Sums and extrema over dimensions.
 
-// A block per sum: `kept` leads to its first element, `gone` to the others from there.
-KERNEL(sum, unsigned terms, Places kept, Places gone, const float* x, float* to) {
+// One block per sum: `kept` gives the offset of its first element, `gone` those of the others from there.
+KERNEL(sum, unsigned terms, StridedDims kept, StridedDims gone, const float* x, float* to) {
     const float* from = x + first(kept, blockIdx.x);
     float sum = 0.0f;
     ALONG(i, terms) sum += from[first(gone, i)];
@@ -9,8 +9,8 @@ KERNEL(sum, unsigned terms, Places kept, Places gone, const float* x, float* to)
     if (threadIdx.x == 0) to[blockIdx.x] = sum;
 }
 
-// A thread per sum.
-KERNEL(sum_few, unsigned n, unsigned terms, Places kept, Places gone, const float* x, float* to) {
+// One thread per sum.
+KERNEL(sum_few, unsigned n, unsigned terms, StridedDims kept, StridedDims gone, const float* x, float* to) {
     EACH(i, n) {
         const float* from = x + first(kept, i);
         float sum = 0.0f;

@@ -1,6 +1,6 @@
 // Rows of a table by their index, and the adjoint.
 
-// An id beyond the table gives numbers that nobody overlooks.
+// An id beyond the table gives conspicuous numbers.
 template <class T> __device__ void rows(unsigned n, unsigned d, unsigned k, const T* table, const unsigned* ids, float* to) {
     EACH(i, n) {
         unsigned id = ids[i / d];

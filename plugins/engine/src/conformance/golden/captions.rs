@@ -1,4 +1,4 @@
-//! What is conditioned on captions, the text encoder, and VAR without L2-normalised attention.
+//! Networks conditioned on captions, the text encoder, and VAR without L2-normalised attention.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::conformance::Case;
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
 use crate::model::{
-    CODEBOOK, CaptionFeatures, CaptionShape, ConditionShape, Conditions, Student, Teacher,
+    BatchConditioning, CODEBOOK, CaptionBatch, CaptionShape, ConditioningShape, Student, Teacher,
     llamagen, msvq, t5, var,
 };
 use crate::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
@@ -16,8 +16,8 @@ use crate::size::Sides;
 use crate::tape::Variable;
 use crate::weights::Loader;
 
-/// Compares what is conditioned on captions, the text encoder, and VAR without L2-normalised attention with float64
-/// results, with what is in `captions` of `dir`.
+/// Compares networks conditioned on captions, the text encoder, and VAR without L2-normalised attention with the float64
+/// results in `captions` of `dir`.
 pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let images = Parts::open(&dir.join("llamagen"))?;
     let dir = dir.join("captions");
@@ -46,7 +46,7 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         &mut load("var")?,
         &mut load("quantiser")?,
     )?;
-    // The features of texts are those of the command line.
+    // Text features are computed as by the command line.
     suite.expected.all_seen(Some("caption."))?;
     Ok(suite.cases)
 }
@@ -64,15 +64,15 @@ fn network(of: &Numbers) -> Result<(llamagen::Config, CaptionShape)> {
         vocabulary: of.get("vocabulary")?,
         codebook_dim: of.get("codebook_dim")?,
         map: Sides::square(of.get("side")?),
-        condition: ConditionShape::Captions(shape),
+        condition: ConditioningShape::Captions(shape),
     };
     Ok((config, shape))
 }
 
-/// What the networks are given.
+/// Inputs of the networks.
 struct Inputs<B: Backend> {
     codebook: B::Tensor,
-    /// Features come left-padded; by how much, for each caption.
+    /// Features are left-padded; the padding of each caption.
     padding: Vec<usize>,
     features: B::Tensor,
     noise: B::Tensor,
@@ -96,8 +96,8 @@ impl<B: Backend> Inputs<B> {
     }
 
     /// Captions of these features.
-    fn given(&self, features: B::Tensor) -> Conditions<B> {
-        Conditions::Captions(CaptionFeatures {
+    fn given(&self, features: B::Tensor) -> BatchConditioning<B> {
+        BatchConditioning::Captions(CaptionBatch {
             dropped: Vec::new(),
             features,
             padding: self.padding.clone(),
@@ -115,8 +115,8 @@ fn teacher_on_captions<B: Backend>(
 ) -> Result<()> {
     let captions = inputs.given(inputs.features.clone());
     let tokens = suite.ids("forced.tokens")?;
-    let forced = |conditions: &Conditions<B>| {
-        let logits = teacher.forced(conditions, &tokens)?;
+    let forced = |conditioning: &BatchConditioning<B>| {
+        let logits = teacher.forced(conditioning, &tokens)?;
         Ok::<_, Error>(logits.value().clone())
     };
     suite.floats("forced.logits", &forced(&captions)?)?;
@@ -196,7 +196,7 @@ fn text_encoder<B: Backend>(
     let texts = (0..3).map(|i| suite.expected.indices(&format!("t5.{i}.ids")));
     let texts: Vec<Vec<u32>> = texts.collect::<Result<_>>()?;
     let ids: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
-    // Together, and so padded to the longest.
+    // Together, hence padded to the longest.
     let found = encoder.forward(loader.backend(), &ids)?;
     for (i, text) in texts.iter().enumerate() {
         let row = B::narrow(&B::narrow(&found, 0, i, 1)?, 1, 0, text.len())?;
@@ -236,7 +236,7 @@ fn plain_var<B: Backend>(
     };
     let quantiser = msvq::Quantiser::load(quantiser, &tokenizer)?;
     let teacher = var::Transformer::load(weights, &config, quantiser)?;
-    let labels = Conditions::Classes(suite.ids("var.labels")?);
+    let labels = BatchConditioning::Classes(suite.ids("var.labels")?);
     let logits = teacher.forced(&labels, &suite.ids("var.tokens")?)?;
     suite.floats("var.logits", logits.value())
 }

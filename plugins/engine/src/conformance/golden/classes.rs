@@ -8,7 +8,8 @@ use crate::conformance::Case;
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
 use crate::model::{
-    ConditionShape, Conditions, PrefixMask, Student, Teacher, Tokenizer, llamagen, msvq, var, vq,
+    BatchConditioning, ConditioningShape, PrefixMask, Student, Teacher, Tokenizer, llamagen, msvq,
+    var, vq,
 };
 use crate::sampler::{Assistant, Choice, Distribution, StudentSampler, autoregressive, choices};
 use crate::size::Sides;
@@ -20,7 +21,7 @@ struct Networks<'a, B: Backend> {
     teacher: &'a dyn Teacher<B>,
     student: &'a dyn Student<B>,
     tokenizer: &'a dyn Tokenizer<B>,
-    /// Guidance of the trajectories, as their names say it.
+    /// Guidance of the trajectories, as in their names.
     guidance: [&'a str; 2],
     /// Whether decoded images are clamped where they are not shown in [0, 1].
     clamps: bool,
@@ -40,7 +41,7 @@ pub(super) fn llamagen<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>>
         vocabulary: numbers.get("vocab_size")?,
         codebook_dim: numbers.get("codebook_dim")?,
         map: Sides::square(side),
-        condition: ConditionShape::Classes(numbers.get("num_classes")?),
+        condition: ConditioningShape::Classes(numbers.get("num_classes")?),
     };
     let multipliers: Vec<usize> = numbers.get("ch_mult")?;
     let tokenizer = vq::Config {
@@ -120,8 +121,8 @@ pub(super) fn var<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     Ok(suite.cases)
 }
 
-/// Compares what `var` does not hold: blocks that share their modulation with blocks that have the same one each,
-/// and generation scale by scale with teacher forcing; both without L2-normalised attention.
+/// Compares cases that `var` lacks: blocks with shared modulation against blocks that each have the same one, and generation
+/// scale by scale against teacher forcing; both without L2-normalised attention.
 pub(super) fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let own = var::Config {
         width: 16,
@@ -172,7 +173,7 @@ pub(super) fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let (n, l) = (2, shape.count());
     let ids: Vec<u32> = (0..n * l).map(|i| (i * 7 % 12) as u32).collect();
     let tokens = backend.indices(&ids, &[n, l])?;
-    let labels = Conditions::Classes(backend.indices(&[1, 4], &[n])?);
+    let labels = BatchConditioning::Classes(backend.indices(&[1, 4], &[n])?);
     let forced = |teacher: &var::Transformer<B>| {
         let logits = teacher.forced(&labels, &tokens)?;
         Ok::<_, Error>(logits.value().clone())
@@ -199,7 +200,7 @@ pub(super) fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// What is the same for every family: all tensors of `expected.safetensors`.
+/// The comparisons of every family: all tensors of `expected.safetensors`.
 fn compare<B: Backend>(
     suite: &mut Suite<'_, B>,
     networks: &Networks<'_, B>,
@@ -213,12 +214,12 @@ fn compare<B: Backend>(
     suite.expected.all_seen(None)
 }
 
-/// What the networks are given.
+/// Inputs of the networks.
 struct Inputs<B: Backend> {
     codebook: B::Tensor,
     /// How many samples, and their classes.
     count: usize,
-    labels: Conditions<B>,
+    labels: BatchConditioning<B>,
     tokens: B::Tensor,
     noise: B::Tensor,
 }
@@ -230,7 +231,7 @@ impl<B: Backend> Inputs<B> {
         Ok(Self {
             codebook: networks.tokenizer.codebook()?,
             count,
-            labels: Conditions::Classes(suite.backend.indices(&classes, &[count])?),
+            labels: BatchConditioning::Classes(suite.backend.indices(&classes, &[count])?),
             tokens: suite.ids("forced.tokens")?,
             noise: suite.tensor("student.noise")?,
         })
@@ -263,11 +264,11 @@ fn compare_teacher<B: Backend>(
     let (teacher, codebook) = (networks.teacher, &inputs.codebook);
     let (labels, n) = (&inputs.labels, inputs.count);
     let shape = teacher.token_shape();
-    let ConditionShape::Classes(unconditional) = shape.condition else {
+    let ConditioningShape::Classes(unconditional) = shape.condition else {
         return Err(Error::Internal("a model of classes has none".into()));
     };
     let uncond = vec![unconditional as u32; n];
-    let uncond = Conditions::Classes(suite.backend.indices(&uncond, &[n])?);
+    let uncond = BatchConditioning::Classes(suite.backend.indices(&uncond, &[n])?);
     suite.floats(
         "forced.logits",
         teacher.forced(labels, &inputs.tokens)?.value(),

@@ -13,8 +13,8 @@ use crate::statistics::{Moments, frechet_distance, inception_score};
 use crate::tape::{Variable, backward};
 use crate::weights::Floats;
 
-/// Compares the networks that measure images, and the figures taken from their features, with pytorch-fid, lpips and
-/// torch-fidelity, with what is in `measures` of `dir`.
+/// Compares the networks that measure images, and the figures taken from their features, with the results of pytorch-fid,
+/// lpips and torch-fidelity in `measures` of `dir`.
 ///
 /// # Errors
 /// As [`super::check`].

@@ -1,5 +1,5 @@
-//! VAR going on from a prefix, causally and as the released code has it: `var-prefix`, whose two files differ in how much
-//! attention says (the scale of `attn.mat_qkv.weight` and `attn.proj.weight`).
+//! VAR continuing from a prefix, causally and as in the released code: `var-prefix`, whose two files differ in the strength
+//! of attention (the scale of `attn.mat_qkv.weight` and `attn.proj.weight`).
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use super::{Numbers, Parts, Suite};
 use crate::backend::Backend;
 use crate::conformance::Case;
 use crate::error::Result;
-use crate::model::{Conditions, PrefixMask, Teacher, msvq, var};
+use crate::model::{BatchConditioning, PrefixMask, Teacher, msvq, var};
 use crate::sampler::{Choice, Distribution, Prefix, autoregressive, choices};
 use crate::weights::{Loader, Source};
 
@@ -33,7 +33,7 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         suite.chosen = true;
         let labels = suite.ids("labels")?;
         let n = B::shape(&labels)[0];
-        let labels = Conditions::Classes(labels);
+        let labels = BatchConditioning::Classes(labels);
         let tokens = suite.ids("prefix")?;
         let distribution = Distribution {
             guidance: Some(2.0),

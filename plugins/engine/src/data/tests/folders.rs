@@ -1,4 +1,4 @@
-//! Images in folders, archives and tables: what counts, what is damaged, what is told.
+//! Images in folders, archives and tables: which files count, which are damaged, and the messages.
 
 use super::*;
 
@@ -64,7 +64,7 @@ fn a_folder_without_classes_is_one_class() {
     std::fs::write(dir.join("00/.DS_Store"), "x").unwrap();
     std::fs::write(dir.join("00/Thumbs.db"), "x").unwrap();
     std::fs::write(dir.join("00/notes.txt"), "x").unwrap();
-    let source = Source::open(&folder("00"), dir).unwrap();
+    let source = Source::open(&folder("00"), dir, &mut |_, _| true).unwrap();
     assert_eq!(source.notices.len(), 1, "{:?}", source.notices);
     assert!(
         source.notices[0]
@@ -165,8 +165,11 @@ fn damaged_images_are_told_at_once_or_left_out() {
         skip_damaged: true,
         ..folder("x")
     };
-    let (images, damaged) =
-        Images::read(Source::open(&lenient, dir).unwrap(), &mut |_| true).unwrap();
+    let (images, damaged) = Images::read(
+        Source::open(&lenient, dir, &mut |_, _| true).unwrap(),
+        &mut |_| true,
+    )
+    .unwrap();
     let names: Vec<&str> = damaged
         .iter()
         .map(|damaged| damaged.name.as_str())
@@ -232,7 +235,7 @@ fn what_a_header_claims_is_checked_before_it_is_decoded() {
         assert_eq!(raster::decode(content, [0; 3]).unwrap_err(), error);
     }
     assert!(raster::header(&claim(u32::MAX, u32::MAX, &[])).is_err());
-    // More deflated than its size needs: the rest is not asked for.
+    // More deflated data than its size needs: the rest is not read.
     let (width, height) = (16, 16);
     let bomb = claim(width, height, &vec![0; 64 << 20]);
     assert!(bomb.len() < 100_000);
@@ -257,13 +260,13 @@ fn a_mixed_folder_comes_to_one_size_and_one_kind() {
         "x/1/rgb.bmp",
         image::RgbImage::from_pixel(16, 4, image::Rgb([0, 0, 255])),
     );
-    // The ending does not say what it is.
+    // The extension does not match its format.
     std::fs::copy(dir.join("x/1/rgb.bmp"), dir.join("x/1/no-ending")).unwrap();
     let options = DataOptions {
         size: Some(Size::Sides([4, 6])),
         ..folder("x")
     };
-    let source = Source::open(&options, dir).unwrap();
+    let source = Source::open(&options, dir, &mut |_, _| true).unwrap();
     assert!(
         source.notices[1]
             .1
@@ -306,7 +309,7 @@ fn a_tar_archive_and_a_folder_of_them_are_read() {
         std::fs::read(dir.join("a.png")).unwrap(),
         std::fs::read(dir.join("b.png")).unwrap(),
     );
-    let by_folder = shards::tests::tar(&[
+    let by_folder = archived_images::tests::tar(&[
         ("e/food/b.png", &b),
         ("e/flags/a.png", &a),
         ("e/README.md", b"text"),
@@ -321,26 +324,26 @@ fn a_tar_archive_and_a_folder_of_them_are_read() {
     assert_eq!(images.labels, [1, 0]);
     assert_eq!(pixels(&images)[0], 20.0 / 255.0 * 2.0 - 1.0);
     std::fs::create_dir(dir.join("shards")).unwrap();
-    let first = shards::tests::tar(&[
+    let first = archived_images::tests::tar(&[
         ("0.png", &a),
         ("0.cls", b"1"),
         ("1.png", &b),
         ("1.cls", b"0"),
     ]);
-    let second = shards::tests::tar(&[("2.png", &b), ("2.json", b"{\"label\": 1}")]);
+    let second = archived_images::tests::tar(&[("2.png", &b), ("2.json", b"{\"label\": 1}")]);
     std::fs::write(dir.join("shards/a.tar"), first).unwrap();
     std::fs::write(dir.join("shards/b.tar"), second).unwrap();
     assert_eq!(read(&folder("shards"), dir).unwrap().labels, [1, 0, 1]);
     std::fs::write(
         dir.join("shards/c.tar"),
-        shards::tests::tar(&[("3.png", &b)]),
+        archived_images::tests::tar(&[("3.png", &b)]),
     )
     .unwrap();
     assert_eq!(
         read(&folder("shards"), dir).unwrap_err(),
         "shards: 3.png has no class, though 3 files have one"
     );
-    let cut = shards::tests::tar(&[("0/3.png", &b[..b.len() - 10]), ("0/4.png", &b)]);
+    let cut = archived_images::tests::tar(&[("0/3.png", &b[..b.len() - 10]), ("0/4.png", &b)]);
     std::fs::write(dir.join("cut.tar"), cut).unwrap();
     assert!(
         read(&tar("cut.tar"), dir)

@@ -1,4 +1,4 @@
-//! Images that are too many for memory: where they lie, and what is left when something goes wrong.
+//! Image sets too large for memory: where they are stored, and what remains after an error.
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -8,9 +8,11 @@ use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 
 use super::*;
 use crate::error::Error;
+use crate::files::MakeLock;
+use crate::files::tests::names;
 use crate::numpy;
 
-/// A host that remembers what it is told, and may want the stage to stop.
+/// A host that remembers messages, and may ask the stage to stop.
 #[derive(Default)]
 struct Listener {
     said: Mutex<Vec<String>>,
@@ -38,7 +40,7 @@ impl Host for Listener {
     fn artifact_abort(&self, _: u64) {}
 }
 
-/// A file of RGB images of 256 x 256, 196,608 bytes each, that are all of the colour of their number and `shift`.
+/// A file of RGB images of 256 x 256, 196,608 bytes each, whose colour follows from their number and `shift`.
 fn arrays(dir: &Path, count: usize, shift: u8) -> Data {
     let mut file = numpy::header("|u1", &[count, 256, 256, 3]);
     for image in 0..count as u8 {
@@ -52,31 +54,30 @@ fn arrays(dir: &Path, count: usize, shift: u8) -> Data {
 }
 
 fn load_in(dir: &Path, data: &Data, host: &Listener) -> crate::Result<Images> {
-    load_after(dir, data, host, &|| Ok(None))
+    load_after(dir, data, host, &|| Ok(MakeLock::undisputed()))
 }
 
 fn load_after(
     dir: &Path,
     data: &Data,
     host: &Listener,
-    turn: &dyn Fn() -> crate::Result<Option<std::fs::File>>,
+    lock: &dyn Fn() -> crate::Result<MakeLock>,
 ) -> crate::Result<Images> {
-    let place = Place {
+    let cache = ImageCache {
         host,
         base_dir: dir,
-        folder: Some(dir.join(kept::FOLDER)),
-        turn,
+        folder: Some(dir.join(cache::FOLDER)),
+        lock,
     };
-    load(data, None, &place, |count| match count {
+    load(data, None, &cache, |count| match count {
         99 => Err(Error::option("/data", "99 are not wanted")),
         _ => Ok(()),
     })
 }
 
-/// Names of what lies beside the file of images.
+/// Names of the files beside the file of images.
 fn entries(dir: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(dir).unwrap().map(Result::unwrap);
-    let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+    let names = names(dir).into_iter();
     names.filter(|name| name != "a.npy").collect()
 }
 
@@ -108,15 +109,13 @@ fn few_images_are_held_and_many_are_written_once() {
         "{said}"
     );
 
-    // The next attempt does not look at their source.
+    // The next attempt does not read their source.
     std::fs::remove_file(dir.join("a.npy")).unwrap();
     let again = load_in(dir, &data, &host).unwrap();
     assert_eq!((again.len(), colour(&again, 89)), (90, 89.0));
-    // What an attempt has left that is not whole is written anew.
+    // Incomplete files of an attempt are rewritten.
     let data = arrays(dir, 90, 7);
     std::fs::remove_file(dir.join("images/labels.npy")).unwrap();
-    std::fs::create_dir(dir.join("images.partial")).unwrap();
-    std::fs::write(dir.join("images.partial/images-00000.npy"), "begun").unwrap();
     let anew = load_in(dir, &data, &host).unwrap();
     assert_eq!(
         (colour(&anew, 89), entries(dir)),
@@ -155,7 +154,7 @@ fn of_several_parts_one_writes_and_the_others_read() {
     let images = load_after(dir, &arrays(dir, 90, 0), &host, &|| {
         // Its turn comes when the other part has written them.
         std::fs::rename(other.join("images"), dir.join("images")).unwrap();
-        Ok(None)
+        Ok(MakeLock::undisputed())
     });
     assert_eq!(colour(&images.unwrap(), 89), 94.0);
 }

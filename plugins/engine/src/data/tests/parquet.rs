@@ -1,9 +1,14 @@
-//! Images in Parquet files, as `tests/peers/parquet.py` has written them.
+//! Images in Parquet files written by `tests/peers/parquet.py`.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::data::error::DataError;
+use crate::data::item::{Item, ItemLocation};
+use crate::data::parquet as tables;
 
 /// Copies files of `tests/golden/parquet` under other names.
-fn copy(dir: &Path, files: &[(&str, &str)]) {
+pub(super) fn copy(dir: &Path, files: &[(&str, &str)]) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/parquet");
     for (from, to) in files {
         let to = dir.join(to);
@@ -12,7 +17,7 @@ fn copy(dir: &Path, files: &[(&str, &str)]) {
     }
 }
 
-fn parquet(name: &str) -> DataOptions {
+pub(super) fn parquet(name: &str) -> DataOptions {
     DataOptions {
         parquet: Some(name.into()),
         ..DataOptions::default()
@@ -55,7 +60,7 @@ fn a_data_set_of_the_hub_is_read_with_its_classes() {
     );
     assert_eq!(pixels(&whole), pixels(&images));
     std::fs::remove_file(dir.join(&moved[0])).unwrap();
-    let source = Source::open(&folder("set"), dir).unwrap();
+    let source = Source::open(&folder("set"), dir, &mut |_, _| true).unwrap();
     let told = source
         .notices
         .iter()
@@ -74,7 +79,7 @@ fn every_way_of_packing_gives_the_same_images() {
             (name, name)
         }),
     );
-    // Of one row the class is missing: another column has all.
+    // One row has no class; another column is complete.
     let error = read(&parquet("zstd.parquet"), dir).unwrap_err();
     assert_eq!(
         error,
@@ -105,15 +110,15 @@ fn rows_without_images_are_damaged_and_captions_stay_with_theirs() {
     let dir = dir.path();
     copy(dir, &[("captions.parquet", "c.parquet")]);
     let error = read(&parquet("c.parquet"), dir).unwrap_err();
-    let expected = "c.parquet: 1 of 7 images are damaged:\n  c.parquet row 3: no bytes; a data set whose rows name files \
-                    elsewhere has to be saved with their bytes in it";
+    let expected = "c.parquet: 1 of 7 images are damaged:\n  c.parquet row 3: no bytes; a data set whose rows refer to \
+                    other files has to be saved with their content in it";
     assert!(error.starts_with(expected), "{error}");
     let options = DataOptions {
         skip_damaged: true,
         ..parquet("c.parquet")
     };
     let mut found = Vec::new();
-    let source = Source::open(&options, dir).unwrap();
+    let source = Source::open(&options, dir, &mut |_, _| true).unwrap();
     let damaged = source.read(&mut |_| true, &mut |image| {
         found.push((image.name.to_owned(), image.caption.map(str::to_owned)));
         Ok(())
@@ -197,7 +202,7 @@ fn what_does_not_fit_is_named() {
     std::fs::write(dir.join("empty.parquet"), b"PAR1").unwrap();
     check(
         &parquet("empty.parquet"),
-        "empty.parquet: no Parquet file: it is too short for one",
+        "empty.parquet: not a Parquet file: it is too short for one",
     );
     check(&parquet("nothing.parquet"), "nothing.parquet: no such file");
     let labelled = DataOptions {
@@ -209,4 +214,49 @@ fn what_does_not_fit_is_named() {
     let table = "{\"file_name\": \"a.png\", \"label\": \"x\"}\n";
     std::fs::write(dir.join("images/metadata.jsonl"), table).unwrap();
     check(&labelled, "images: `label` names a column of Parquet files");
+}
+
+#[test]
+fn a_cell_that_rows_repeat_is_examined_once() {
+    let item = Item {
+        name: "a".into(),
+        label: 0,
+        caption: None,
+        location: ItemLocation::Row(0, 0),
+    };
+    let (cells, examined) = (*b"one two", AtomicUsize::new(0));
+    let (one, two) = (Some(&cells[..3]), Some(&cells[4..]));
+    let parts: Vec<_> = [one, two, None, one].repeat(100);
+    let part: Vec<_> = parts.iter().map(|bytes| (&item, *bytes)).collect();
+    let made = tables::made_of(&part, &|_, bytes| {
+        examined.fetch_add(1, Ordering::SeqCst);
+        bytes.map(<[u8]>::to_vec)
+    });
+    assert_eq!(examined.into_inner(), 3);
+    let expected = parts.iter().map(|bytes| bytes.map(<[u8]>::to_vec));
+    assert!(made.into_iter().eq(expected));
+}
+
+#[test]
+fn pages_without_wanted_rows_can_be_interrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    copy(dir.path(), &[("hub.parquet", "a.parquet")]);
+    let files = vec![dir.path().join("a.parquet")];
+    let rows = tables::read(dir.path(), files, None, &mut |_, _| true).unwrap();
+    // The last of twelve rows, in three groups.
+    let last = &rows.items[11..];
+    let is_there = |_: &Item, bytes: Option<&[u8]>| bytes.is_some();
+    let mut taken = Vec::new();
+    let all = rows.tables.each(last, 4, &is_there, &mut |first, made| {
+        taken.push((first, made));
+        Ok::<_, DataError>(())
+    });
+    all.unwrap();
+    assert_eq!(taken, [(0, vec![]), (0, vec![]), (0, vec![true])]);
+    let stopped = rows
+        .tables
+        .each(last, 4, &is_there, &mut |_, _: Vec<bool>| {
+            Err(DataError::Cancelled)
+        });
+    assert!(matches!(stopped, Err(DataError::Cancelled)));
 }

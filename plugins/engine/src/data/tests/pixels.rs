@@ -1,4 +1,4 @@
-//! What pixels become: of every format, and at every size.
+//! Pixels of every format and size.
 
 use super::*;
 
@@ -14,6 +14,51 @@ fn a_palette_of_no_whole_colours_is_damage() {
     let error = raster::decode(file, [0; 3]).unwrap_err();
     assert!(error.starts_with("a palette of 13 bytes"), "{error}");
     assert_eq!(raster::header(file).unwrap_err(), error);
+}
+
+/// The soak's examples of every format, and of pictures larger than what holds them.
+#[test]
+fn what_a_small_file_holds_is_not_larger_than_it_says() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/soak/corpus");
+    let read = |name: &str| {
+        let content = std::fs::read(corpus.join(name)).unwrap();
+        raster::decode(&content, [0; 3]).map(|image| (image.height, image.width, image.channels))
+    };
+    for (name, shape) in [
+        ("image/grey.jpg", (8, 8, 1)),
+        ("image/rgb.jpg", (8, 8, 3)),
+        ("image/progressive.jpg", (8, 8, 3)),
+        ("image/colours.gif", (2, 2, 3)),
+        ("image/part.gif", (2, 2, 3)),
+        ("image/rgb.bmp", (2, 2, 3)),
+        ("image/palette.bmp", (2, 2, 3)),
+        ("image/packed.bmp", (2, 2, 3)),
+        ("image/lossless.webp", (2, 2, 3)),
+        ("image/extended.webp", (2, 2, 3)),
+        ("image/animated.webp", (2, 2, 3)),
+        ("tiff/jpeg_strip.tiff", (8, 8, 1)),
+    ] {
+        assert_eq!(read(name), Ok(shape), "{name}");
+    }
+    for (name, expected) in [
+        ("image/enormous.jpg", "whose scans visit 130023424 blocks"),
+        (
+            "image/enormous.gif",
+            "a frame of 60000 x 60000 pixels on a canvas of 2 x 2",
+        ),
+        ("image/enormous.bmp", "60000"),
+        (
+            "image/enormous.webp",
+            "a picture of 16000 x 16000 pixels on a canvas of 2 x 2",
+        ),
+        (
+            "tiff/jpeg_strip_enormous.tiff",
+            "a JPEG of 16000 x 16000 pixels; expected at most 8 x 8",
+        ),
+    ] {
+        let said = read(name).unwrap_err();
+        assert!(said.contains(expected), "{name}: {said}");
+    }
 }
 
 fn fixture<T: serde::de::DeserializeOwned>(name: &str) -> T {
@@ -53,7 +98,7 @@ fn every_format_shows_what_it_shows_elsewhere() {
             .zip(&shown.pixels)
             .map(|(a, b)| a.abs_diff(*b))
             .max();
-        // Lossy formats leave the rounding of their transforms open.
+        // Lossy formats do not define the rounding of their transforms.
         let lossy = name.ends_with(".jpg") || name == "lossy.webp";
         assert!(
             most.unwrap() <= if lossy { 4 } else { 1 },

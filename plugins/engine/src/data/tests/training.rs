@@ -1,4 +1,4 @@
-//! What training sees: splits, views, prepared images, batches made ahead.
+//! Training data: splits, augmentation, prepared images, batches prepared ahead.
 
 use super::*;
 
@@ -63,7 +63,7 @@ fn what_training_sees_is_a_function_of_seed_epoch_and_image() {
         .unwrap()
         .0;
     assert_eq!(one, first[17 * 16..18 * 16]);
-    // Every place and both ways round occur.
+    // Every position and both orientations occur.
     let views: std::collections::BTreeSet<_> = (0..40)
         .map(|i| images.view(i, Some(Augment { seed: 3, epoch: 0 })))
         .collect();
@@ -73,7 +73,7 @@ fn what_training_sees_is_a_function_of_seed_epoch_and_image() {
             views.iter().any(|view| view.0 == place) && views.iter().any(|view| view.1 == place)
         );
     }
-    // The middle, as it is stored, without.
+    // Without augmentation, the middle as stored.
     let middle = images.gather(&[0]).unwrap().0;
     let value = |p: usize| (p * 7 % 200) as f32 / 255.0 * 2.0 - 1.0;
     assert_eq!(middle[..4], [value(7), value(8), value(9), value(10)]);
@@ -97,7 +97,7 @@ fn prepared_images_are_those_that_were_prepared() {
         ..max16()
     };
     std::fs::write(dir.path().join("a.csv"), rows.join("\n")).unwrap();
-    let source = Source::open(&options, dir.path()).unwrap();
+    let source = Source::open(&options, dir.path(), &mut |_, _| true).unwrap();
     let out = dir.path().join("out");
     std::fs::create_dir(&out).unwrap();
     let mut writer = prepared::Writer::new(&out, prepared::Description::of(&source)).unwrap();

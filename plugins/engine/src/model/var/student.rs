@@ -6,11 +6,11 @@ use super::{Config, Linear, Stack, mask, part};
 use crate::backend::{Backend, Mask};
 use crate::error::Result;
 use crate::model::continuous::Continuous;
-use crate::model::{Conditions, Prediction, Student, TokenShape};
+use crate::model::{BatchConditioning, Prediction, Student, TokenShape};
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
-/// What a student adds to each position (b, 1+l, C): its row of the embedding of noise and data (2, C), mapped.
+/// A student's additional input at each position (b, 1+l, C): the mapped embedding of noise or data (2, C).
 fn mapped<B: Backend>(
     map: &Linear<B>,
     own: &Variable<B>,
@@ -23,7 +23,7 @@ fn mapped<B: Backend>(
 pub struct TransformerStudent<B: Backend> {
     stack: Stack<B>,
     mask: Mask<B::Tensor>,
-    /// Whether the backward pass computes blocks again.
+    /// Whether the backward pass recomputes blocks.
     recompute: bool,
     /// Rows: noise, data; (2, C).
     noise_or_data: Variable<B>,
@@ -68,18 +68,18 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
     fn predict(
         &self,
         x: &B::Tensor,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
         let (b, l, stack) = (B::shape(x)[0], self.tokens.count(), &self.stack);
-        let condition = Arc::new(stack.condition(conditions.classes()?)?);
+        let condition = Arc::new(stack.condition(conditioning.classes()?)?);
         // The class token counts as data.
         let ones = B::of(data).indices(&vec![1; b], &[b, 1])?;
         let kinds = B::cat(&[&ones, data], 1)?; // (b, 1+l)
         let x = stack.word_embed.forward(&Variable::constant(x.clone()))?;
         let x = Variable::cat(&[&stack.first(&condition)?, &x], 1)?.add(&stack.places()?)?;
         let mut x = x.add(&self.noise_or_data.rows(&kinds)?)?; // (b, 1+l, C)
-        // The embedding has two rows: they are mapped, then spread over the positions.
+        // Map the embedding's two rows first, then distribute them over the positions.
         for (block, map) in stack.blocks.iter().zip(&self.layerwise) {
             let (block, map, condition) = (block.clone(), map.clone(), condition.clone());
             let (own, kinds) = (self.noise_or_data.clone(), kinds.clone());

@@ -7,28 +7,28 @@ use crate::backend::{Backend, Mask};
 use crate::error::Result;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
 use crate::model::msvq::Quantiser;
-use crate::model::{Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape};
+use crate::model::{BatchConditioning, Generation, Guidance, PrefixMask, Teacher, TokenShape};
 use crate::tape::Variable;
 use crate::weights::Loader;
 
-/// What the teacher's positions see: their own scale and the coarser ones.
+/// The teacher's mask: positions see their own scale and the coarser ones.
 fn teachers_mask<B: Backend>(beside: &B::Tensor, steps: &[usize]) -> Result<Mask<B::Tensor>> {
     mask::<B>(beside, steps, |own, other, _| other <= own)
 }
 
-/// The AR teacher, with the tokenizer's quantiser, whose feature maps it feeds on.
+/// The AR teacher, with the tokenizer's quantiser, whose feature maps are its input.
 pub struct Transformer<B: Backend> {
     config: Config,
     stack: Stack<B>,
     mask: Mask<B::Tensor>,
     quantiser: Quantiser<B>,
     tokens: TokenShape,
-    /// Whether the backward pass computes blocks again.
+    /// Whether the backward pass recomputes blocks.
     recompute: bool,
 }
 
 impl<B: Backend> Transformer<B> {
-    /// Takes the parameters under their published names; those of the quantiser stay as they are in training.
+    /// Takes the parameters under their published names; those of the quantiser are not trained.
     pub fn load(loader: &mut Loader<B>, config: &Config, quantiser: Quantiser<B>) -> Result<Self> {
         let tokens = config.token_shape();
         let stack = Stack::load(loader, config, &tokens.steps)?;
@@ -47,10 +47,14 @@ impl<B: Backend> Transformer<B> {
         self.quantiser.coarser(tokens)
     }
 
-    /// Class ids of a batch, with guidance as many times the unconditional row after them.
-    fn rows(&self, conditions: &Conditions<B>, guidance: Option<Guidance>) -> Result<B::Tensor> {
+    /// Class ids of a batch, with guidance followed by the same number of unconditional ones.
+    fn rows(
+        &self,
+        conditioning: &BatchConditioning<B>,
+        guidance: Option<Guidance>,
+    ) -> Result<B::Tensor> {
         rows::<B>(
-            conditions.classes()?,
+            conditioning.classes()?,
             self.config.classes,
             guidance.is_some(),
         )
@@ -74,7 +78,8 @@ impl<B: Backend> Transformer<B> {
         stack.logits(&x, &condition)
     }
 
-    /// Logits (b, l, K) of a scale from those of the rows (b or 2b, l, K), so many scales after the first that was chosen.
+    /// Logits (b, l, K) of a scale from those of the rows (b or 2b, l, K), given the number of scales since the first chosen
+    /// one.
     fn guide(
         &self,
         logits: &B::Tensor,
@@ -92,7 +97,7 @@ impl<B: Backend> Transformer<B> {
     }
 }
 
-/// VAR's guidance of 0 is none.
+/// In VAR guidance 0 means none.
 fn guiding(guidance: Option<Guidance>) -> Option<Guidance> {
     guidance.filter(|guidance| guidance.scale != 0.0)
 }
@@ -102,8 +107,12 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         &self.tokens
     }
 
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
-        let condition = self.stack.condition(conditions.classes()?)?;
+    fn forced(
+        &self,
+        conditioning: &BatchConditioning<B>,
+        tokens: &B::Tensor,
+    ) -> Result<Variable<B>> {
+        let condition = self.stack.condition(conditioning.classes()?)?;
         self.all(condition, &self.inputs(tokens)?)
     }
 
@@ -113,12 +122,12 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
 
     fn generate<'a>(
         &'a self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let (c, stack, guidance) = (&self.config, &self.stack, guiding(guidance));
         let beside = stack.start.value();
-        let rows = self.rows(conditions, guidance)?;
+        let rows = self.rows(conditioning, guidance)?;
         let condition = stack.condition(&rows)?;
         let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
         let shape = [
@@ -143,13 +152,13 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
     /// Later scales see the feature map of the known ones.
     fn at_once(
         &self,
-        conditions: &Conditions<B>,
+        conditioning: &BatchConditioning<B>,
         guidance: Option<Guidance>,
         known: Option<&B::Tensor>,
     ) -> Result<B::Tensor> {
         let guidance = guiding(guidance);
-        let rows = self.rows(conditions, guidance)?;
-        let b = B::shape(conditions.classes()?)[0];
+        let rows = self.rows(conditioning, guidance)?;
+        let b = B::shape(conditioning.classes()?)[0];
         let mut inputs = self.quantiser.coarser_of(b, known)?;
         if guidance.is_some() {
             inputs = Variable::cat(&[&inputs, &inputs], 0)?;
@@ -160,7 +169,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         let first = self.tokens.steps_within(known);
         let parts = (first..steps.len()).map(|k| {
             let own = logits.narrow(1, self.tokens.tokens_before(k), steps[k])?;
-            // Scale k comes k scales after the first that was chosen.
+            // Scale k is k scales after the first chosen one.
             self.guide(own.value(), guidance, k, k)
         });
         let parts: Vec<B::Tensor> = parts.collect::<Result<_>>()?;
@@ -181,12 +190,13 @@ struct Decoding<'a, B: Backend> {
     map: Option<Variable<B>>,
     /// The next scale.
     step: usize,
-    /// Scales after the first that was chosen.
+    /// Scales since the first chosen one.
     after: usize,
 }
 
 impl<B: Backend> Decoding<'_, B> {
-    /// The input (b or 2b, n_k^2, C) of scale k, counted from 0, after the tokens (b, n_(k-1)^2), without its places.
+    /// The input (b or 2b, n_k^2, C) of scale k, counted from 0, after the tokens (b, n_(k-1)^2), without position
+    /// embeddings.
     fn input(&mut self, k: usize, tokens: &B::Tensor) -> Result<Variable<B>> {
         let Transformer {
             quantiser, stack, ..
@@ -204,8 +214,8 @@ impl<B: Backend> Decoding<'_, B> {
         }
     }
 
-    /// Guided logits (b, n_k^2, K) of scale k, the last one of the positions from `at` on, x (b or 2b, l, C), which see those
-    /// before them and each other as `mask` says.
+    /// Guided logits (b, n_k^2, K) of scale k, the last scale of the positions from `at` on, x (b or 2b, l, C), which see
+    /// those before them and, according to `mask`, each other.
     fn run(
         &mut self,
         x: &Variable<B>,

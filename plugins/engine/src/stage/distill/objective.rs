@@ -1,4 +1,4 @@
-//! The loss of a student's training, and its measure on pairs that are held out.
+//! The loss of a student's training, and its measurement on held-out pairs.
 
 use std::cell::Cell;
 use std::time::Instant;
@@ -11,16 +11,16 @@ use crate::collective::Collective;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::model::vq::nearest;
-use crate::model::{Conditions, Student};
+use crate::model::{BatchConditioning, Student};
 use crate::perceptual;
 use crate::splice::State;
 use crate::tape::{Variable, scalar};
 use crate::train::StepOutput;
 
-/// Most logits that are held to measure the loss.
+/// The most logits in memory while the loss is measured.
 const MEASURED_AT_ONCE: usize = 1 << 26;
 
-/// The training loss and what it needs.
+/// The training loss and its inputs.
 pub struct Objective<'a, B: Backend> {
     options: &'a Options,
     backend: &'a B,
@@ -32,14 +32,14 @@ pub struct Objective<'a, B: Backend> {
     boundary: usize,
     /// Who shares each batch.
     ranks: &'a dyn Collective,
-    /// When the last step began, and for how many seconds it waited for its data.
+    /// The start of the last step, and the seconds that it waited for data.
     begun: Cell<(Instant, f64)>,
 }
 
-/// X_t of some samples, on the device, and what is known of them.
+/// X_t of some samples, on the device, with their targets.
 struct Batch<B: Backend> {
     state: State<B>,
-    conditions: Conditions<B>,
+    conditioning: BatchConditioning<B>,
     /// Tokens (b L).
     tokens: B::Tensor,
     /// Weight of each token in the loss (b L), of mean 1.
@@ -53,17 +53,17 @@ struct Term<B: Backend> {
     weight: f64,
 }
 
-/// What part of a batch is computed at a time.
+/// The part of a batch that is computed at a time.
 struct BatchFraction {
-    /// Parts that the batch is cut into.
+    /// Number of parts of the batch.
     parts: usize,
-    /// Share of its images and of the tokens that the loss covers.
+    /// Its share of the batch's images, and of the tokens in the loss.
     of_images: f64,
     of_tokens: f64,
 }
 
 impl BatchFraction {
-    /// The share that a mean over this part has in that over the batch.
+    /// The weight of a mean over this part in the mean over the batch.
     fn of<B: Backend>(&self, mean: Variable<B>, share: f64) -> Result<Variable<B>> {
         match self.parts {
             1 => Ok(mean),
@@ -73,7 +73,7 @@ impl BatchFraction {
 }
 
 impl<'a, B: Backend> Objective<'a, B> {
-    /// Of inputs that fit together.
+    /// From matching inputs.
     pub fn new(
         context: &Context<'a, B>,
         options: &'a Options,
@@ -130,11 +130,11 @@ impl<'a, B: Backend> Objective<'a, B> {
                 x: self.backend.floats(&x, &[n, l, d])?,
                 known,
             },
-            conditions: self
+            conditioning: self
                 .inputs
                 .dataset
-                .subjects
-                .conditions(self.backend, &labels)?,
+                .conditioning
+                .batch(self.backend, &labels)?,
             tokens: self.backend.indices(&tokens, &[n * l])?,
             weights,
         })
@@ -150,7 +150,7 @@ impl<'a, B: Backend> Objective<'a, B> {
         timesteps.iter().map(|t| l - known(t)).sum()
     }
 
-    /// The loss of a part of a batch, in the measure in which it has part in that of the batch.
+    /// The loss of a part of a batch, weighted by its share of the batch.
     pub fn loss(
         &self,
         student: &dyn Student<B>,
@@ -174,7 +174,7 @@ impl<'a, B: Backend> Objective<'a, B> {
             .iter()
             .map(|term| Ok((term.name, scalar::<B>(term.value.value())?)));
         let mut figures = figures.collect::<Result<Vec<_>>>()?;
-        // Of the time since the last part began.
+        // Relative to the time since the last part began.
         let last = self.begun.replace((begun, data_seconds));
         let step = (begun - last.0).as_secs_f64();
         let waited = if step > 0.0 { last.1 / step } else { 0.0 };
@@ -200,7 +200,7 @@ impl<'a, B: Backend> Objective<'a, B> {
     ) -> Result<Vec<Term<B>>> {
         let (o, shape) = (self.options, &self.inputs.shape);
         let (n, l, d) = (b.state.known.len(), shape.count(), shape.dim);
-        let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
+        let prediction = student.predict(&b.state.x, &b.conditioning, &b.state.kinds()?)?;
         let weights = Variable::constant(self.backend.floats(&b.weights, &[n * l])?);
         let mut terms = Vec::new();
         if o.cross_entropy > 0.0 {
@@ -247,8 +247,8 @@ impl<'a, B: Backend> Objective<'a, B> {
         Ok(terms)
     }
 
-    /// The loss from timestep t, and the share of right tokens, over the tokens after t: cross-entropy and most probable codes
-    /// of the logits; where these do not learn, squared distance and nearest codes of the continuous head.
+    /// Loss and token accuracy from timestep t, over the tokens after t: cross-entropy and most probable codes of the logits,
+    /// or, if those are not trained, squared distance and nearest codes of the continuous head.
     pub fn measure(
         &self,
         student: &dyn Student<B>,
@@ -266,7 +266,7 @@ impl<'a, B: Backend> Objective<'a, B> {
         let a_step = o.train.batch.div_ceil(o.accumulate);
         for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, a_step)) {
             let b = self.batch(part, &vec![t; part.len()])?;
-            let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
+            let prediction = student.predict(&b.state.x, &b.conditioning, &b.state.kinds()?)?;
             let (losses, chosen) = if self.options.cross_entropy > 0.0 {
                 let flat = B::reshape(prediction.logits.value(), &[part.len() * l, k])?;
                 (B::cross_entropy(&flat, &b.tokens)?, B::argmax_last(&flat)?)

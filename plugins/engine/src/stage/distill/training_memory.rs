@@ -1,45 +1,46 @@
 //! The minimum memory of a student's training, before it starts: its parts, and the options that reduce them.
 //!
-//! In: shapes and options. Out: bytes that the tape must hold in f32. A lower bound: backends need more at times.
+//! In: shapes and options. Out: the bytes that the tape holds in f32. This is a lower bound: backends sometimes need more.
 
 use super::{Options, PIXELS_AT_ONCE};
 use crate::bundle::{NetworkConfig, TokenizerConfig};
 use crate::memory::{floats, gigabytes};
 use crate::perceptual::Perceptual;
 
-/// Bytes, where there is a number for them.
+/// Bytes, unless they overflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainingMemory {
     /// Weights with their gradients, both moments and the average.
     weights: Option<u64>,
-    /// What a part of a batch leaves for its backward pass.
+    /// Activations that a part of a batch keeps for its backward pass.
     activations: Option<u64>,
-    /// The same of decoder and perceptual network, for the images that are decoded together.
+    /// The same for decoder and perceptual network, for the images decoded together.
     decoding: Option<u64>,
 }
 
-/// What the tape keeps of a token in a block, in widths: input, norms, queries, keys and values, twice, what attention makes
-/// of them, and four widths twice in the feed-forward layer.
+/// What the tape keeps per token in a block, in widths: the input, norms, queries, keys and values twice, attention's output,
+/// and four widths twice in the feed-forward layer.
 const WIDTHS_OF_A_BLOCK: usize = 18;
 
 /// Channels and convolutions of VGG-16 between its poolings.
 const VGG: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)];
 
 impl TrainingMemory {
-    /// Of a student with so many parameters.
+    /// For a student with this many parameters, on each of this many ranks.
     pub fn of(
         o: &Options,
         network: &NetworkConfig,
         tokenizer: &TokenizerConfig,
         parameters: usize,
+        ranks: usize,
     ) -> Self {
         let shape = network.token_shape();
         let (width, depth) = match network {
             NetworkConfig::Llamagen(c) => (c.width, c.depth),
             NetworkConfig::Var(c) => (c.width, c.depth),
         };
-        let part = o.train.batch.div_ceil(o.accumulate);
-        // Of every block all, or the inputs alone and all of one.
+        let part = o.train.batch.div_ceil(o.accumulate.saturating_mul(ranks));
+        // All activations of every block, or only the blocks' inputs and all activations of one block.
         let kept = match o.recompute {
             true => depth.checked_add(WIDTHS_OF_A_BLOCK),
             false => depth.checked_mul(WIDTHS_OF_A_BLOCK),
@@ -48,7 +49,12 @@ impl TrainingMemory {
             .and_then(|kept| kept.checked_mul(width))
             .and_then(|kept| kept.checked_add(2 * shape.vocabulary));
         let tokens = shape.count() + shape.condition.positions();
-        let copies = if o.train.ema > 0.0 { 5 } else { 4 };
+        let copies = if o.train.ema > 0.0 { 3 } else { 2 };
+        let of_moments = match o.train.zero_stage {
+            0 => parameters,
+            _ => parameters.div_ceil(ranks),
+        };
+        let moments = floats(&[2, of_moments]);
         let decoding = match o.perceptual.weight() > 0.0 {
             false => Some(0),
             true => of_image(&o.perceptual, tokenizer).and_then(|image| {
@@ -57,7 +63,8 @@ impl TrainingMemory {
             }),
         };
         Self {
-            weights: floats(&[copies, parameters]),
+            weights: floats(&[copies, parameters])
+                .and_then(|weights| weights.checked_add(moments?)),
             activations: of_token.and_then(|kept| floats(&[part, tokens, kept])),
             decoding,
         }
@@ -72,8 +79,7 @@ impl TrainingMemory {
 
     /// The parts, for people.
     pub fn describe(&self) -> String {
-        let said =
-            |bytes: Option<u64>| bytes.map_or("more than there is anywhere".into(), gigabytes);
+        let said = |bytes: Option<u64>| bytes.map_or("more than any machine has".into(), gigabytes);
         format!(
             "at least {} of memory (weights and optimiser {}, activations {}, decoding {})",
             said(self.total()),
@@ -83,7 +89,7 @@ impl TrainingMemory {
         )
     }
 
-    /// Why it does not fit into so many bytes, if so, and what to do.
+    /// Why it does not fit into this many bytes, if so, and what to do.
     pub fn refusal(&self, o: &Options, free: u64) -> Option<String> {
         if self.total().is_some_and(|total| total <= free) {
             return None;
@@ -100,6 +106,9 @@ impl TrainingMemory {
         if large(decoding) && o.decode_batch != Some(1) {
             advice.push("`decode_batch: 1`".to_owned());
         }
+        if large(self.weights) && o.train.zero_stage == 0 {
+            advice.push("`zero_stage: 1` under `train` with several workers".to_owned());
+        }
         let advice = match advice.is_empty() {
             true => "take a device with more memory, or a smaller student".to_owned(),
             false => format!("try {}", advice.join(", ")),
@@ -109,8 +118,8 @@ impl TrainingMemory {
     }
 }
 
-/// What decoding one image and looking at it leaves for the backward pass: in each residual block of the decoder the input
-/// of both norms and both convolutions, and the outputs of VGG's convolutions.
+/// Activations of decoding and measuring one image: in each residual block of the decoder the inputs of both norms and both
+/// convolutions, and the outputs of VGG's convolutions.
 fn of_image(perceptual: &Perceptual, tokenizer: &TokenizerConfig) -> Option<u64> {
     let shape = match tokenizer {
         TokenizerConfig::Vq(c) => &c.autoencoder,
@@ -135,7 +144,7 @@ fn of_image(perceptual: &Perceptual, tokenizer: &TokenizerConfig) -> Option<u64>
 }
 
 impl Options {
-    /// How many images of a size the perceptual term decodes together.
+    /// How many images of this size the perceptual term decodes together.
     pub(super) fn decode_batch(&self, [_, height, width]: [usize; 3]) -> usize {
         let most = (PIXELS_AT_ONCE / (height * width)).max(1);
         self.decode_batch.unwrap_or(most)
@@ -148,7 +157,7 @@ mod tests {
 
     use super::*;
     use crate::bundle::Family;
-    use crate::published::{Hints, published};
+    use crate::published::{ShapeHints, published};
 
     fn need(more: serde_json::Value) -> (Options, TrainingMemory) {
         let mut options = json!({
@@ -160,13 +169,38 @@ mod tests {
             options[name] = value.clone();
         }
         let o: Options = serde_json::from_value(options).expect("options");
-        let hints = Hints {
+        let hints = ShapeHints {
             size: Some("d16".into()),
             ..Default::default()
         };
         let (tokenizer, network) = published(Family::Var, &hints).expect("a size");
-        let need = TrainingMemory::of(&o, &network, &tokenizer, 330_000_000);
+        let need = TrainingMemory::of(&o, &network, &tokenizer, 330_000_000, 1);
         (o, need)
+    }
+
+    #[test]
+    fn each_of_several_ranks_has_its_share_of_a_batch_and_of_sharded_moments() {
+        let (hints, ranks) = (
+            ShapeHints {
+                size: Some("d16".into()),
+                ..Default::default()
+            },
+            8,
+        );
+        let (tokenizer, network) = published(Family::Var, &hints).expect("a size");
+        let of = |more, ranks| {
+            let (o, _) = need(more);
+            TrainingMemory::of(&o, &network, &tokenizer, 330_000_000, ranks)
+        };
+        let (one, all) = (of(json!({}), 1), of(json!({}), ranks));
+        assert_eq!(all.weights, one.weights);
+        assert_eq!(all.activations, one.activations.map(|one| one / 8));
+        // All ranks hold the weights, gradients and the average; each holds an eighth of both moments.
+        let train = json!({"batch": 64, "ema": 0.9999, "zero_stage": 1});
+        let sharded = of(json!({ "train": train }), ranks);
+        let copies = |count: f64| (count * 4.0 * 330e6) as u64;
+        assert_eq!(one.weights, Some(copies(5.0)));
+        assert_eq!(sharded.weights, Some(copies(3.25)));
     }
 
     #[test]
@@ -183,7 +217,7 @@ mod tests {
         ] {
             assert!(said.contains(advice), "{said}");
         }
-        // What recipes/paper/var-train.yaml says, and what fits into 24 GB.
+        // The figures in recipes/paper/var-train.yaml, and settings that fit into 24 GB.
         let default = need(json!({"recompute": true}));
         assert_eq!(default.1.refusal(&default.0, 80 * GB), None);
         let small = need(json!({"recompute": true, "accumulate": 8, "decode_batch": 2}));
@@ -200,6 +234,6 @@ mod tests {
             decoding: Some(1),
         };
         let said = none.refusal(&o, u64::MAX).expect("a refusal");
-        assert!(said.contains("more than there is anywhere"), "{said}");
+        assert!(said.contains("more than any machine has"), "{said}");
     }
 }

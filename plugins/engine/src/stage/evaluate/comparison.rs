@@ -1,4 +1,4 @@
-//! The figures of a set: what was measured of it beside what it is measured against.
+//! The figures of a set: its measurements compared with the reference.
 
 use retort_abi::Cancel;
 
@@ -13,17 +13,17 @@ use crate::statistics::kernel::{KernelDistance, kernel_distance};
 use crate::statistics::neighbours::{PrecisionRecall, precision_recall};
 use crate::statistics::{InceptionScore, Moments, frechet_distance};
 
-/// What a set is measured against.
+/// The reference of a set.
 pub struct ReferenceMeasurements<'a> {
     /// Moments of their features.
     pub moments: Measurement<&'a Moments>,
     /// Moments of their spatial features.
     pub spatial: Measurement<&'a Moments>,
-    /// The real images, where these were looked at.
+    /// The real images, if they were measured.
     pub images: Option<&'a SetMeasurements>,
 }
 
-/// The figures of a set, and what its kernel distance was taken over.
+/// The figures of a set, and the subsets of its kernel distance.
 pub fn figures<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
@@ -84,7 +84,7 @@ pub fn figures<B: Backend>(
     }
     let mut subsets = None;
     if let Some(kernel) = &o.kernel {
-        // The same subsets whatever the seed of the run: figures of several runs are compared.
+        // The same subsets for every seed, so that figures of several runs are comparable.
         let mut sequence = Sequence::new(0, Stream::Subset, 0);
         let below = &mut |n| sequence.below(n);
         let sizes = (kernel.subsets, kernel.size);
@@ -106,7 +106,7 @@ pub fn figures<B: Backend>(
     Ok((figures, subsets))
 }
 
-/// How far estimates lie apart, where there are several.
+/// The spread of the estimates, if there are several.
 fn deviation(found: &KernelDistance) -> Measurement<f64> {
     found.deviation.ok_or_else(|| {
         let size = found.size;
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(deviation(&found(5, Some(0.5))), Ok(0.5));
         let reason = deviation(&found(1, None)).unwrap_err();
         assert!(reason.contains("a single estimate, from all 24 samples"));
-        // A row says what was taken, whatever was asked for.
+        // A row reports the actual number and size of subsets, not the requested ones.
         let row = Row {
             name: "drawn".into(),
             count: 24,

@@ -1,10 +1,10 @@
-//! Whether the features that are kept to compare images in pairs fit into memory. Checked before images are decoded and
-//! measured, which may take days.
+//! Whether the features for comparing images in pairs fit into memory. Checked before images are decoded and measured, which
+//! may take days.
 
 use super::Options;
-use super::measure::CLASSIFIER_FEATURES;
 use crate::error::Result;
 use crate::memory;
+use crate::stage::classifier::FEATURES_FOR_FIGURES;
 
 /// Whether features are kept: if there is a set to compare with the real images, and a figure that compares pairs.
 pub fn keeps(o: &Options) -> bool {
@@ -12,32 +12,33 @@ pub fn keeps(o: &Options) -> bool {
     has_sets && (o.neighbours > 0 || o.kernel.is_some())
 }
 
-/// Refuses too many real images before the network is opened. The size of another stage's classifier is not known yet.
+/// Refuses too many real images before the network is opened. The feature size of another stage's classifier is not known
+/// yet.
 pub fn check_real(o: &Options, real: usize) -> Result<()> {
     match (&o.inception, &o.classifier) {
         (Some(_), _) => check(o, o.dims, real, 0),
-        (None, None) => check(o, CLASSIFIER_FEATURES, real, 0),
+        (None, None) => check(o, FEATURES_FOR_FIGURES, real, 0),
         (None, Some(_)) => Ok(()),
     }
 }
 
 /// Refuses too many real images and samples, whose features, `dim` for each, are kept at the same time.
 pub fn check(o: &Options, dim: usize, real: usize, samples: usize) -> Result<()> {
-    let Some(needed) = Needed::of(o, dim, real, samples) else {
+    let Some(needed) = FeatureMemory::of(o, dim, real, samples) else {
         return Ok(());
     };
     memory::check(needed.pointer, &needed.what, needed.bytes, needed.advice)
 }
 
-/// What is kept, and what to do if it does not fit.
-struct Needed {
+/// The kept features, and advice if they do not fit.
+struct FeatureMemory {
     pointer: &'static str,
     what: String,
     bytes: Option<u64>,
     advice: &'static str,
 }
 
-impl Needed {
+impl FeatureMemory {
     /// None if no features are kept.
     fn of(o: &Options, dim: usize, real: usize, samples: usize) -> Option<Self> {
         if real == 0 || !keeps(o) {
@@ -85,7 +86,7 @@ mod tests {
     fn features_are_asked_for_where_they_are_kept() {
         let samples = serde_json::json!({ "drawn": "stage" });
         let mut o = options(serde_json::json!({ "samples": samples, "inception": "i.pth" }));
-        let needed = Needed::of(&o, 2048, 1_281_167, 50_000).unwrap();
+        let needed = FeatureMemory::of(&o, 2048, 1_281_167, 50_000).unwrap();
         assert_eq!(needed.pointer, "/neighbours");
         assert_eq!(
             needed.what,
@@ -93,17 +94,20 @@ mod tests {
         );
         assert_eq!(needed.bytes, Some(1_331_167 * 2048 * 4));
         assert!(needed.advice.contains("`neighbours: 0`)"));
-        // Before the network and the samples are there.
+        // Before the network and the samples exist.
         assert!(check_real(&o, usize::MAX).is_err());
         assert!(check_real(&o, 1000).is_ok());
         o.kernel = Some(KernelOptions::default());
-        let needed = Needed::of(&o, 2048, 10, 0).unwrap();
+        let needed = FeatureMemory::of(&o, 2048, 10, 0).unwrap();
         assert!(needed.advice.contains("`neighbours: 0` and no `kernel`"));
         o.neighbours = 0;
-        assert_eq!(Needed::of(&o, 2048, 10, 0).unwrap().pointer, "/kernel");
+        assert_eq!(
+            FeatureMemory::of(&o, 2048, 10, 0).unwrap().pointer,
+            "/kernel"
+        );
         o.kernel = None;
         assert!(check_real(&o, usize::MAX).is_ok());
-        // Statistics alone take none.
+        // Statistics alone need none.
         o.neighbours = 3;
         o.samples.clear();
         assert!(check_real(&o, usize::MAX).is_ok());

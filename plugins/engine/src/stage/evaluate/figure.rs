@@ -1,5 +1,5 @@
-//! The figures of sets of samples as a table and as values in a file. A missing one is shown as `n/a` with its
-//! reason: too few samples for one do not affect the others.
+//! The figures of sets of samples as a table and as values in a file. A missing figure is shown as `n/a` with the reason; the
+//! others are not affected.
 
 use retort_abi::Table;
 use serde::Serialize;
@@ -13,9 +13,9 @@ pub struct Figure {
     pub key: &'static str,
     /// Head of its column.
     title: &'static str,
-    /// Digits shown behind the point.
+    /// Decimals shown.
     digits: i32,
-    /// Its value, or why there is none.
+    /// Its value, or why it is missing.
     pub value: Measurement<f64>,
 }
 
@@ -48,19 +48,19 @@ impl Figure {
 
 /// The figures of a set, the Frechet distance first.
 pub struct Row {
-    /// The set, as figures and metrics name it.
+    /// The set's name in figures and metrics.
     pub name: String,
     /// Number of samples.
     pub count: usize,
-    /// Passes of networks that made a sample, where that is known.
+    /// Network passes per sample, if known.
     pub passes: Option<usize>,
     /// Its figures, the same ones in every row.
     pub figures: Vec<Figure>,
-    /// What its kernel distance was taken over, if it has one.
+    /// The subsets of its kernel distance, if it has one.
     pub kernel: Option<KernelSubsets>,
 }
 
-/// What a kernel distance was taken over: no more than there are samples for.
+/// The subsets of a kernel distance, limited by the number of samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct KernelSubsets {
     /// Pairs of subsets.

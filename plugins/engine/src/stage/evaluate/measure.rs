@@ -1,13 +1,17 @@
-//! The networks in whose features images are compared, and what they say of a set of images, a batch at a time.
+//! The networks in whose features images are compared, and their measurements of a set of images, a batch at a time.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use retort_abi::LogLevel;
 
 use super::Options;
+use super::shards::FeatureShards;
 use crate::backend::Backend;
 use crate::context::Context;
-use crate::data::Images;
+use crate::data::{Images, pieces};
 use crate::error::{Error, Result};
 use crate::files::resolve;
 use crate::model::classifier::{MODEL, Net};
@@ -19,20 +23,17 @@ use crate::statistics::{
     is_sorted_by_class,
 };
 use crate::tape::Variable;
-use crate::weights::{self, Loader, Source as Weights, Stored};
+use crate::weights::{self, CheckpointWeights, Loader, Source as Weights};
 
 /// The network in whose features images are compared.
 pub struct Network<B: Backend> {
     /// What it is.
     pub kind: NetworkKind<B>,
-    /// Hash of its weights: features of others are others.
+    /// Hash of its weights: features of different networks are not comparable.
     pub hash: blake3::Hash,
 }
 
-/// Features of the classifier that is trained where none is given.
-pub const CLASSIFIER_FEATURES: usize = 64;
-
-/// What a network is that measures.
+/// The kinds of measuring network.
 pub enum NetworkKind<B: Backend> {
     /// A classifier of the data.
     Classifier(Net<B>),
@@ -40,7 +41,7 @@ pub enum NetworkKind<B: Backend> {
     Inception {
         /// The network.
         network: Box<Inception<B>>,
-        /// Which of its features, by their place in [`inception::FEATURES`].
+        /// Which of its features, by index in [`inception::FEATURES`].
         depth: usize,
     },
 }
@@ -58,14 +59,47 @@ fn hash_of(weights: &weights::Weights) -> blake3::Hash {
     hasher.finalize()
 }
 
-/// What a network says of some images, on the host.
+/// A network's outputs for some images, on the host.
+#[derive(Default)]
 struct ImageFeatures {
     features: Vec<f32>,
-    /// Spatial features and logits: of Inception.
+    /// Inception's spatial features and logits.
     spatial: Vec<f32>,
     logits: Vec<f32>,
-    /// Most probable classes: of a classifier.
+    /// A classifier's most probable classes.
     classes: Vec<u32>,
+}
+
+impl ImageFeatures {
+    /// That of further images.
+    fn extend(&mut self, more: Self) {
+        self.features.extend(more.features);
+        self.spatial.extend(more.spatial);
+        self.logits.extend(more.logits);
+        self.classes.extend(more.classes);
+    }
+
+    /// As stored in a file: f32 represents all class numbers.
+    fn into_arrays(self) -> BTreeMap<String, Vec<f32>> {
+        let classes = self.classes.iter().map(|&class| class as f32).collect();
+        let arrays = [
+            ("features", self.features),
+            ("spatial", self.spatial),
+            ("logits", self.logits),
+            ("classes", classes),
+        ];
+        arrays.map(|(name, data)| (name.to_owned(), data)).into()
+    }
+
+    fn of_arrays(mut arrays: BTreeMap<String, Vec<f32>>) -> Self {
+        let mut take = |name: &str| arrays.remove(name).unwrap_or_default();
+        Self {
+            features: take("features"),
+            spatial: take("spatial"),
+            logits: take("logits"),
+            classes: take("classes").iter().map(|&class| class as u32).collect(),
+        }
+    }
 }
 
 impl<B: Backend> Network<B> {
@@ -79,7 +113,7 @@ impl<B: Backend> Network<B> {
         let network = match (&o.inception, &o.classifier, images) {
             (Some(file), _, _) => {
                 let path = resolve(&context.job.base_dir, file);
-                let weights = Stored::open(&path, None)?;
+                let weights = CheckpointWeights::open(&path, None)?;
                 let origin = path.display().to_string();
                 let mut loader = Loader::new(
                     backend,
@@ -97,30 +131,21 @@ impl<B: Backend> Network<B> {
                     hash: hash_of(&weights::from_params(&loader.into_params())?),
                 }
             }
-            (None, Some(stage), _) => {
-                let dir = context.input_dir(stage)?;
-                Self {
-                    kind: NetworkKind::Classifier(Net::open(backend, dir)?),
-                    hash: hash_of(&weights::read(&dir.join(MODEL))?),
+            (None, Some(stage), _) => Self::of_classifier(backend, context.input_dir(stage)?)?,
+            (None, None, Some(images)) => match classifier::trained_for_parts(context, images)? {
+                Some(dir) => Self::of_classifier(backend, &dir)?,
+                None => {
+                    let work = Some(context.work_dir()?);
+                    let (config, weights, _) =
+                        classifier::train_for_figures(context, work, images)?;
+                    let source = Weights::Host(&weights);
+                    let mut loader = Loader::new(backend, source, false, "classifier");
+                    Self {
+                        kind: NetworkKind::Classifier(Net::load(&mut loader, &config)?),
+                        hash: hash_of(&weights),
+                    }
                 }
-            }
-            (None, None, Some(images)) => {
-                let with = (context.host, backend, context.job.seed);
-                let work = Some(context.work_dir()?);
-                let (config, weights, _) = classifier::train(
-                    with,
-                    work,
-                    images,
-                    (0.1, CLASSIFIER_FEATURES),
-                    &classifier::training(),
-                )?;
-                let source = Weights::Host(&weights);
-                let mut loader = Loader::new(backend, source, false, "classifier");
-                Self {
-                    kind: NetworkKind::Classifier(Net::load(&mut loader, &config)?),
-                    hash: hash_of(&weights),
-                }
-            }
+            },
             (None, None, None) => return Err(Error::Internal("no network".into())),
         };
         if let Some(images) = images {
@@ -131,7 +156,15 @@ impl<B: Backend> Network<B> {
         Ok(network)
     }
 
-    /// Whether it sees images of a size; else why not.
+    /// The classifier in a directory.
+    fn of_classifier(backend: &B, dir: &Path) -> Result<Self> {
+        Ok(Self {
+            kind: NetworkKind::Classifier(Net::open(backend, dir)?),
+            hash: hash_of(&weights::read(&dir.join(MODEL))?),
+        })
+    }
+
+    /// Checks that it accepts images of a shape.
     pub fn accepts(&self, image: [usize; 3]) -> Result<(), String> {
         match &self.kind {
             NetworkKind::Classifier(net) if net.config.image != image => Err(format!(
@@ -166,7 +199,7 @@ impl<B: Backend> Network<B> {
         }
     }
 
-    /// How images come to it, where figures depend on that, for people; `sizes` says how they came to theirs before.
+    /// How images are prepared for it, if figures depend on that, for people; `sizes` describes earlier resizing.
     pub fn pipeline(&self, preparations: &[Preparation], sizes: Vec<String>) -> Option<String> {
         let mut ways = Vec::new();
         if self.is_inception() {
@@ -177,7 +210,7 @@ impl<B: Backend> Network<B> {
         (!ways.is_empty()).then(|| ways.join("; "))
     }
 
-    /// Looks at images (n, c, h, w) in [-1, 1]; Inception, after a preparation.
+    /// Runs the network on images (n, c, h, w) in [-1, 1]; Inception after a preparation.
     fn look(
         &self,
         backend: &B,
@@ -196,7 +229,7 @@ impl<B: Backend> Network<B> {
                 })
             }
             NetworkKind::Inception { network, depth } => {
-                // Published figures are taken from image files: of 256 values a pixel can have.
+                // Published figures are measured on image files with 256 values per pixel.
                 let bytes: Vec<f32> = images
                     .iter()
                     .map(|x| ((x * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round() / 255.0)
@@ -214,24 +247,24 @@ impl<B: Backend> Network<B> {
     }
 }
 
-/// A figure, or why it cannot be had.
+/// A figure, or why it is not available.
 pub type Measurement<T> = std::result::Result<T, String>;
 
-/// What is known of a set of images.
+/// The measurements of a set of images.
 pub struct SetMeasurements {
     /// Moments of its features.
     pub moments: Measurement<Moments>,
-    /// Of its spatial features; none unless the network has them.
+    /// Moments of its spatial features; None if the network has none.
     pub spatial: Option<Measurement<Moments>>,
-    /// Inception score; none unless it was asked for.
+    /// Inception score, if requested.
     pub score: Option<Measurement<InceptionScore>>,
-    /// Share of images that have their class; none unless a classifier says so.
+    /// Share of images assigned to their class, by a classifier.
     pub agreement: Option<f64>,
-    /// Features (n, d); none unless pairs of images are compared.
+    /// Features (n, d), if images are compared in pairs.
     pub features: Vec<f32>,
 }
 
-/// Images that are measured, read a batch at a time from the first to the last.
+/// Images to measure, read in order a batch at a time.
 pub struct Source<'a> {
     /// Its name, for people.
     pub name: String,
@@ -239,9 +272,9 @@ pub struct Source<'a> {
     pub count: usize,
     /// Channels, height, width.
     pub image: [usize; 3],
-    /// Their classes, one an image, where these were asked for.
+    /// Their classes, if these were requested.
     pub labels: Option<&'a [u32]>,
-    /// Reads images, from an index on, so many, in [-1, 1].
+    /// Reads this many images from an index on, in [-1, 1].
     pub read: Box<dyn FnMut(usize, usize) -> Result<Vec<f32>> + 'a>,
 }
 
@@ -251,12 +284,14 @@ pub struct SetMeasurer<'a, 'b, B: Backend> {
     pub context: &'a Context<'b, B>,
     /// The network.
     pub network: &'a Network<B>,
-    /// Images that the network sees at a time.
+    /// Images per batch of the network.
     pub batch: usize,
     /// Parts of the inception score.
     pub splits: usize,
     /// Whether features are kept, (n, d) as f32.
     pub keep: bool,
+    /// Features computed by parts of the stage.
+    pub shards: FeatureShards,
     /// Images seen so far.
     pub done: u64,
     /// Images to be seen.
@@ -264,49 +299,54 @@ pub struct SetMeasurer<'a, 'b, B: Backend> {
 }
 
 impl<B: Backend> SetMeasurer<'_, '_, B> {
+    /// Measures this part's share of a set's images, for Inception after a preparation.
+    pub fn look_at_share(
+        &mut self,
+        mut source: Source<'_>,
+        preparation: Preparation,
+    ) -> Result<()> {
+        for shard in self.shards.next(source.count) {
+            if !shard.own {
+                continue;
+            }
+            if shard.read().is_none() {
+                let mut seen = ImageFeatures::default();
+                for images in pieces(shard.images.clone(), self.batch) {
+                    seen.extend(self.look(&mut source, images, preparation)?);
+                }
+                shard.write(seen.into_arrays())?;
+            }
+            self.seen(shard.images.len());
+        }
+        Ok(())
+    }
+
     /// Measures a set, for Inception after a preparation.
     pub fn measure(
         &mut self,
-        source: Source<'_>,
+        mut source: Source<'_>,
         preparation: Preparation,
     ) -> Result<SetMeasurements> {
-        let (dim, host) = (self.network.dim(), self.context.host);
-        let Source {
-            name,
-            count,
-            image,
-            labels,
-            mut read,
-        } = source;
+        let (dim, host, labels) = (self.network.dim(), self.context.host, source.labels);
         let mut moments = RunningMoments::new(dim);
         let (mut spatial, mut score) = (None, None);
         if self.network.is_inception() {
             spatial = Some(RunningMoments::new(inception::SPATIAL_FEATURES));
             score = labels.map(|labels| score_of(labels, self.splits));
         }
-        if count <= dim {
+        if source.count <= dim {
             let message = format!(
-                "{name}: {count} images for {dim} features: the Frechet distance is far too great with so few"
+                "{}: {} images for {dim} features: the Frechet distance is far too large with so few",
+                source.name, source.count
             );
             host.log(LogLevel::Warn, &message);
         }
         let mut features = Vec::new();
         if self.keep {
-            features.reserve_exact(count * dim);
+            features.reserve_exact(source.count * dim);
         }
-        let mut classes = Vec::new();
-        for first in (0..count).step_by(self.batch) {
-            self.context.go_on()?;
-            let n = self.batch.min(count - first);
-            let pixels = read(first, n)?;
-            if let Some(at) = pixels.iter().position(|x| !x.is_finite()) {
-                let index = first + at / (pixels.len() / n);
-                let message = format!("{name}: image {index} holds a pixel that is not finite");
-                return Err(Error::Numerical(message));
-            }
-            let seen = self
-                .network
-                .look(self.context.backend, &pixels, image, preparation)?;
+        let (mut classes, keeps) = (Vec::new(), self.keep);
+        let mut add = |seen: ImageFeatures| -> Result<()> {
             moments.add(&seen.features)?;
             if let Some(spatial) = &mut spatial {
                 spatial.add(&seen.spatial)?;
@@ -315,11 +355,23 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
                 score.add(&seen.logits)?;
             }
             classes.extend(seen.classes);
-            if self.keep {
+            if keeps {
                 features.extend(seen.features);
             }
-            self.done += n as u64;
-            host.progress(self.done, self.total, "images");
+            Ok(())
+        };
+        for shard in self.shards.next(source.count) {
+            if let Some(seen) = shard.read() {
+                self.context.go_on()?;
+                add(ImageFeatures::of_arrays(seen))?;
+                self.seen(shard.images.len());
+                continue;
+            }
+            for images in pieces(shard.images.clone(), self.batch) {
+                let count = images.len();
+                add(self.look(&mut source, images, preparation)?)?;
+                self.seen(count);
+            }
         }
         let agreement = match (labels, &self.network.kind) {
             (Some(labels), NetworkKind::Classifier(_)) => Some(class_agreement(&classes, labels)?),
@@ -336,10 +388,35 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
             features,
         })
     }
+
+    /// The network's outputs for some images of a set.
+    fn look(
+        &self,
+        source: &mut Source<'_>,
+        images: Range<usize>,
+        preparation: Preparation,
+    ) -> Result<ImageFeatures> {
+        self.context.go_on()?;
+        let (first, n) = (images.start, images.len());
+        let pixels = (source.read)(first, n)?;
+        if let Some(at) = pixels.iter().position(|x| !x.is_finite()) {
+            let index = first + at / (pixels.len() / n);
+            let name = &source.name;
+            let message = format!("{name}: image {index} holds a pixel that is not finite");
+            return Err(Error::Numerical(message));
+        }
+        self.network
+            .look(self.context.backend, &pixels, source.image, preparation)
+    }
+
+    fn seen(&mut self, images: usize) {
+        self.done += images as u64;
+        self.context.host.progress(self.done, self.total, "images");
+    }
 }
 
-/// The inception score of rows with these labels, in parts: consecutive rows, and where classes stand together, so that such a
-/// part would have few of them, rows that are dealt by a fixed permutation.
+/// The inception score of rows with these labels, in parts. Parts are consecutive rows; if the rows are sorted by class, so
+/// that such parts would have few classes, a fixed permutation distributes the rows.
 fn score_of(labels: &[u32], splits: usize) -> Result<RunningScore, StatisticsError> {
     let score = RunningScore::new(labels.len(), inception::CLASSES, splits)?;
     Ok(match is_sorted_by_class(labels) {
@@ -348,7 +425,7 @@ fn score_of(labels: &[u32], splits: usize) -> Result<RunningScore, StatisticsErr
     })
 }
 
-/// A figure for which there are too few samples is none; whatever else is wrong ends the stage.
+/// Too few samples make a figure unavailable; any other error ends the stage.
 pub fn had<T>(figure: std::result::Result<T, StatisticsError>) -> Result<Measurement<T>> {
     match figure {
         Ok(figure) => Ok(Ok(figure)),
@@ -375,7 +452,7 @@ mod tests {
         assert_ne!(own, of("conv.weight", &[2, 1], &[1.0, 2.5]));
     }
 
-    /// Images of ten classes in the order of folders, of which the network is sure.
+    /// Images of ten classes in folder order, classified with certainty.
     #[test]
     fn the_score_of_sorted_classes_is_that_of_mixed_ones() {
         let labels: Vec<u32> = (0..2000).map(|i| i / 200).collect();
@@ -389,7 +466,7 @@ mod tests {
         score.add(&logits).unwrap();
         let found = score.finish().unwrap();
         assert!(found.mean > 9.0 && found.mean <= 10.0, "{found:?}");
-        // In the order in which they come each part is one class.
+        // In their order each part is one class.
         let mut plain = RunningScore::new(labels.len(), inception::CLASSES, 10).unwrap();
         plain.add(&logits).unwrap();
         assert!(plain.finish().unwrap().mean < 1.1);

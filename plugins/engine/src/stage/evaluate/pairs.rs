@@ -1,23 +1,26 @@
 //! LPIPS between the images of sets that were made from the same noise, one by one.
 //!
-//! Two images belong together where samplers map the same noise to both. A sampler that draws its tokens makes nothing of
-//! noise, whatever its seed.
+//! Two images belong together if samplers map the same noise to both. A sampler that draws tokens does not use noise,
+//! whatever its seed.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::Options;
 use super::measure::Measurement;
+use super::shards::FeatureShards;
 use crate::backend::Backend;
 use crate::context::Context;
+use crate::data::pieces;
 use crate::error::{Error, Result};
 use crate::files::resolve;
 use crate::model::lpips::{self, Lpips};
 use crate::samples::{Manifest, Samples};
 use crate::stage::sample::drawer::Sampler;
 use crate::tape::Variable;
-use crate::weights::{Loader, Source, Stored};
+use crate::weights::{CheckpointWeights, Loader, Source};
 
-/// Mean LPIPS of each set's images to those of the set that `lpips` names.
+/// Mean LPIPS of each set's images to those of the set that `lpips` names. A part of the stage measures only its share.
 pub fn lpips_distances<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
@@ -28,7 +31,10 @@ pub fn lpips_distances<B: Backend>(
     };
     let base = &context.job.base_dir;
     let [vgg, linear] = [&options.vgg, &options.linear].map(|file| resolve(base, file));
-    let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
+    let (trunk, layers) = (
+        CheckpointWeights::open(&vgg, None)?,
+        CheckpointWeights::open(&linear, None)?,
+    );
     let loader = |weights, path: &Path| {
         let origin = path.display().to_string();
         let source = Source::Files(std::slice::from_ref(weights));
@@ -38,6 +44,7 @@ pub fn lpips_distances<B: Backend>(
     let find = |name: &str| sets.iter().find(|(own, _)| *own == name);
     let (_, beside) = find(&options.beside)
         .ok_or_else(|| Error::Internal(format!("no set {}", options.beside)))?;
+    let mut shards = FeatureShards::new(context, LPIPS, o.batch);
     let mut out = Vec::new();
     for (name, set) in sets {
         if *name == options.beside {
@@ -49,7 +56,13 @@ pub fn lpips_distances<B: Backend>(
         out.push(
             match unpaired((name, set), (&options.beside, beside), o.batch)? {
                 Some(reason) => Err(reason),
-                None => Ok(mean_lpips(context, &lpips, set, beside, o.batch)?),
+                None => Ok(mean_lpips(
+                    context,
+                    &lpips,
+                    (set, beside),
+                    o.batch,
+                    &mut shards,
+                )?),
             },
         );
     }
@@ -78,12 +91,14 @@ fn unpaired(
     })
 }
 
-/// The same, by what the sets say of themselves.
+/// The same, according to the sets' manifests.
 fn unlike((name, own): (&str, &Manifest), (beside, other): (&str, &Manifest)) -> Option<String> {
     let [_, h, w] = own.image;
     for (name, manifest) in [(name, own), (beside, other)] {
         if let Some(why) = noiseless(manifest) {
-            return Some(format!("no noise is behind the images of {name}: {why}"));
+            return Some(format!(
+                "the images of {name} were not made from noise: {why}"
+            ));
         }
     }
     if own.image != other.image {
@@ -105,7 +120,7 @@ fn unlike((name, own): (&str, &Manifest), (beside, other): (&str, &Manifest)) ->
     }
 }
 
-/// Why images are not what a sampler makes of noise, if so.
+/// Why images are not a function of noise, if so.
 fn noiseless(manifest: &Manifest) -> Option<String> {
     match serde_json::from_value::<Sampler>(manifest.sampler.clone()) {
         Ok(sampler) if sampler.maps_noise() => None,
@@ -131,34 +146,56 @@ fn same_noise(a: &Samples, b: &Samples, batch: usize) -> Result<bool> {
     Ok(true)
 }
 
+/// LPIPS of the images of two sets, this many at a time. In a part of the stage only the files it writes are meaningful.
 fn mean_lpips<B: Backend>(
     context: &Context<'_, B>,
     lpips: &Lpips<B>,
-    a: &Samples,
-    b: &Samples,
+    (a, b): (&Samples, &Samples),
     batch: usize,
+    shards: &mut FeatureShards,
 ) -> Result<f64> {
     let [c, h, w] = a.manifest.image;
+    let images = |set: &Samples, images: Range<usize>| -> Result<Variable<B>> {
+        let n = images.len();
+        let pixels: Vec<f32> = set
+            .images(images.start, n)?
+            .iter()
+            .map(|x| 2.0 * x - 1.0)
+            .collect();
+        Ok(Variable::constant(
+            context.backend.floats(&pixels, &[n, c, h, w])?,
+        ))
+    };
     let mut sum = 0.0;
-    for first in (0..a.len()).step_by(batch) {
-        context.go_on()?;
-        let n = batch.min(a.len() - first);
-        let images = |set: &Samples| -> Result<Variable<B>> {
-            let pixels: Vec<f32> = set
-                .images(first, n)?
-                .iter()
-                .map(|x| 2.0 * x - 1.0)
-                .collect();
-            Ok(Variable::constant(
-                context.backend.floats(&pixels, &[n, c, h, w])?,
-            ))
+    for shard in shards.next(a.len()) {
+        let stored = shard.read().and_then(|mut arrays| arrays.remove(LPIPS));
+        let found = match stored {
+            Some(stored) => stored,
+            None if context.job.part.is_some() && !shard.own => continue,
+            None => {
+                let mut found = Vec::with_capacity(shard.images.len());
+                for picks in pieces(shard.images.clone(), batch) {
+                    context.go_on()?;
+                    let distances =
+                        lpips.distance(&images(a, picks.clone())?, &images(b, picks)?)?;
+                    found.extend(B::to_floats(distances.value())?);
+                }
+                if shard.own {
+                    shard.write([(LPIPS.to_owned(), found.clone())].into())?;
+                }
+                found
+            }
         };
-        let distances = lpips.distance(&images(a)?, &images(b)?)?;
-        let distances = B::to_floats(distances.value())?;
-        sum += distances.iter().map(|&x| f64::from(x)).sum::<f64>();
+        let batches = found.chunks(batch);
+        sum += batches
+            .map(|found| found.iter().map(|&x| f64::from(x)).sum::<f64>())
+            .sum::<f64>();
     }
     Ok(sum / a.len() as f64)
 }
+
+/// Name of the files of distances in the work directory, and of their array.
+const LPIPS: &str = "lpips";
 
 #[cfg(test)]
 mod tests {
@@ -200,7 +237,7 @@ mod tests {
         assert_eq!(of(&manifest(student()), &beside), None);
         assert_eq!(of(&beside, &manifest(student())), None);
 
-        // Those draw their tokens, with whatever seed.
+        // These draw their tokens, with any seed.
         for sampler in [
             json!({"kind": "teacher", "teacher": "t"}),
             json!({"kind": "skip", "teacher": "t", "skip": 2}),
@@ -227,7 +264,7 @@ mod tests {
         };
         changed(&|own| own.seed = 6, "made from other noise than other");
         changed(&|own| own.kept.noise = true, "made from other noise");
-        // As many numbers, of another shape.
+        // The same number of values in another shape.
         changed(
             &|own| (own.tokens, own.dim) = (4, 16),
             "made from other noise",

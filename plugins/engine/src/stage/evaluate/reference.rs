@@ -1,7 +1,6 @@
-//! What sets of samples are measured against: statistics in files, and the images of ADM's reference files.
+//! References for sets of samples: statistics in files, and the images of ADM's reference files.
 //!
-//! Statistics that are written here say of which network and which preparation they are. Tools ask for arrays by name, so that
-//! these two are of no account to others.
+//! Statistics written here record their network and preparation. Other tools look arrays up by name and ignore these two.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +13,7 @@ use crate::model::inception::{self, Preparation};
 use crate::numpy::{self, other_shape};
 use crate::statistics::Moments;
 
-/// A file of statistics, open: what it holds, by names and shapes. No mean and no covariance has been read.
+/// An open file of statistics: the names and shapes of its arrays. No mean or covariance has been read.
 pub struct StatisticsFile {
     path: PathBuf,
     arrays: Arrays,
@@ -22,9 +21,9 @@ pub struct StatisticsFile {
     moments: Option<Names>,
     spatial: Option<Names>,
     images: Option<ImageShape>,
-    /// How images were prepared for them, where it says so.
+    /// The preparation of the images, if recorded.
     preparation: Option<Preparation>,
-    /// Whether it holds what ADM's files do beside `mu` and `sigma`.
+    /// Whether it has the additional arrays of ADM's files.
     is_like_adm: bool,
 }
 
@@ -34,21 +33,21 @@ type Names = [&'static str; 2];
 /// A number of images, and channels, height, width.
 pub type ImageShape = (usize, [usize; 3]);
 
-/// Names of the moments of features: `m` and `s` is what other tools call them.
+/// Names of the moments of features; some tools use `m` and `s`.
 const MOMENTS: [Names; 2] = [["mu", "sigma"], ["m", "s"]];
 /// The same of spatial features.
 const SPATIAL: Names = ["mu_s", "sigma_s"];
-/// Name of the images in a NumPy archive, as ADM's reference files have it.
+/// Name of the images in a NumPy archive, as in ADM's reference files.
 const IMAGES: &str = "arr_0";
 /// The longest side of an image there.
 const SIDE_MOST: usize = 8192;
-/// Name of the 32 bytes that are the hash of the network's weights.
+/// Name of the hash of the network's weights, 32 bytes.
 const NETWORK: &str = "retort_network";
-/// Name of the preparation, by its place in [`PREPARATIONS`].
+/// Name of the preparation, an index into [`PREPARATIONS`].
 const PREPARATION: &str = "retort_preparation";
 const PREPARATIONS: [Preparation; 2] = [Preparation::Pytorch, Preparation::Tensorflow];
 
-/// What a file says of the real images.
+/// A file's information about the real images.
 pub struct ReferenceStatistics {
     /// Moments of the features.
     pub moments: Option<Moments>,
@@ -59,10 +58,10 @@ pub struct ReferenceStatistics {
 }
 
 impl StatisticsFile {
-    /// Opens a file for a network of so many features, where that is known, which may be Inception.
+    /// Opens a file for a network with this many features, if known, which may be Inception.
     ///
     /// # Errors
-    /// It holds nothing to measure against, half of it, or arrays of other shapes.
+    /// It contains no reference, an incomplete one, or arrays of other shapes.
     pub fn open(path: &Path, dim: Option<usize>, is_inception: bool) -> Result<Self> {
         let arrays = Arrays::open(path)?;
         let pair = |names, dim| has_pair(path, &arrays, names, dim);
@@ -102,7 +101,7 @@ impl StatisticsFile {
         })
     }
 
-    /// Refuses a file that does not go with the other options.
+    /// Refuses a file that is incompatible with the other options.
     pub fn check(&self, o: &Options) -> Result<()> {
         let path = self.path.display();
         let other = match (&o.data, &o.real) {
@@ -138,7 +137,7 @@ impl StatisticsFile {
         }
     }
 
-    /// What is to be said of the file, where it looks as if it was made in another way than images are looked at here.
+    /// A warning, if the file seems to be made with another preparation than the one used here.
     pub fn warning(&self, o: &Options) -> Option<String> {
         let told = self.preparation.is_some() || self.moments.is_none() || o.inception.is_none();
         if told || !self.is_like_adm || !o.preparation.all().contains(&Preparation::Pytorch) {
@@ -178,7 +177,7 @@ impl StatisticsFile {
         moments.map_err(|e| Error::data(&self.path, format!("arrays {mean} and {covariance}: {e}")))
     }
 
-    /// Refuses statistics that say they are of another network.
+    /// Refuses statistics recorded for another network.
     fn check_network(&self, own: &blake3::Hash) -> Result<()> {
         let Some(found) = self.arrays.read(NETWORK, &[blake3::OUT_LEN])? else {
             return Ok(());
@@ -201,7 +200,7 @@ impl StatisticsFile {
     }
 }
 
-/// Whether both arrays are there, with the shapes that they must have.
+/// Whether both arrays exist, with the right shapes.
 fn has_pair(path: &Path, arrays: &Arrays, names: Names, dim: Option<usize>) -> Result<bool> {
     let [mean, covariance] = names;
     let refuse = |message: String| Err(Error::data(path, message));
@@ -211,7 +210,7 @@ fn has_pair(path: &Path, arrays: &Arrays, names: Names, dim: Option<usize>) -> R
         (Some(_), None) => return refuse(format!("array {mean} without an array {covariance}")),
         (None, Some(_)) => return refuse(format!("array {covariance} without an array {mean}")),
     };
-    // A mean of other than one dimension is none of any network.
+    // A mean must have one dimension.
     let dim = dim.unwrap_or(first.iter().product());
     for (name, found, expected) in [
         (mean, &first, &[dim][..]),
@@ -224,7 +223,7 @@ fn has_pair(path: &Path, arrays: &Arrays, names: Names, dim: Option<usize>) -> R
     Ok(true)
 }
 
-/// How many images a file holds, and of what size: ADM's reference files have them as `arr_0`, uint8 (n, h, w, 3).
+/// The number and size of a file's images: in ADM's reference files `arr_0`, uint8 (n, h, w, 3).
 fn images(path: &Path) -> Result<Option<ImageShape>> {
     if !is_archive(path) {
         return Ok(None);
@@ -279,7 +278,7 @@ pub fn of_archive(path: &Path, (count, image): ImageShape) -> Result<Source<'sta
     })
 }
 
-/// Writes moments as [`StatisticsFile`] reads them, with what they are of: the network, and for Inception the preparation.
+/// Writes moments in the format of [`StatisticsFile`], with their network and for Inception the preparation.
 pub fn save(
     path: &Path,
     real: &SetMeasurements,
@@ -360,7 +359,7 @@ mod tests {
         assert!(said.contains(expected), "{said}");
     }
 
-    /// Options that a file beside others has to go with.
+    /// Options that a file must be compatible with.
     fn options(file: &str, more: serde_json::Value) -> Options {
         let mut all = serde_json::json!({
             "samples": {"drawn": "drawn"},
@@ -427,7 +426,7 @@ mod tests {
         // A classifier has no preparation.
         saved(&path, &own, None);
         with(serde_json::json!({})).unwrap();
-        // Others say nothing of themselves.
+        // Other files record nothing.
         let m = moments();
         let arrays = [
             ("m", &[64][..], &m.mean[..]),
@@ -453,7 +452,7 @@ mod tests {
         let zeros = vec![0.0; 64 * 64];
         let with = |more| options("own.npz", more).check_statistics(dir.path());
         let inception = || with(serde_json::json!({}));
-        // One that is not there yet is the runner's matter.
+        // The runner reports a missing file.
         inception().unwrap();
         let write = |arrays: &[(&str, &[usize])]| {
             let all: Vec<(&str, &[usize], &[f64])> = arrays
@@ -483,7 +482,7 @@ mod tests {
         ]);
         refused(inception(), &["array mu_s of shape [7], expected [2023]"]);
 
-        // A classifier says later how many features it has; one that is trained here has 64.
+        // The feature size of a given classifier is known later; one trained here has 64.
         let by = |stage: &str| with(serde_json::json!({"inception": null, "classifier": stage}));
         write(&[("mu", &[32]), ("sigma", &[32, 32])]);
         by("eye").unwrap();
@@ -549,7 +548,7 @@ mod tests {
         let warned = |file: &StatisticsFile, more| file.warning(&options("ADM.NPZ", more));
         assert_eq!(warned(&file, serde_json::json!({})), None);
 
-        // Statistics are those of one preparation; those of ADM of one in particular.
+        // Statistics belong to one preparation; ADM's to a particular one.
         let (m, own) = (moments(), blake3::hash(b"own"));
         let arrays = [
             ("mu", &[64][..], &m.mean[..]),
@@ -578,7 +577,7 @@ mod tests {
         numpy::write_archive(&path, &arrays).unwrap();
         let file = StatisticsFile::open(&path, Some(64), true).unwrap();
         assert_eq!(warned(&file, serde_json::json!({})), None);
-        // Those that are saved here say what they are.
+        // Statistics saved here record their network and preparation.
         let real = SetMeasurements {
             moments: Ok(moments()),
             spatial: Some(Ok(Moments::new(

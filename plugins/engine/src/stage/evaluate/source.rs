@@ -1,4 +1,4 @@
-//! Images that are measured, real ones and others, read some at a time.
+//! Images to be measured, real or sampled, read in batches.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::model::Tokenizer;
 use crate::samples::Samples;
 use crate::stage::tokenizer::batch as batch_of;
 
-/// The images that samples are measured against.
+/// The real images, the reference for samples.
 pub enum ReferenceImages<'a> {
     /// Those of a data set.
     Data(&'a Images),
@@ -20,7 +20,7 @@ pub enum ReferenceImages<'a> {
     Samples(Box<Samples>),
     /// Those of an archive.
     Archive(&'a Path, ImageShape),
-    /// Statistics stand for them.
+    /// Replaced by statistics.
     None,
 }
 
@@ -35,7 +35,7 @@ impl ReferenceImages<'_> {
         }
     }
 
-    /// Their channels, height and width, where they are looked at.
+    /// Their channels, height and width, if they are measured.
     pub fn image(&self) -> Option<[usize; 3]> {
         match self {
             Self::Data(images) => Some(images.shape()),
@@ -45,7 +45,7 @@ impl ReferenceImages<'_> {
         }
     }
 
-    /// How they came to their size, where that is known, for people.
+    /// How they were resized, if known, for people.
     pub fn sizing(&self) -> Option<String> {
         match self {
             Self::Data(images) => {
@@ -57,7 +57,7 @@ impl ReferenceImages<'_> {
         }
     }
 
-    /// They, as they are measured.
+    /// Them as images to be measured.
     pub fn source(&self) -> Result<Source<'_>> {
         match self {
             Self::Data(images) => Ok(Source {
@@ -80,7 +80,7 @@ impl ReferenceImages<'_> {
     }
 }
 
-/// Opens a set of samples whose images the network sees.
+/// Opens a set of samples and checks that the network accepts its images.
 pub fn open_set<B: Backend>(
     context: &Context<'_, B>,
     network: &Network<B>,
@@ -95,7 +95,7 @@ pub fn open_set<B: Backend>(
     Ok(set)
 }
 
-/// How the images of a set came to another size than they were decoded in, if they did, for people.
+/// How the images of a set were resized after decoding, if they were, for people.
 pub fn sizing(name: &str, set: &Samples) -> Option<String> {
     let ([_, h, w], [height, width]) = (set.manifest.image, set.manifest.decoded?);
     Some(format!(
@@ -118,7 +118,7 @@ pub fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
     }
 }
 
-/// What a tokenizer makes of images.
+/// A tokenizer's reconstructions of images.
 pub fn reconstructions<'a, B: Backend>(
     backend: &'a B,
     tokenizer: &'a dyn Tokenizer<B>,

@@ -1,15 +1,17 @@
-//! The samplers that a recipe can name: for each, a function that draws a batch.
+//! The samplers of recipes: for each, a function that draws a batch.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::backend::{Backend, FlowSolver, Tensors};
 use crate::bundle::{self, Bundle};
-use crate::captions::Subjects;
+use crate::captions::ConditioningSource;
 use crate::context::Context;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::model::{ConditionShape, Conditions, PrefixMask, Student, Teacher, TokenShape};
+use crate::model::{
+    BatchConditioning, ConditioningShape, PrefixMask, Student, Teacher, TokenShape,
+};
 use crate::random;
 use crate::sampler::{
     self, Assistant, Choice, Distribution, StudentSampler, ascending, autoregressive,
@@ -126,7 +128,7 @@ impl Sampler {
         }
     }
 
-    /// Whether its images are a function of noise alone. A teacher that assists draws a part of the tokens.
+    /// Whether its images are a function of noise alone. An assisting teacher draws some of the tokens.
     pub fn maps_noise(&self) -> bool {
         match self {
             Self::Flow { .. } | Self::Student { .. } => true,
@@ -142,7 +144,7 @@ impl Sampler {
         matches!(self, Self::Student { .. } | Self::Assisted { .. })
     }
 
-    /// The distribution of the teacher that samples, if one does.
+    /// The distribution of the sampling teacher, if there is one.
     pub fn distribution(&self) -> Option<&Distribution> {
         match self {
             Self::Teacher { distribution, .. }
@@ -153,7 +155,7 @@ impl Sampler {
         }
     }
 
-    /// Passes of networks that make a batch: the steps that tables of samplers count.
+    /// Network passes per batch: the steps in tables of samplers.
     pub fn passes(&self, shape: &TokenShape) -> usize {
         let steps = shape.steps.len();
         match self {
@@ -172,7 +174,7 @@ impl Sampler {
         }
     }
 
-    /// Refuses passes that are none.
+    /// Refuses invalid timesteps.
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Student { timesteps, .. } if !ascending(timesteps) => {
@@ -197,18 +199,18 @@ impl Sampler {
 }
 
 /// A batch's results.
-pub struct Drawn<B: Backend> {
+pub struct DrawnBatch<B: Backend> {
     /// Latents (b, L, D).
     pub latents: B::Tensor,
-    /// Tokens (b, L), where codes were chosen.
+    /// Tokens (b, L), if codes were chosen.
     pub tokens: Option<B::Tensor>,
 }
 
 /// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
 pub type Drawer<'a, B> =
-    Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
+    Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<DrawnBatch<B>> + 'a>;
 
-/// What every sampler draws with.
+/// The context of every sampler.
 pub struct SamplerContext<'a, B: Backend> {
     /// The tensor library.
     pub backend: &'a B,
@@ -219,7 +221,7 @@ pub struct SamplerContext<'a, B: Backend> {
     /// Codebook (K, D).
     pub codebook: B::Tensor,
     /// What labels stand for.
-    pub subjects: &'a Subjects,
+    pub conditioning: &'a ConditioningSource,
 }
 
 /// The drawer of a sampler, its networks loaded.
@@ -285,7 +287,7 @@ pub fn drawer<'a, B: Backend>(
     }
 }
 
-/// The teacher that assists, loaded.
+/// The loaded assisting teacher.
 struct Assistance<'a, B: Backend> {
     teacher: Box<dyn Teacher<B>>,
     start: usize,
@@ -294,24 +296,24 @@ struct Assistance<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> SamplerContext<'a, B> {
-    fn conditions(&self, labels: &[u32]) -> Result<Conditions<B>> {
-        self.subjects.conditions(self.backend, labels)
+    fn batch_conditioning(&self, labels: &[u32]) -> Result<BatchConditioning<B>> {
+        self.conditioning.batch(self.backend, labels)
     }
 
-    /// The random numbers with which each sample of a batch chooses its codes.
+    /// The random numbers for each sample's choice of codes.
     fn choices(&self, first: u64, labels: &[u32]) -> Vec<random::Sequence> {
         sampler::choices(self.seed, first, labels.len())
     }
 
-    /// Codes that were chosen, with their vectors.
-    fn of_tokens(&self, ids: B::Tensor) -> Result<Drawn<B>> {
-        Ok(Drawn {
+    /// Chosen codes with their vectors.
+    fn of_tokens(&self, ids: B::Tensor) -> Result<DrawnBatch<B>> {
+        Ok(DrawnBatch {
             latents: B::rows(&self.codebook, &ids)?,
             tokens: Some(ids),
         })
     }
 
-    /// AR steps whose tokens take the most probable code.
+    /// AR steps whose tokens are the most probable codes.
     fn split(&self, split: Option<usize>) -> Result<usize> {
         let all = self.shape.steps.len();
         match split {
@@ -332,7 +334,7 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
         Box::new(move |first, labels, _| {
             let mut sequences = self.choices(first, labels);
             let mut choice = Choice::Random(&mut sequences);
-            let wanted = self.conditions(labels)?;
+            let wanted = self.batch_conditioning(labels)?;
             let ids = autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?;
             self.of_tokens(ids)
         })
@@ -349,7 +351,7 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
             steps: solver_steps,
         };
         Box::new(move |_, labels, noise| {
-            let wanted = self.conditions(labels)?;
+            let wanted = self.batch_conditioning(labels)?;
             let mut choice = Choice::Flow {
                 noise,
                 codebook: &self.codebook,
@@ -372,8 +374,8 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
                 codebook: &self.codebook,
                 split,
             };
-            Ok(Drawn {
-                latents: sampler.sample(noise, &self.conditions(labels)?, timesteps)?,
+            Ok(DrawnBatch {
+                latents: sampler.sample(noise, &self.batch_conditioning(labels)?, timesteps)?,
                 tokens: None,
             })
         })
@@ -400,10 +402,10 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
                 distribution: assistance.distribution,
                 mask: assistance.mask,
             };
-            let wanted = self.conditions(labels)?;
+            let wanted = self.batch_conditioning(labels)?;
             let (latents, _) =
                 sampler.assisted(noise, &wanted, timesteps, &assistant, &mut choice)?;
-            Ok(Drawn {
+            Ok(DrawnBatch {
                 latents,
                 tokens: None,
             })
@@ -420,7 +422,7 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
         Box::new(move |first, labels, _| {
             let mut sequences = self.choices(first, labels);
             let mut choice = Choice::Random(&mut sequences);
-            let wanted = self.conditions(labels)?;
+            let wanted = self.batch_conditioning(labels)?;
             let ids = skipping(&*teacher, &wanted, distribution, &mut choice, steps)?;
             self.of_tokens(ids)
         })
@@ -457,7 +459,7 @@ struct Marginals {
 
 impl Marginals {
     fn open(dataset: Dataset, shape: &TokenShape) -> Result<Self> {
-        let ConditionShape::Classes(classes) = shape.condition else {
+        let ConditioningShape::Classes(classes) = shape.condition else {
             return Err(Error::option(
                 "/sampler",
                 "the baseline counts the tokens of each class; this model is conditioned on captions",

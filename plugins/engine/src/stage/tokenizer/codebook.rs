@@ -1,5 +1,5 @@
-//! A codebook in training: which codes are used, restarts of those that are not, and codes that are moving averages of what
-//! they are looked up for (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1) instead of following a gradient.
+//! A codebook in training: usage of codes, restarts of unused ones, and codes as moving averages of the vectors assigned to
+//! them (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1) instead of following a gradient.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -9,15 +9,15 @@ use crate::collective::Collective;
 use crate::error::Result;
 use crate::random::{Sequence, Stream};
 
-/// By how much the memory of a code's use fades with each step.
+/// The decay per step of a code's usage count.
 const FADING: f64 = 0.98;
-/// What is left of one use after 150 steps.
+/// The remainder of one use after 150 steps.
 const FADED: f32 = 0.048;
-/// Below this share of its codes a codebook counts as collapsed.
+/// A codebook counts as collapsed below this share of used codes.
 pub const COLLAPSED: f64 = 0.05;
 
-/// A codebook in training. Numbers that later steps need are in one list, for the checkpoint: K uses since the last
-/// restart (0 or 1), K fading numbers of uses, and with averages K weights and K x D sums.
+/// A codebook in training. The state for later steps is one list, for the checkpoint: K flags of use since the last restart
+/// (0 or 1), K decaying usage counts, and with averages K weights and K x D sums.
 pub struct Codebook<'a, B: Backend> {
     backend: &'a B,
     /// (K, D), which the tokenizer in training holds too.
@@ -28,16 +28,16 @@ pub struct Codebook<'a, B: Backend> {
     decay: Option<f64>,
     /// The numbers.
     pub kept: RefCell<Vec<f32>>,
-    /// What the parts of a step have looked up so far.
+    /// The look-ups of the step's parts so far.
     lookups: RefCell<Lookups>,
 }
 
-/// What the images of a batch have looked up.
+/// The look-ups of a batch's images.
 #[derive(Debug, Default)]
 pub struct Lookups {
     /// Ids of tokens.
     pub tokens: Vec<u32>,
-    /// The vectors (n, D) for which codes were looked up, where they were asked for.
+    /// The vectors (n, D) for which codes were looked up, if needed.
     pub z: Vec<f32>,
 }
 
@@ -62,7 +62,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
         })
     }
 
-    /// Sets the codes to their averages, where they are averages.
+    /// Sets the codes to their averages, if they are averages.
     pub fn settle(&self) -> Result<()> {
         if self.decay.is_none() {
             return Ok(());
@@ -80,8 +80,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
         B::assign_(&self.tensor, &codes)
     }
 
-    /// Adds what a part of a batch has looked up: ids of tokens, and the vectors (n, D) for which they were looked up where
-    /// the step needs them.
+    /// Adds the look-ups of a part of a batch: ids of tokens, and their vectors (n, D) if the step needs them.
     pub fn look_up(&self, tokens: &B::Tensor, z: Option<&B::Tensor>) -> Result<()> {
         let mut lookups = self.lookups.borrow_mut();
         lookups.tokens.extend(B::to_indices(tokens)?);
@@ -91,8 +90,8 @@ impl<'a, B: Backend> Codebook<'a, B> {
         Ok(())
     }
 
-    /// Takes note of what all parts of a step and all ranks have looked up, of which this rank has that of images `own` of
-    /// `all`. Returns it.
+    /// Updates the state with the look-ups of all parts of a step and all ranks, and returns them. This rank has those of
+    /// images `own` of `all`.
     pub fn note(&self, ranks: &dyn Collective, own: Range<usize>, all: usize) -> Result<Lookups> {
         let mut lookups = std::mem::take(&mut *self.lookups.borrow_mut());
         if ranks.is_shared() {
@@ -100,7 +99,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
                 0 => Ok(Vec::new()),
                 each => ranks.gather(values, own.start * each, all * each),
             };
-            // Ids are below 2^24: f32 holds them exactly.
+            // Ids are below 2^24, so f32 represents them exactly.
             let tokens: Vec<f32> = lookups.tokens.iter().map(|&token| token as f32).collect();
             lookups.tokens = of_all(&tokens)?.iter().map(|&token| token as u32).collect();
             lookups.z = of_all(&lookups.z)?;
@@ -119,7 +118,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
             uses[token as usize] += 1.0;
         }
         let Some(decay) = self.decay else { return };
-        // The step will be left out: its numbers must not stay.
+        // The step will be skipped: its changes must not remain.
         if !z.iter().all(|x| x.is_finite()) {
             return;
         }
@@ -136,8 +135,8 @@ impl<'a, B: Backend> Codebook<'a, B> {
         }
     }
 
-    /// Share of the codes that were used lately, and the perplexity of their use: as many codes used evenly would be as
-    /// hard to guess.
+    /// Share of recently used codes, and the perplexity of their use: the number of evenly used codes that would be as hard
+    /// to predict.
     pub fn use_lately(&self) -> (f64, f64) {
         let kept = self.kept.borrow();
         let uses = &kept[self.size..2 * self.size];
@@ -150,8 +149,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
         (used as f64 / self.size as f64, entropy.sum::<f64>().exp())
     }
 
-    /// Moves codes that were not used since the last restart onto random vectors (n, D) of those for which codes were looked
-    /// up. Returns which ones.
+    /// Moves codes unused since the last restart onto random ones of the looked-up vectors (n, D). Returns their ids.
     pub fn restart(&self, z: &[f32], seed: u64, step: u64) -> Result<Vec<usize>> {
         if !z.iter().all(|x| x.is_finite()) {
             return Ok(Vec::new());

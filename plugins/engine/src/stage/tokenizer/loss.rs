@@ -7,14 +7,14 @@
 //! loss of D = mean(max(0, 1 - D(image)) + max(0, 1 + D(reconstruction))) / 2                                      (hinge)
 //! ```
 //!
-//! W is the kernel of the decoder's last convolution. The terms are differentiated up to the reconstructions, each once; the
-//! sum goes back from there through the tokenizer.
+//! W is the kernel of the decoder's last convolution. Each term is differentiated once, up to the reconstructions; from there
+//! the sum goes back through the tokenizer.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::backend::{Backend, Binary, Unary};
-use crate::collective::{Collective, Single};
+use crate::collective::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
@@ -23,10 +23,10 @@ use crate::tape::{Variable, backward, scalar};
 use crate::train::{TrainOptions, shared};
 use crate::weights::{Loader, Params, Source};
 
-/// The part of a batch that is computed at a time: this rank's share of it, or a piece of that.
+/// The part of a batch computed at a time: this rank's share, or a piece of it.
 #[derive(Clone, Copy)]
 pub struct BatchPart<'a> {
-    /// Those who compute the batch together.
+    /// The ranks that compute the batch.
     pub ranks: &'a dyn Collective,
     /// The part's share of the batch's images.
     pub fraction: f64,
@@ -35,11 +35,11 @@ pub struct BatchPart<'a> {
 impl BatchPart<'_> {
     /// All of it.
     pub const WHOLE: Self = BatchPart {
-        ranks: &Single,
+        ranks: &SingleRank,
         fraction: 1.0,
     };
 
-    /// The mean over the parts that all ranks compute at this time, of a tensor that is a mean over a part's images.
+    /// The mean over all ranks' current parts of a tensor that is a mean over a part's images.
     fn mean<B: Backend>(&self, of_part: B::Tensor) -> Result<B::Tensor> {
         if !self.ranks.is_shared() {
             return Ok(of_part);
@@ -54,7 +54,7 @@ impl BatchPart<'_> {
         B::of(&of_part).floats(&values, &B::shape(&of_part))
     }
 
-    /// How strongly a loss pulls at the kernel of the last convolution, given its gradient for the part's images.
+    /// The norm of a loss's gradient at the last convolution's kernel, given its gradient for the part's images.
     fn pull<B: Backend>(&self, last: &LastConvolution<B>, images: &B::Tensor) -> Result<f64> {
         let gradient = self.mean::<B>(last.gradient(images)?)?;
         let square = B::unary(&gradient, Unary::Square)?;
@@ -115,7 +115,7 @@ fn layers() -> usize {
     3
 }
 
-/// What the names of the adversary's parameters begin with.
+/// The prefix of the adversary's parameter names.
 pub const PREFIX: &str = "discriminator.";
 
 impl Adversarial {
@@ -135,12 +135,12 @@ pub struct Adversary<B: Backend> {
     options: Adversarial,
     /// Its network, which learns.
     learning: Discriminator<B>,
-    /// The same, through which the tokenizer's gradient flows and which learns nothing from it.
+    /// The same with constant weights, for the tokenizer's gradient.
     judging: Discriminator<B>,
 }
 
 impl<B: Backend> Adversary<B> {
-    /// A new one for images of so many channels, and its parameters.
+    /// A new adversary for images with this many channels, and its parameters.
     pub fn new(
         backend: &B,
         seed: u64,
@@ -177,11 +177,11 @@ impl<B: Backend> Adversary<B> {
 pub struct Criterion<'a, B: Backend> {
     /// How pixels are compared.
     pub pixels: PixelLoss,
-    /// What else compares images, and its weight.
+    /// The perceptual metric and its weight.
     pub metric: Option<(&'a PerceptualMetric<B>, f64)>,
-    /// Who judges reconstructions.
+    /// The adversary.
     pub adversary: Option<Adversary<B>>,
-    /// Images that the metric sees together.
+    /// Images per pass of the metric.
     pub at_once: usize,
 }
 
@@ -280,7 +280,8 @@ impl PixelLoss {
 }
 
 /// The entropy term (Yu et al. 2023, arXiv 2310.05737, eq. 3): each vector should be sure of its code, and all codes should
-/// be used. Low where the choices (n, K) of softmax(-|z - c|^2 / temperature) are sure one by one and even on the whole.
+/// be used. It is low when the choices (n, K) of softmax(-|z - c|^2 / temperature) are individually certain but evenly
+/// distributed overall.
 pub fn entropy<B: Backend>(
     z: &Variable<B>,
     codes: &Variable<B>,
@@ -298,7 +299,7 @@ pub fn entropy<B: Backend>(
     let choice = near.affine(1.0 / temperature, 0.0)?.softmax()?;
     let information = |p: &Variable<B>| p.mul(&p.affine(1.0, 1e-10)?.unary(Unary::Log)?);
     let each = information(&choice)?.sum(&[1])?.mean_all()?;
-    // How even the choices are is a question to those of all ranks, and no mean of answers.
+    // Evenness is a property of all ranks' choices together, not a mean over ranks.
     let own = choice.mean(&[0])?;
     let whole = part.mean::<B>(own.value().clone())?;
     let even = Term::of(&whole, |whole| information(whole)?.sum(&[0, 1]))?;
@@ -308,7 +309,7 @@ pub fn entropy<B: Backend>(
         .sub(&each)
 }
 
-/// Refuses weights with which nothing would be learnt, or nothing from an adversary.
+/// Refuses weights with which nothing would be learned, or nothing from the adversary.
 pub fn check(adversarial: Option<&Adversarial>, steps: u64) -> Result<()> {
     match adversarial {
         Some(own) if own.start >= steps => {

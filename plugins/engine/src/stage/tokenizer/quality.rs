@@ -1,8 +1,8 @@
-//! How good a tokenizer is: what it makes of images, and how like them that is, pixel by pixel: the peak signal-to-noise
-//! ratio, and the structural similarity (Wang et al. 2004, "Image quality assessment", eq. 13) with their Gaussian window of
-//! 11 x 11 pixels and deviation 1.5, where it fits inside.
+//! A tokenizer's quality: reconstructions, and their similarity to the images by peak signal-to-noise ratio and structural
+//! similarity (Wang et al. 2004, "Image quality assessment", eq. 13) with a Gaussian window of 11 x 11 pixels and deviation
+//! 1.5, where it fits inside.
 //!
-//! In: images (channels, height, width) in [-1, 1], seen as [0, 1] and clipped to it.
+//! In: images (channels, height, width) in [-1, 1], converted to [0, 1] and clipped.
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::model::Tokenizer;
 use crate::train::Mean;
 
-/// Images of the picture, and how many of them make a row.
+/// Images in the picture, and per row.
 const SHOWN: usize = 48;
 const ROW: usize = 16;
 
@@ -60,7 +60,7 @@ impl std::fmt::Display for Quality {
     }
 }
 
-/// Looks at images and what a tokenizer makes of them, so many at a time.
+/// Measures a tokenizer on images, this many at a time.
 pub fn look<B: Backend>(
     backend: &B,
     model: &dyn Tokenizer<B>,
@@ -117,7 +117,7 @@ pub fn look<B: Backend>(
     })
 }
 
-/// Ratios end here: equal images have no noise.
+/// The maximum ratio: equal images have no noise.
 const MOST_DECIBELS: f64 = 100.0;
 const WINDOW: usize = 11;
 const DEVIATION: f64 = 1.5;
@@ -132,12 +132,12 @@ fn unit(x: f32) -> f64 {
 pub fn psnr(a: &[f32], b: &[f32]) -> f64 {
     let squares = a.iter().zip(b).map(|(&a, &b)| (unit(a) - unit(b)).powi(2));
     let error = squares.sum::<f64>() / a.len() as f64;
-    // Not `min`, which makes a perfect ratio of one that is not a number.
+    // Not `min`, which would turn NaN into a perfect ratio.
     (-10.0 * error.log10()).clamp(f64::NEG_INFINITY, MOST_DECIBELS)
 }
 
-/// Structural similarity of two images, the mean over channels. A side of fewer than 11 pixels has a window of the greatest
-/// odd number of them.
+/// Structural similarity of two images, the mean over channels. For a side of fewer than 11 pixels the window is the largest
+/// odd number that fits.
 pub fn ssim(a: &[f32], b: &[f32], [channels, height, width]: [usize; 3]) -> f64 {
     let (down, across) = (window(height), window(width));
     let plane = height * width;
@@ -179,7 +179,7 @@ fn window(side: usize) -> Vec<f64> {
     weights.into_iter().map(|w| w / sum).collect()
 }
 
-/// Weighted means of the windows that lie inside a plane.
+/// Weighted means of the windows inside a plane.
 fn filter(values: &[f64], [height, width]: [usize; 2], down: &[f64], across: &[f64]) -> Vec<f64> {
     let kept = width + 1 - across.len();
     let rows: Vec<f64> = (0..height)

@@ -1,4 +1,4 @@
-//! A tokenizer in training: its networks, what a step does, and how it is measured meanwhile.
+//! Training a tokenizer: its networks, a step, and measurements during training.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -23,13 +23,13 @@ pub struct Networks<'a, B: Backend> {
     model: Box<dyn Tokenizer<B>>,
     codebook: Codebook<'a, B>,
     criterion: Criterion<'a, B>,
-    /// What learns: the tokenizer's own parameters, and behind them those of the adversary.
+    /// The trained parameters: the tokenizer's own, followed by the adversary's.
     params: Params<B>,
-    /// Weights that follow no gradient: codes that are averages.
+    /// Weights without a gradient: codes that are averages.
     still: Params<B>,
     /// The average of the tokenizer's own parameters.
     average: Option<BTreeMap<String, B::Tensor>>,
-    /// The tokenizer with the weights that are kept in the end.
+    /// The tokenizer with the weights that will be kept.
     measured: Box<dyn Tokenizer<B>>,
 }
 
@@ -49,7 +49,7 @@ impl<'a, B: Backend> Networks<'a, B> {
         let codebook = all.iter().find(|(name, _)| name == CODEBOOK);
         let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
         let codebook = Codebook::new(backend, codebook.1.value().clone(), o.codebook_ema)?;
-        // Codes that are averages are no parameters.
+        // Averaged codes are not parameters.
         let averaged = |name: &str| o.codebook_ema.is_some() && name == CODEBOOK;
         let (still, mut params): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|(name, _)| averaged(name));
@@ -86,8 +86,8 @@ impl<'a, B: Backend> Networks<'a, B> {
         })
     }
 
-    /// The loss of a part x (b, c, h, w) of a step's batch, in the measure in which it has part in that of the batch, its
-    /// figures, and what the step did to the codes, which the last part knows.
+    /// The loss of a part x (b, c, h, w) of a step's batch, weighted by its share of the batch, its figures, and the step's
+    /// changes to the codes, which are known with the last part.
     fn part(
         &self,
         context: &Context<'_, B>,
@@ -134,7 +134,7 @@ impl<'a, B: Backend> Networks<'a, B> {
             let lookups = self
                 .codebook
                 .note(ranks, own_share(ranks, o), o.train.batch)?;
-            // Each rank knows it of all; what they report is added up.
+            // Every rank knows the value for all, but reported figures are summed: divide it.
             let share = (ranks.size() as f64).recip();
             (used, perplexity) = self.codebook.use_lately();
             (used, perplexity) = (used * share, perplexity * share);
@@ -154,7 +154,7 @@ impl<'a, B: Backend> Networks<'a, B> {
     /// Mean squared error of the reconstructions of held-out images.
     fn held_out_error(&self, backend: &B, o: &Options, inputs: &Inputs<B>) -> Result<f64> {
         let mut errors = Mean::default();
-        // What a step of training takes, whatever the number of images.
+        // Fixed parameters of a training step.
         for picks in inputs.measured_on().chunks(o.train.batch) {
             let x = batch(backend, &inputs.images, picks)?;
             let r = self.measured.reconstruct(&x)?;
@@ -164,7 +164,7 @@ impl<'a, B: Backend> Networks<'a, B> {
         Ok(errors.value())
     }
 
-    /// What is wrong with the codebook, if so few of its codes are in use.
+    /// The warning about the codebook, if too few of its codes are used.
     fn collapse(&self, o: &Options) -> Option<String> {
         let (used, perplexity) = self.codebook.use_lately();
         (used < COLLAPSED).then(|| {

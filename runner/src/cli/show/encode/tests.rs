@@ -1,4 +1,4 @@
-//! What is drawn, read back as a terminal reads it.
+//! Encoded pictures, decoded as a terminal would.
 
 use super::*;
 
@@ -61,7 +61,7 @@ fn iterm_gets_a_png() {
     assert_eq!(from_base64(data), picture);
 }
 
-/// What a terminal makes of sixels, on a transparent ground: whole bands of six rows.
+/// Decodes sixels on a transparent background: whole bands of six rows.
 fn from_sixel(text: &str, height: u32) -> RgbaImage {
     let read = SixelImage::decode(text.as_bytes()).unwrap();
     assert_eq!(read.height as u32, height.next_multiple_of(6));
@@ -76,7 +76,7 @@ fn from_sixel(text: &str, height: u32) -> RgbaImage {
     image::imageops::crop_imm(&bands, 0, 0, bands.width(), height).to_image()
 }
 
-/// How far colours of two pictures are from each other, at most and on average; what is transparent is so in both.
+/// The maximum and mean colour difference of two pictures; transparent pixels must be so in both.
 fn far(a: &RgbaImage, b: &RgbaImage) -> (u8, f64) {
     assert_eq!(a.dimensions(), b.dimensions());
     let (mut most, mut sum) = (0, 0.0);
@@ -97,7 +97,7 @@ fn far(a: &RgbaImage, b: &RgbaImage) -> (u8, f64) {
 
 #[test]
 fn sixels_are_the_pixels() {
-    // A register holds hundredths; where there are many colours, like ones share one.
+    // A colour register has a precision of hundredths; with many colours, similar ones share a register.
     let smooth = RgbaImage::from_fn(90, 70, |x, y| Rgba([x as u8 * 2, y as u8 * 3, 90, 255]));
     let grey = RgbaImage::from_fn(256, 9, |x, _| Rgba([x as u8, x as u8, x as u8, 255]));
     for (picture, bound, mean_bound) in [
@@ -193,7 +193,7 @@ fn half_blocks_are_the_pixels() {
                 .map(|step| [0, 95, 135, 175, 215, 255][usize::from(step)]),
         }
     };
-    // The colours that there are stay; others are near.
+    // Few colours are exact; others are approximated.
     let grey = RgbaImage::from_fn(24, 2, |x, _| {
         let value = 8 + 10 * x as u8;
         Rgba([value, value, value, 255])

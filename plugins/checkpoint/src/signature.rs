@@ -1,8 +1,8 @@
-//! What the ending of a name promises, and whether the first bytes of the file keep it.
+//! Whether the first bytes of a file match its extension.
 //!
-//! In: a path. Out: nothing, or why no reader will take the file. Asked before a file is hashed, which takes as long as the
-//! file is large. Of archives the headers are looked through, as far as that is quick. Deliberately absent: everything else
-//! beyond the beginning, which whoever reads the file looks at.
+//! In: a path. Out: why no reader will accept the file, if so. This is checked before a file is hashed, because hashing a
+//! large file takes long. The headers of archives are checked too, as far as that is quick. Deliberately absent: any other
+//! content, which the file's reader checks.
 
 use std::borrow::Cow;
 use std::io::{Read, Seek};
@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use crate::{images, parquet, regular, tar};
 
-/// Why the file at `path` is not what its ending says; nothing where it may be, or the ending says nothing, or the file
-/// cannot be read: whoever reads it will say so. Archives are looked through until then.
+/// Why the file at `path` contradicts its extension. None if it may match, if the extension means nothing, or if the file
+/// cannot be read, which its reader will report. Archives are checked until the deadline.
 pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     let ending = path.extension()?.to_str()?.to_ascii_lowercase();
     let known = [
@@ -45,7 +45,7 @@ pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     }
 }
 
-/// What is wrong with the first bytes of a file whose name ends so.
+/// The error in the first bytes of a file with this extension.
 fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
     let begins = |with: &[u8]| start.starts_with(with);
     let compressed = begins(b"\x1f\x8b")
@@ -53,7 +53,7 @@ fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
         || begins(b"\xfd7zXZ\0")
         || begins(b"\x28\xb5\x2f\xfd");
     match ending {
-        // Of a table without lines its reader says what belongs there.
+        // For an empty table the reader has a better message.
         "csv" | "tsv" | "jsonl" if start.is_empty() => None,
         _ if start.is_empty() => Some("it is empty"),
         _ if begins(b"version https://git-lfs.github.com/") => {
@@ -64,23 +64,23 @@ fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
         }
         _ if compressed => Some("it is compressed; unpack it first"),
         "tar" if !start.first_chunk().is_some_and(tar::is_header) => {
-            Some("no tar archive: its first header is wrong")
+            Some("not a tar archive: its first header is wrong")
         }
         "npz" if !begins(b"PK") => {
-            Some("no archive of NumPy's arrays: it does not begin as a zip file")
+            Some("not an archive of NumPy arrays: it does not begin as a zip file")
         }
-        "npy" if !begins(b"\x93NUMPY") => Some("no array of NumPy's: it does not begin as one"),
+        "npy" if !begins(b"\x93NUMPY") => Some("not a NumPy array: its first bytes are wrong"),
         "safetensors" if start.get(8) != Some(&b'{') => {
-            Some("no safetensors file: it does not begin as one")
+            Some("not a safetensors file: its first bytes are wrong")
         }
         "csv" | "tsv" | "jsonl" if start.contains(&0) => {
-            Some("no text in UTF-8: there are zero bytes at its beginning")
+            Some("not text in UTF-8: there are zero bytes at its beginning")
         }
         _ => None,
     }
 }
 
-/// The same of the archives and tables directly in a folder of images: the first that is broken.
+/// The same for the archives and tables directly in a folder of images: the first damaged one.
 pub fn broken_in(folder: &Path, until: Instant) -> Option<(PathBuf, Cow<'static, str>)> {
     let entries = std::fs::read_dir(folder).ok()?.flatten();
     let named = entries.filter(|entry| {
@@ -119,12 +119,12 @@ mod tests {
         let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * 32;
         head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         check("a.tar", &head, None);
-        // The second header is that of nothing, or of more than there is.
+        // The second header is invalid, or claims more bytes than there are.
         let after = |more: &[u8]| [&head[..], more].concat();
         check("a.tar", &after(&[0; 1024]), None);
         check("a.tar", &after(&[7; 512]), Some("at byte 512 a header"));
         check("a.tar", &after(&[0; 100]), Some("at byte 512 it ends"));
-        // Nobody waits for the end of a long one.
+        // A long archive is not checked to its end.
         let path = root.path().join("long.tar");
         let whole = [head; 64].concat();
         std::fs::write(&path, [&whole[..], &[7; 512]].concat()).unwrap();
@@ -137,7 +137,11 @@ mod tests {
         check("a.TAR", b"\x1f\x8b\x08", Some("compressed archive"));
         check("a.tar", &[0; 4096], Some("first header"));
         check("a.tar", b"", Some("empty"));
-        check("a.parquet", b"PK\x03\x04.........", Some("begin as one"));
+        check(
+            "a.parquet",
+            b"PK\x03\x04.........",
+            Some("first bytes are wrong"),
+        );
         check("a.parquet", b"PAR1.........", Some("end as one"));
         let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12";
         check("a.parquet", pointer, Some("git lfs pull"));
@@ -155,7 +159,7 @@ mod tests {
         check("csv", b"", None);
         check("a.csv", b"", None);
         assert_eq!(broken(&root.path().join("nothing.tar"), soon()), None);
-        // Of a folder only what is an archive or a table there.
+        // In a folder only archives and tables are checked.
         let (path, why) = broken_in(root.path(), soon()).unwrap();
         assert!(path.ends_with("a.TAR") && why.contains("compressed"));
         for name in ["a.tar", "a.TAR"] {

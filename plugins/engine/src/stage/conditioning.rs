@@ -1,5 +1,5 @@
-//! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions; in `training` those of
-//! `pretrain`.
+//! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions. The options of `pretrain`
+//! are in `training`.
 
 pub mod training;
 
@@ -11,17 +11,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
-use crate::captions::{self, Captions, Subjects};
+use crate::captions::{self, CaptionFeatures, ConditioningSource};
 use crate::context::Context;
 use crate::data::prepared::Prepared;
 use crate::error::{Error, Result};
-use crate::files::{replace, resolve};
-use crate::model::{CaptionShape, ConditionShape};
+use crate::files::{MakeLock, make_once, resolve};
+use crate::model::{CaptionShape, ConditioningShape};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
 use crate::stage::noise::TensorFile;
 use crate::text::TextEncoder;
-use crate::weights::Stored;
+use crate::weights::CheckpointWeights;
 
 /// Classes of samples.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -43,7 +43,7 @@ pub enum Labels {
 pub enum Class {
     /// By its number.
     Number(u32),
-    /// By its name: that of the folder of its images.
+    /// By name: that of the folder of its images.
     Name(String),
 }
 
@@ -88,7 +88,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// The classes of `count` samples, each of so many.
+    /// The classes of `count` samples, given the number of classes.
     fn labels(self, seed: u64, count: u64, classes: usize) -> Vec<u32> {
         let class = |i: u64| match self {
             Self::Balanced => (i % classes as u64) as u32,
@@ -114,6 +114,12 @@ impl Labels {
     ) -> Result<Vec<u32>> {
         let (base, seed) = (&context.job.base_dir, context.job.seed);
         let pointer = "/labels";
+        crate::memory::check(
+            "/count",
+            "the labels of all samples",
+            count.checked_mul(4),
+            "make them by several stages with a `range` each",
+        )?;
         let labels = match self {
             Self::Rule(rule) => rule.labels(seed, count, classes),
             Self::List(list) => list
@@ -151,7 +157,8 @@ impl Labels {
 /// Texts.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
-pub enum Texts {
+#[schemars(rename = "Texts")]
+pub enum CaptionText {
     /// The same for all samples.
     One(String),
     /// Sample i has text i mod their number.
@@ -195,28 +202,28 @@ fn tensor() -> String {
 }
 
 /// Options of a stage.
-pub struct ConditionOptions<'o> {
+pub struct ConditioningOptions<'o> {
     /// `labels`
     pub labels: Option<&'o Labels>,
     /// `caption`
-    pub caption: Option<&'o Texts>,
+    pub caption: Option<&'o CaptionText>,
     /// `text_encoder`
     pub text_encoder: Option<&'o str>,
     /// `features`
     pub features: Option<&'o Features>,
 }
 
-/// What samples are conditioned on.
+/// The conditioning of samples.
 pub struct Conditioning {
     /// Class of each sample, or number of its caption.
     pub labels: Vec<u32>,
-    /// What the labels stand for.
-    pub subjects: Subjects,
-    /// The captions, where they were given as text.
+    /// The meaning of the labels.
+    pub source: ConditioningSource,
+    /// The captions, if they were given as text.
     pub texts: Vec<String>,
 }
 
-impl ConditionOptions<'_> {
+impl ConditioningOptions<'_> {
     /// Refuses contradictions; files that exist already must be valid.
     pub fn check(&self, base: &Path) -> Result<()> {
         let refuse = |pointer: &str, message: &str| Err(Error::option(pointer, message));
@@ -256,18 +263,18 @@ impl ConditionOptions<'_> {
         Ok(())
     }
 
-    /// The conditioning of `count` samples of a model with perhaps named classes. Captions become features, in a file of
+    /// The conditioning of `count` samples of a model whose classes may have names. Captions become features, in a file of
     /// the work directory.
     pub fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,
-        (shape, names): (&ConditionShape, &[String]),
+        (shape, names): (&ConditioningShape, &[String]),
         count: u64,
     ) -> Result<Conditioning> {
         let base = &context.job.base_dir;
         let shape = match shape {
-            ConditionShape::Captions(shape) => *shape,
-            ConditionShape::Classes(classes) => {
+            ConditioningShape::Captions(shape) => *shape,
+            ConditioningShape::Classes(classes) => {
                 let message = "this model is conditioned on classes: give `labels`";
                 if self.caption.is_some() {
                     return Err(Error::option("/caption", message));
@@ -279,7 +286,7 @@ impl ConditionOptions<'_> {
                 let labels = self.labels.unwrap_or(&balanced);
                 return Ok(Conditioning {
                     labels: labels.resolve(context, count, (*classes, names))?,
-                    subjects: Subjects::Classes(*classes),
+                    source: ConditioningSource::Classes(*classes),
                     texts: Vec::new(),
                 });
             }
@@ -290,7 +297,7 @@ impl ConditionOptions<'_> {
         }
         let path = context.work_dir()?.join(captions::FILE);
         // One part of a divided stage makes the file; the others wait for it.
-        let _turn = context.lock(captions::FILE)?;
+        let lock = context.lock(captions::FILE)?;
         let mut texts = Vec::new();
         match (self.caption, self.text_encoder, self.features) {
             (Some(wanted), Some(folder), _) => {
@@ -305,35 +312,36 @@ impl ConditionOptions<'_> {
                         );
                         return Err(Error::option("/text_encoder", message));
                     }
-                    encode(context, encoder, &texts, shape.positions, &path)?;
+                    encode(context, encoder, &texts, shape.positions, &path, &lock)?;
                 }
             }
             (_, _, Some(features)) => {
                 if !path.exists() {
                     let mut table = features.open(base)?;
-                    replace(&path, |partial| table.copy(shape, partial))?;
+                    make_once(&path, &lock, |partial| table.copy(shape, partial))?;
                 }
             }
             _ => return Err(Error::option("", message)),
         }
-        let captions = Captions::open(&path, shape)?;
-        let subjects = Subjects::Captions(captions.into());
-        let all = subjects.len() as u64;
+        let captions = CaptionFeatures::open(&path, shape)?;
+        let source = ConditioningSource::Captions(captions.into());
+        let all = source.len() as u64;
         Ok(Conditioning {
             labels: (0..count).map(|i| (i % all) as u32).collect(),
-            subjects,
+            source,
             texts,
         })
     }
 }
 
-/// Writes the features of texts, of at most so many tokens each.
+/// Writes the features of texts, of at most this many tokens each.
 fn encode<B: Backend>(
     context: &Context<'_, B>,
     encoder: TextEncoder,
     texts: &[String],
     most: usize,
     path: &Path,
+    lock: &MakeLock,
 ) -> Result<()> {
     let told = |done: usize| match context.host.cancelled() {
         Cancel::Run => {
@@ -343,8 +351,8 @@ fn encode<B: Backend>(
         }
         _ => Err(Error::Cancelled),
     };
-    replace(path, |partial| {
-        // Made once, and T5 is known to suffer from bf16.
+    make_once(path, lock, |partial| {
+        // In f32: it is computed once, and T5 is known to suffer from bf16.
         let backend = &context.backend.exact();
         encoder.encode(backend, texts, most, partial, told)
     })
@@ -353,7 +361,7 @@ fn encode<B: Backend>(
 /// The most bytes of a file of captions.
 const LINES_MOST: u64 = 256 << 20;
 
-impl Texts {
+impl CaptionText {
     /// The texts, in order.
     fn read(&self, base: &Path) -> Result<Vec<String>> {
         let texts = match self {
@@ -362,7 +370,7 @@ impl Texts {
             Self::Lines(lines) => {
                 let path = resolve(base, &lines.file);
                 let text = match regular::read(&path, LINES_MOST) {
-                    // The runner speaks of missing files.
+                    // The runner reports missing files.
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
                     text => text.map_err(Error::io(&path))?,
                 };
@@ -393,7 +401,7 @@ struct Table {
 
 enum Source {
     Numpy(numpy::Rows),
-    Safetensors(Stored, String),
+    Safetensors(CheckpointWeights, String),
 }
 
 impl Features {
@@ -416,7 +424,7 @@ impl Features {
             let shape = rows.shape().to_vec();
             (Source::Numpy(rows), shape)
         } else {
-            let stored = Stored::open(&path, None)?;
+            let stored = CheckpointWeights::open(&path, None)?;
             let found = stored.shape(&self.tensor).map(<[usize]>::to_vec);
             let missing = || Error::data(&path, format!("no tensor {}", self.tensor));
             let shape = found.ok_or_else(missing)?;
@@ -441,14 +449,14 @@ impl Features {
         })
     }
 
-    /// The mask of so many captions of so many tokens.
+    /// The mask of captions, given their number and number of tokens.
     fn mask(
         &self,
         base: &Path,
         source: &Source,
         [captions, tokens]: [usize; 2],
     ) -> Result<Option<Vec<bool>>> {
-        // Before it is read: a file may speak of any number of elements.
+        // Before it is read: a file may claim any number of elements.
         let check = |path: &Path, found: &[usize]| {
             let elements = found.iter().try_fold(1usize, |n, &m| n.checked_mul(m));
             if elements == captions.checked_mul(tokens) {
@@ -484,7 +492,7 @@ impl Features {
 }
 
 impl Table {
-    /// Features of a caption, (tokens, width), and which of its tokens count.
+    /// Features of a caption, (tokens, width), and which of its tokens are not padding.
     fn caption(&mut self, number: usize) -> Result<(Vec<f32>, Vec<bool>)> {
         let [_, tokens, width] = self.shape;
         let row = tokens * width;
@@ -558,11 +566,11 @@ mod tests {
     fn drawn_classes_are_even_and_a_function_of_seed_and_sample() {
         let rule: Rule = serde_json::from_str("\"drawn\"").unwrap();
         let drawn = rule.labels(7, 10_000, 10);
-        // Neither the number of samples nor where one begins changes a class.
+        // A sample's class depends neither on the number of samples nor on the start of the range.
         assert_eq!(rule.labels(7, 300, 10), drawn[..300]);
         assert_ne!(rule.labels(8, 300, 10), drawn[..300]);
         assert_ne!(Rule::Balanced.labels(7, 300, 10), drawn[..300]);
-        // 1000 of each, give or take five standard deviations of 30; as many of each would be no draw.
+        // 1000 of each, within five standard deviations of 30; exactly equal numbers would not be random.
         let mut counts = [0; 10];
         drawn.iter().for_each(|&class| counts[class as usize] += 1);
         assert!(
@@ -570,7 +578,7 @@ mod tests {
             "{counts:?}"
         );
         assert!(counts.iter().any(|&n| n != 1000), "{counts:?}");
-        // Which one comes after which is no rule.
+        // Their order has no pattern.
         let pairs = drawn.windows(2).filter(|pair| pair[0] == pair[1]).count();
         assert!((850..=1150).contains(&pairs), "{pairs}");
         assert_eq!(Rule::Balanced.labels(7, 12, 10)[8..], [8, 9, 0, 1]);

@@ -1,5 +1,5 @@
-//! Networks in several files, as large ones are published: `model-00001-of-00003.safetensors` and so on, and an index
-//! that says which file holds which weight.
+//! Networks in several files, the usual form of large ones: `model-00001-of-00003.safetensors` and so on, and an index that
+//! maps weights to files.
 //!
 //! In: the path of a file, of an index (`*.index.json`), or of the folder with either. Out: the files. Names in an index
 //! stay in its folder; links in the folder may lead anywhere, as in the caches of Hugging Face.
@@ -23,7 +23,7 @@ const FILES: usize = 512;
 const NAMES: usize = 10_000;
 /// How the name of an index ends.
 const INDEX: &str = ".index.json";
-/// What a folder's weights are called, the best first; each may be an index instead.
+/// File names of a folder's weights, in order of preference; each may be an index instead.
 const USUAL: [&str; 4] = [
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -42,10 +42,10 @@ pub enum ShardPlace {
 }
 
 impl ShardPlace {
-    /// Looks at a path.
+    /// Examines a path.
     ///
     /// # Errors
-    /// A folder without weights, or with several that could be meant; an index that is none.
+    /// The folder has no weights, or several candidates; the index is invalid.
     pub fn find(path: &Path) -> Result<Self> {
         let found = if path.is_dir() {
             within(path)?
@@ -72,7 +72,7 @@ impl ShardPlace {
     }
 }
 
-/// An error of a file that a folder stands for, if it is one.
+/// The error about a file that a folder stands for, if it is missing.
 pub(crate) fn of(error: Error, path: &Path, file: &Path) -> Error {
     match file.file_name() {
         Some(name) if path != file => error.of(&name.to_string_lossy()),
@@ -141,7 +141,7 @@ impl Index {
     /// Reads an index.
     ///
     /// # Errors
-    /// It cannot be read, is none, or names something outside its folder.
+    /// It cannot be read, is invalid, or names something outside its folder.
     pub fn read(path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Document {
@@ -183,7 +183,7 @@ impl Index {
     }
 }
 
-/// The weights of each file, no more than are read.
+/// The weights of each file, up to the limit.
 struct Files(BTreeMap<String, Vec<String>>);
 
 impl<'de> Deserialize<'de> for Files {
@@ -225,14 +225,14 @@ impl<'de> Deserialize<'de> for Files {
     }
 }
 
-/// A file that by its name is one of several.
+/// A file whose name says that it is one of several.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SingleShard {
     /// Which, from 1 on.
     pub number: u32,
     /// Of how many.
     pub of: u32,
-    /// What the index would be called.
+    /// The name of its index.
     pub index: String,
 }
 
@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn the_folder_and_its_index_are_one_checkpoint_of_all_files() {
         let dir = tempfile::tempdir().unwrap();
-        // As in a cache: the names are links, content lies elsewhere under names of its own.
+        // As in a cache: the names are links to content elsewhere under other names.
         let (blobs, folder) = (dir.path().join("blobs"), dir.path().join("snapshot"));
         std::fs::create_dir(&blobs).unwrap();
         std::fs::create_dir(&folder).unwrap();

@@ -1,32 +1,35 @@
-//! Samples in files that anyone can make in any order: which samples a file holds, how they are cut, and which files make
-//! a whole. Trajectories and sets of samples lie on disk so. Deliberately absent: what a sample is.
+//! Samples in files that can be made anywhere and in any order: which samples a file contains, how ranges are divided, and
+//! when a set is complete. Trajectories and sets of samples are stored this way. Deliberately absent: what a sample is.
 
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::{json, regular};
 
 /// Name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
-/// Bytes of the longest manifest that is read: half a million shards.
+/// Bytes of the longest manifest that is read; one of more than a hundred thousand shards is refused for its memory.
 const LONGEST_MANIFEST: u64 = 64 << 20;
+/// The most bytes of a manifest's parameters, as text: they are copied and compared.
+const LONGEST_PARAMETERS: usize = 256 << 10;
 
-/// What is wrong with a file of a dataset.
+/// An error in a file of a dataset.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
 pub struct Fault {
     /// The file.
     pub path: PathBuf,
-    /// What is wrong, and what was expected.
+    /// The error and the expectation.
     pub message: String,
 }
 
 impl Fault {
-    /// Something wrong with a file.
+    /// An error about a file.
     pub fn new(path: impl Into<PathBuf>, message: impl std::fmt::Display) -> Self {
         Self {
             path: path.into(),
@@ -44,13 +47,13 @@ pub struct Shard {
     pub start: u64,
     /// One past the last sample.
     pub end: u64,
-    /// Hex BLAKE3 of the file; unknown of one that is still to be made.
+    /// Hex BLAKE3 of the file; None while it has not been made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
 }
 
 impl Shard {
-    /// The shard of some samples, under the name that it has everywhere.
+    /// The shard of some samples, with its standard name.
     pub fn of(samples: Range<u64>) -> Self {
         Self {
             file: format!("shard-{:09}.safetensors", samples.start),
@@ -60,7 +63,7 @@ impl Shard {
         }
     }
 
-    /// Whether it holds a sample and keeps to its directory.
+    /// Whether it is not empty and its file is within the directory.
     pub fn is_sound(&self) -> bool {
         let name = Path::new(&self.file);
         let is_plain = |c: char| !c.is_control();
@@ -71,7 +74,7 @@ impl Shard {
     }
 }
 
-/// Samples cut at the multiples of a size.
+/// Samples divided at multiples of a size.
 pub fn cut(samples: Range<u64>, size: u64) -> impl Iterator<Item = Shard> {
     let Range { start, end } = samples;
     (start / size..end.div_ceil(size))
@@ -104,10 +107,10 @@ pub fn gaps(shards: &[Shard], count: u64) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// Reads the manifest of a directory; `shards` and `format` are those of what was read.
+/// Reads the manifest of a directory; `shards` and `format` access its fields.
 ///
 /// # Errors
-/// It is missing, no manifest, of another format, or names files elsewhere.
+/// It is missing, invalid, of another format, or names files elsewhere.
 pub fn read_manifest<M: DeserializeOwned>(
     dir: &Path,
     format: u32,
@@ -133,7 +136,21 @@ pub fn read_manifest<M: DeserializeOwned>(
     Err(Fault::new(path, wrong))
 }
 
-/// A file that is several shards: reading it as often as it is named would cost more than there is.
+/// Reads a manifest's parameters of any form: for `#[serde(deserialize_with)]`.
+///
+/// # Errors
+/// They are no JSON, or too long.
+pub fn parameters<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    match value.to_string().len() {
+        ..=LONGEST_PARAMETERS => Ok(value),
+        length => Err(D::Error::custom(format!(
+            "parameters of {length} bytes, expected at most {LONGEST_PARAMETERS}"
+        ))),
+    }
+}
+
+/// One file for several shards: reading it for each of them would take unbounded time.
 fn named_twice(shards: &[Shard]) -> Option<&str> {
     let mut seen = HashSet::with_capacity(shards.len());
     let mut files = shards.iter().map(|shard| shard.file.as_str());
@@ -204,6 +221,30 @@ mod tests {
         assert_eq!(ends(ranges(&parts)), [[10, 30], [50, 60]]);
         assert_eq!(ends(gaps(&parts, 100)), [[0, 10], [30, 50], [60, 100]]);
         assert_eq!(ends(gaps(&[], 100)), [[0, 100]]);
+    }
+
+    #[test]
+    fn a_manifest_that_is_large_in_memory_is_refused() {
+        #[derive(Debug, Deserialize)]
+        struct Manifest {
+            #[serde(deserialize_with = "parameters")]
+            sampler: Value,
+            #[serde(default)]
+            shards: Vec<Shard>,
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let read = |sampler: &str| {
+            let text = format!("{{\"sampler\": {sampler}}}");
+            std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+            read_manifest(dir.path(), 1, |manifest: &Manifest| (1, &manifest.shards))
+        };
+        let values = |count: usize| format!("[{}7]", "{},".repeat(count));
+        let said = |sampler: &str| read(sampler).unwrap_err().to_string();
+        assert!(said(&values(1 << 20)).contains("manifest.json: so many values"));
+        assert!(said(&values(100_000)).contains("expected at most 262144"));
+        let few = read("{\"kind\": \"ar\"}").unwrap();
+        assert_eq!(few.sampler["kind"], "ar");
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Tar archives of image files: which of their entries are images, and what lies beside them.
+//! Tar archives of image files: which entries are images, and which files accompany them.
 //!
-//! Nothing is unpacked: images are decoded from the bytes in their place. Deliberately absent: how archives are written
+//! Nothing is unpacked: images are decoded from their bytes in the archive. Deliberately absent: the format of archives
 //! (`retort_checkpoint::tar`).
 
 use std::collections::BTreeMap;
@@ -15,17 +15,17 @@ use serde_json::Value;
 
 use super::content;
 use super::error::{DataError, shown};
-use super::item::{Item, Place};
+use super::item::{Item, ItemLocation};
 use super::table;
 use super::table::{MemoryBudget, cost};
 
-/// Bytes of an entry of [`Beside`], with what a tree takes.
-const BESIDE: usize = 80;
+/// Bytes of an entry of [`Sidecars`], with the tree's overhead.
+const SIDECAR: usize = 80;
 
-/// What lies beside images in an archive, by what is common to their names: class and caption.
-type Beside = BTreeMap<Box<str>, (Option<Arc<str>>, Option<Box<str>>)>;
+/// Classes and captions beside images in an archive, by the common part of their names.
+type Sidecars = BTreeMap<Box<str>, (Option<Arc<str>>, Option<Box<str>>)>;
 
-/// What is found in the archives of a source.
+/// The contents of a source's archives.
 #[derive(Debug, Default)]
 pub(super) struct ArchivedImages {
     /// Image files, in the order of the archives.
@@ -36,13 +36,13 @@ pub(super) struct ArchivedImages {
 }
 
 impl ArchivedImages {
-    /// A class as an item has it.
+    /// The class of an item.
     fn class(&mut self, text: Arc<str>) -> u32 {
         let next = self.classes.len() as u32;
         *self.classes.entry(text).or_insert(next)
     }
 
-    /// Adds the image files of an archive, which is the one of this number.
+    /// Adds the image files of the archive with this number.
     pub(super) fn read(&mut self, path: &Path, number: u32) -> Result<(), DataError> {
         let of = |error: retort_checkpoint::Error| match error {
             retort_checkpoint::Error::Io(error) => DataError::read(path, "file", error),
@@ -51,13 +51,13 @@ impl ArchivedImages {
         let full = |message: String| DataError::content(path, message);
         let mut archive = Archive::new(content::open_archive(path)?).map_err(of)?;
         let first = self.items.len();
-        let mut beside = Beside::new();
+        let mut sidecars = Sidecars::new();
         while let Some(entry) = archive.next().map_err(of)? {
             if is_hidden(&entry.name) {
                 continue;
             }
             if let Some(kind) = cannot_be_read(entry.stored) {
-                // What is in it is not here.
+                // Its content is elsewhere.
                 if promises_image(&entry.name) {
                     let message = format!("{} is {kind}", shown(&entry.name));
                     return Err(DataError::content(path, message));
@@ -72,22 +72,22 @@ impl ArchivedImages {
                     name: entry.name.into(),
                     label: Item::UNLABELLED,
                     caption: None,
-                    place: Place::Archive(number, entry.range),
+                    location: ItemLocation::Archive(number, entry.range),
                 });
                 continue;
             }
             let text = archive.text(entry.range).map_err(of)?;
-            if !beside.contains_key(key) {
-                self.held.take(BESIDE + cost(key)).map_err(full)?;
-                beside.insert(key.into(), (None, None));
+            if !sidecars.contains_key(key) {
+                self.held.take(SIDECAR + cost(key)).map_err(full)?;
+                sidecars.insert(key.into(), (None, None));
             }
             let said = self.said(&ending, &text);
             let (label, caption) = said.map_err(|fault| match fault {
                 Fault::Full(message) => full(message),
                 Fault::Content(message) => full(format!("{}: {message}", shown(&entry.name))),
             })?;
-            let known = beside.entry(key.into()).or_default();
-            // What stands alone says more than a part of a JSON object.
+            let known = sidecars.entry(key.into()).or_default();
+            // A separate file takes precedence over a field of a JSON object.
             match ending.as_str() {
                 "json" => {
                     known.0 = known.0.take().or(label);
@@ -107,14 +107,14 @@ impl ArchivedImages {
             );
             return Err(DataError::content(path, message));
         }
-        if beside.is_empty() {
+        if sidecars.is_empty() {
             return Ok(());
         }
         for place in first..self.items.len() {
-            let Some((label, caption)) = beside.get(split(&self.items[place].name).0) else {
+            let Some((label, caption)) = sidecars.get(split(&self.items[place].name).0) else {
                 continue;
             };
-            // Of several images with one caption each has it.
+            // If several images share a caption file, each gets the caption.
             let cost = caption.as_deref().map_or(0, cost);
             self.held.take(cost).map_err(full)?;
             self.items[place].caption.clone_from(caption);
@@ -126,7 +126,7 @@ impl ArchivedImages {
     }
 
     /// The class and the caption that a file beside images holds.
-    #[expect(clippy::type_complexity, reason = "as in `Beside`")]
+    #[expect(clippy::type_complexity, reason = "as in `Sidecars`")]
     fn said(
         &mut self,
         ending: &str,
@@ -152,11 +152,11 @@ impl ArchivedImages {
     }
 }
 
-/// Why what lies beside an image cannot be used.
+/// Why a file beside an image cannot be used.
 enum Fault {
     /// There is too much of all.
     Full(String),
-    /// It is not what was expected.
+    /// Its content is not what was expected.
     Content(String),
 }
 
@@ -169,7 +169,7 @@ fn cannot_be_read(stored: Stored) -> Option<&'static str> {
     }
 }
 
-/// A name that comes twice. Told by hashes: to sort millions of names takes several times as long.
+/// A duplicate name. Found by hashes: sorting millions of names would take several times as long.
 fn twice<'n>(names: impl Iterator<Item = &'n str> + Clone) -> Option<&'n str> {
     let keys = RandomState::new();
     let mut hashes: Vec<u64> = names.clone().map(|name| keys.hash_one(name)).collect();
@@ -193,7 +193,7 @@ fn is_hidden(name: &str) -> bool {
     name.split('/').any(hidden)
 }
 
-/// The key that files which belong together share, and what makes them different: at the first dot of the last name.
+/// The key shared by files that belong together, and the rest of the name: split at the first dot of the file name.
 fn split(name: &str) -> (&str, &str) {
     let base = name.rfind('/').map_or(0, |slash| slash + 1);
     match name[base..].find('.') {
@@ -202,8 +202,8 @@ fn split(name: &str) -> (&str, &str) {
     }
 }
 
-/// How deep in the paths of files the folders stand that tell them apart, their classes: the first that is not common to
-/// all; or `None` where they all lie in one folder.
+/// The depth of the folders that are the classes: the first level that is not common to all files; `None` if all files are in
+/// one folder.
 pub fn folders<'r>(rows: impl Iterator<Item = &'r str> + Clone) -> Option<usize> {
     let mut files = rows.clone();
     let first = files.next()?;
@@ -290,7 +290,7 @@ pub(super) mod tests {
         assert_eq!(found.items[1].caption.as_deref(), Some("a hat"));
         assert_eq!(*found.items[2].name, *long);
         for (item, text) in found.items.iter().zip(["first", "second", "third"]) {
-            let Place::Archive(_, part) = item.place else {
+            let ItemLocation::Archive(_, part) = item.location else {
                 panic!("{item:?}");
             };
             let (start, end) = (part.start as usize, (part.start + part.size) as usize);
@@ -335,7 +335,7 @@ pub(super) mod tests {
             .concat(),
             "a name of 5000 bytes",
         );
-        // Not of images, hidden, or a header that was of another file: nothing is missing.
+        // Not images, hidden, or a header of another file: no image is missing.
         let bytes = [
             entry("a.png", b'0', b"first"),
             entry("readme.txt", b'2', b""),

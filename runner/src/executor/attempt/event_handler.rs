@@ -1,4 +1,4 @@
-//! A worker's events: they go to the history and the listener, and finally determine how the attempt ended.
+//! Handles a worker's events: passes them to the history and the listener, and finally determines how the attempt ended.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -8,11 +8,11 @@ use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
 use super::admission;
 use super::shutdown::ShutdownSequence;
 use super::supervisor::Supervisor;
-use crate::executor::end::{End, StopOutcome};
+use crate::executor::end::{End, Hang, StopOutcome};
 use crate::executor::event::Event;
 use crate::executor::spec::{AttemptSpec, title};
-use crate::frame::{Answer, FromWorker};
-use crate::store::{ArtifactRecord, LogLine, LogSource, StoreError, Time};
+use crate::frame::{Answer, FromWorker, Points};
+use crate::store::{ArtifactRecord, LogLine, LogSource, ReadMark, StoreError, Time};
 use crate::worker::death::{Death, ExitStatus};
 use crate::worker::process::WorkerEvent;
 use crate::worker::remote::{ClusterEnd, ElementEvent};
@@ -22,7 +22,7 @@ use crate::worker::shortened;
 pub(super) struct EventHandler<'a> {
     pub(super) supervisor: &'a Supervisor<'a>,
     pub(super) part: Option<Part>,
-    pub(super) received: WorkerReport,
+    pub(super) report: WorkerReport,
 }
 
 #[derive(Default)]
@@ -31,7 +31,9 @@ pub(super) struct WorkerReport {
     pub(super) not_loaded: Option<(String, Option<String>)>,
     pub(super) protocol_error: Option<String>,
     pub(super) cluster: Option<ClusterEnd>,
-    /// Where it worked, on a cluster.
+    /// How it was known to hang.
+    pub(super) hang: Option<Hang>,
+    /// Its node, on a cluster.
     pub(super) node: Option<String>,
     pub(super) artifacts: BTreeMap<u64, ArtifactRecord>,
     pub(super) last_words: std::collections::VecDeque<String>,
@@ -40,29 +42,22 @@ pub(super) struct WorkerReport {
 impl EventHandler<'_> {
     pub(super) async fn take(&mut self, event: WorkerEvent) -> Result<ControlFlow<()>, StoreError> {
         let supervisor = self.supervisor;
-        match event {
-            WorkerEvent::Frame(FromWorker::Metrics(series)) => {
-                let series = series.into_iter().filter(|points| !points.steps.is_empty());
-                let mut series: Vec<_> = series.map(admission::points).collect();
-                // Parts have the same series: each keeps its own. Of ranks, only one reports.
-                if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
-                    for points in &mut series {
-                        points.series.push_str(&format!("/part-{}", part.index + 1));
-                    }
-                }
-                supervisor.context.judge(&supervisor.spec.stage.name, &series);
-                supervisor.recorder.points(series);
+        let (event, mark) = match event {
+            WorkerEvent::Remote(ElementEvent::Frame(frame, mark)) => {
+                (WorkerEvent::Frame(frame), Some(mark))
             }
+            event => (event, None),
+        };
+        match event {
+            WorkerEvent::Frame(FromWorker::Metrics(series)) => self.take_points(series, mark),
             WorkerEvent::Frame(FromWorker::Log(lines)) => {
-                for line in lines.into_iter().map(admission::line) {
-                    let (level, text) = (line.level, line.text);
-                    self.say(LogLine {
-                        at: Time(line.at),
-                        level,
-                        source: LogSource::Plugin,
-                        text,
-                    });
-                }
+                let lines = lines.into_iter().map(admission::line).map(|line| LogLine {
+                    at: Time(line.at),
+                    level: line.level,
+                    source: LogSource::Plugin,
+                    text: line.text,
+                });
+                self.say_all(lines.collect(), mark);
             }
             WorkerEvent::Line(source, text) => {
                 let line = LogLine {
@@ -71,24 +66,24 @@ impl EventHandler<'_> {
                     source,
                     text,
                 };
-                self.wrote(line);
+                self.wrote(line, None);
             }
             WorkerEvent::Remote(news) => match news {
                 ElementEvent::Began { node } => {
-                    self.received.node = Some(shortened(&node));
+                    self.report.node = Some(shortened(&node));
                     supervisor.began();
                 }
-                ElementEvent::Line(line) => self.wrote(LogLine {
-                    at: line.at.or_now(),
-                    text: shortened(&line.text),
-                    ..line
-                }),
-                ElementEvent::ReadTo {
-                    job,
-                    element,
-                    number,
-                } => supervisor.recorder.mark(job, element, number),
-                ElementEvent::Ended(end) => self.received.cluster = Some(end),
+                ElementEvent::Line(line, mark) => {
+                    let line = LogLine {
+                        at: line.at.or_now(),
+                        text: shortened(&line.text),
+                        ..line
+                    };
+                    self.wrote(line, mark);
+                }
+                ElementEvent::ReadTo(mark) => supervisor.recorder.record([], [], Some(mark)),
+                ElementEvent::Frame(..) => {}
+                ElementEvent::Ended(end) => self.report.cluster = Some(end),
             },
             WorkerEvent::Frame(FromWorker::Progress(progress)) => {
                 (supervisor.context.listener)(Event::Progress {
@@ -105,22 +100,25 @@ impl EventHandler<'_> {
                 if let Err(what) = admission::facts("the stage's summary", &result.summary) {
                     return Ok(self.protocol_error(what));
                 }
-                self.received.answer = Some(Ok(result));
+                self.report.answer = Some(Ok(result));
             }
             WorkerEvent::Frame(FromWorker::Failed(failure)) => {
-                self.received.answer = Some(Err(admission::failure(failure)));
+                self.report.answer = Some(Err(admission::failure(failure)));
             }
             WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
                 let hint = hint.map(|hint| shortened(&hint));
-                self.received.not_loaded = Some((shortened(&message), hint));
+                self.report.not_loaded = Some((shortened(&message), hint));
             }
             WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(LogLine::of_runner(
                 LogLevel::Warn,
-                format!("the plugin called the host {calls} times after `run` had returned; nobody heard it"),
+                format!("the plugin called the host {calls} times after `run` had returned, which had no effect; a plugin's threads have to end before `run` returns"),
             )),
-            WorkerEvent::Frame(FromWorker::Loaded) => {}
+            WorkerEvent::Frame(FromWorker::Silent { seconds }) => {
+                self.report.hang = self.part.map(|part| Hang::silent(part, seconds));
+            }
+            WorkerEvent::Frame(FromWorker::Loaded | FromWorker::Heartbeat) => {}
             WorkerEvent::Frame(FromWorker::Answer(_)) => {
-                return Ok(self.protocol_error("a mismatched answer".into()));
+                return Ok(self.protocol_error("it answered a call that it was not given".into()));
             }
             WorkerEvent::Malformed(error) => return Ok(self.protocol_error(error.to_string())),
             WorkerEvent::Exited(_) => {}
@@ -128,7 +126,7 @@ impl EventHandler<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Records an artifact, once it is known to be one.
+    /// Records an artifact after checking it.
     async fn take_artifact(
         &mut self,
         id: u64,
@@ -136,11 +134,11 @@ impl EventHandler<'_> {
     ) -> Result<ControlFlow<()>, StoreError> {
         let supervisor = self.supervisor;
         let refusal = match self.part {
-            Some(_) => Some("the worker of a part has made an artifact".to_owned()),
-            None if self.received.artifacts.contains_key(&id) => {
+            Some(_) => Some("the worker of a part has made an artifact, which only the worker of the whole stage may".to_owned()),
+            None if self.report.artifacts.contains_key(&id) => {
                 Some(format!("artifact {id} was committed twice"))
             }
-            None if self.received.artifacts.len() >= admission::MOST_ARTIFACTS => {
+            None if self.report.artifacts.len() >= admission::MOST_ARTIFACTS => {
                 Some(format!("more than {} artifacts", admission::MOST_ARTIFACTS))
             }
             None => None,
@@ -153,35 +151,58 @@ impl EventHandler<'_> {
             Ok(record) => {
                 let store = &supervisor.context.store;
                 store.record_artifact(supervisor.attempt, &record).await?;
-                self.received.artifacts.insert(id, record);
+                self.report.artifacts.insert(id, record);
                 Ok(ControlFlow::Continue(()))
             }
             Err(what) => Ok(self.protocol_error(what)),
         }
     }
 
-    /// Something that the worker, or what it started, wrote.
-    fn wrote(&mut self, line: LogLine) {
-        if line.source == LogSource::Stderr {
-            if self.received.last_words.len() == 8 {
-                self.received.last_words.pop_front();
+    fn take_points(&self, series: Vec<Points>, mark: Option<ReadMark>) {
+        let supervisor = self.supervisor;
+        let series = series.into_iter().filter(|points| !points.steps.is_empty());
+        let mut series: Vec<_> = series.map(admission::points).collect();
+        // Parts have the same series names, so each gets its own series. Of ranks only one reports.
+        if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
+            for points in &mut series {
+                points.series.push_str(&format!("/part-{}", part.index + 1));
             }
-            self.received.last_words.push_back(line.text.clone());
         }
-        self.say(line);
+        supervisor
+            .context
+            .judge(&supervisor.spec.stage.name, &series);
+        supervisor.recorder.record(series, [], mark);
     }
 
-    fn say(&self, mut line: LogLine) {
-        line.text.insert_str(0, &title(self.part));
-        (self.supervisor.context.listener)(Event::Line {
-            stage: self.supervisor.spec.stage.name.clone(),
-            line: line.clone(),
-        });
-        self.supervisor.recorder.line(line);
+    /// Output of the worker, or of its children.
+    fn wrote(&mut self, line: LogLine, mark: Option<ReadMark>) {
+        if line.source == LogSource::Stderr {
+            if self.report.last_words.len() == 8 {
+                self.report.last_words.pop_front();
+            }
+            self.report.last_words.push_back(line.text.clone());
+        }
+        self.say_all(vec![line], mark);
+    }
+
+    fn say(&self, line: LogLine) {
+        self.say_all(vec![line], None);
+    }
+
+    /// Reports lines to the listener, and records them with a mark.
+    fn say_all(&self, mut lines: Vec<LogLine>, mark: Option<ReadMark>) {
+        for line in &mut lines {
+            line.text.insert_str(0, &title(self.part));
+            (self.supervisor.context.listener)(Event::Line {
+                stage: self.supervisor.spec.stage.name.clone(),
+                line: line.clone(),
+            });
+        }
+        self.supervisor.recorder.record([], lines, mark);
     }
 
     pub(super) fn protocol_error(&mut self, what: String) -> ControlFlow<()> {
-        self.received.protocol_error = Some(format!("the worker sent an invalid message: {what}"));
+        self.report.protocol_error = Some(format!("the worker sent an invalid message: {what}"));
         ControlFlow::Break(())
     }
 }
@@ -206,12 +227,15 @@ impl WorkerReport {
                 message: message.clone(),
             };
         }
-        // A complete result counts, even if it came while the stage was being stopped, or before a crash at exit.
+        // A complete result counts, even if it arrived while the stage was being stopped, or before a crash at exit.
         if let Some(Ok(result)) = &self.answer {
             return self.judge_result(result, &spec.stage.output_kind);
         }
         if let Some(end) = &self.cluster {
             return End::Cluster(end.clone());
+        }
+        if let (Some(hang), None) = (&self.hang, &self.answer) {
+            return End::Hung(hang.clone());
         }
         match (&self.answer, exit, shutdown.cause) {
             (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
@@ -224,7 +248,7 @@ impl WorkerReport {
             (_, ExitStatus::Signal(signal), Some(cause)) if shutdown.sent == Some(signal) => {
                 cause.end(StopOutcome::Signalled(signal), spec.stage.timeout)
             }
-            // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
+            // If we sent a signal, the plugin's own handler may have turned it into an exit.
             (_, ExitStatus::Code(_), Some(cause)) if shutdown.sent.is_some() => {
                 cause.end(StopOutcome::Otherwise, spec.stage.timeout)
             }

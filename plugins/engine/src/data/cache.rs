@@ -1,9 +1,8 @@
-//! Where a stage keeps the images of a source: small sets in memory, larger ones in files of its work directory.
+//! How a stage keeps the images of a source: small sets in memory, larger ones in files of its work directory.
 //!
 //! The files are written once, in the format of the `images` stage, so memory does not grow with the number of images. All
 //! parts of the stage and later attempts read them; they are removed with the work directory.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use retort_abi::{Cancel, Host, LogLevel};
@@ -13,31 +12,35 @@ use super::content::Damaged;
 use super::options::DataOptions;
 use super::prepared::{self, Prepared};
 use super::source::Source;
-use crate::error::Result;
-use crate::files::replace_dir;
+use crate::error::{Error, Result};
+use crate::files::{MakeLock, make_once, remove};
 use crate::memory::gigabytes;
 
-/// The most bytes of images that are held in memory.
+/// The most bytes of images in memory.
 const HELD: u64 = 16 << 20;
-/// More bytes than this in a stage's own files give a warning.
+/// A stage whose own files exceed this many bytes logs a warning.
 const MUCH: u64 = 2 << 30;
+
+/// The units of progress while headers are read, and then images.
+pub const LOOKED_AT: &str = "headers read";
+const READ: &str = "images read";
 
 /// Name of the folder in a work directory.
 pub const FOLDER: &str = "images";
 
 /// Where a stage reads its images from, and where it keeps them.
-pub struct Place<'a> {
+pub struct ImageCache<'a> {
     /// Services of the host.
     pub host: &'a dyn Host,
     /// Relative paths start from here.
     pub base_dir: &'a Path,
     /// The folder for large sets: complete, or absent.
     pub folder: Option<PathBuf>,
-    /// Waits until no other part of the stage writes that folder; the file is a lock.
-    pub turn: &'a dyn Fn() -> Result<Option<File>>,
+    /// Keeps other parts of the stage on this machine from writing that folder.
+    pub lock: &'a dyn Fn() -> Result<MakeLock>,
 }
 
-impl Place<'_> {
+impl ImageCache<'_> {
     /// Reads a source. `accept` gets the number of images before any is decoded, which may take hours.
     pub fn read(
         &self,
@@ -48,7 +51,9 @@ impl Place<'_> {
             accept(images.len())?;
             return Ok(images);
         }
-        let source = Source::open(options, self.base_dir)?;
+        let source = Source::open(options, self.base_dir, &mut |done, total| {
+            self.goes_on(done, total, LOOKED_AT)
+        })?;
         for (level, message) in &source.notices {
             self.host.log(*level, message);
         }
@@ -59,7 +64,7 @@ impl Place<'_> {
             _ => {
                 let total = source.count() as u64;
                 let (images, damaged) =
-                    Images::read(source, &mut |done| self.goes_on(done, total))?;
+                    Images::read(source, &mut |done| self.goes_on(done, total, READ))?;
                 self.tell(&damaged);
                 Ok(images)
             }
@@ -73,7 +78,8 @@ impl Place<'_> {
     }
 
     fn write(&self, source: Source, folder: &Path) -> Result<Images> {
-        let _turn = (self.turn)()?;
+        let lock = (self.lock)()?;
+        let is_there = folder.exists();
         if let Some(images) = self.kept() {
             return Ok(images);
         }
@@ -88,16 +94,23 @@ impl Place<'_> {
             gigabytes(bytes)
         );
         self.host.log(level, &message);
-        let (_, damaged) = replace_dir(folder, |partial| {
-            prepared::write(source, partial, &mut |done| self.goes_on(done, total))
+        if is_there {
+            // It is incomplete, so nobody is making it: a folder appears only when it is complete.
+            remove(folder)?;
+        }
+        let (_, damaged) = make_once(folder, &lock, |partial| {
+            std::fs::create_dir(partial).map_err(Error::io(partial))?;
+            prepared::write(source, partial, None, &mut |done| {
+                self.goes_on(done, total, READ)
+            })
         })?;
         self.tell(&damaged);
         Ok(Images::of(Prepared::open(folder)?))
     }
 
     /// Reports progress; returns whether to go on.
-    fn goes_on(&self, done: u64, total: u64) -> bool {
-        self.host.progress(done, total, "images read");
+    fn goes_on(&self, done: u64, total: u64, what: &str) -> bool {
+        self.host.progress(done, total, what);
         self.host.cancelled() == Cancel::Run
     }
 

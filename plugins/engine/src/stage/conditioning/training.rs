@@ -1,19 +1,19 @@
-//! Captions of images that a teacher learns from: what the images' source says of them, or features that somebody made.
+//! Captions of a teacher's training images: from the images' source, or as precomputed features.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use super::{Features, encode};
 use crate::backend::Backend;
-use crate::captions::{self, Captions};
+use crate::captions::{self, CaptionFeatures};
 use crate::context::Context;
 use crate::data::Images;
 use crate::error::{Error, Result};
-use crate::files::{replace, resolve};
+use crate::files::{make_once, resolve};
 use crate::model::CaptionShape;
 use crate::text::TextEncoder;
 
-/// `caption_tokens` where it is not given: as published.
+/// The default of `caption_tokens`: as published.
 pub const POSITIONS: usize = 120;
 
 /// Options of a training on captions.
@@ -27,11 +27,11 @@ pub struct TrainingCaptions<'o> {
     pub positions: usize,
 }
 
-/// Captions, and which of them each image has.
+/// Captions, and their assignment to images.
 pub struct ImageCaptions {
     /// Their features.
-    pub captions: Captions,
-    /// What a model of them takes.
+    pub captions: CaptionFeatures,
+    /// The shape of captions in the model.
     pub shape: CaptionShape,
     /// Number of the caption of each image.
     pub numbers: Vec<u32>,
@@ -67,7 +67,7 @@ impl TrainingCaptions<'_> {
         Ok(())
     }
 
-    /// The captions of images. Their features are made once, in a file of the work directory.
+    /// The captions of images. Their features are computed once, in a file of the work directory.
     pub fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,
@@ -79,14 +79,14 @@ impl TrainingCaptions<'_> {
         let (base, positions) = (&context.job.base_dir, self.positions);
         let path = context.work_dir()?.join(captions::FILE);
         // One of several workers makes the file; the others wait for it.
-        let _turn = context.lock(captions::FILE)?;
+        let lock = context.lock(captions::FILE)?;
         let (width, numbers) = match (self.text_encoder, self.features) {
             (Some(folder), _) => {
                 let (texts, numbers) = distinct(images.captions()?);
                 let encoder = TextEncoder::open(&resolve(base, folder))?;
                 let width = encoder.width();
                 if !path.exists() {
-                    encode(context, encoder, &texts, positions, &path)?;
+                    encode(context, encoder, &texts, positions, &path, &lock)?;
                 }
                 (width, numbers)
             }
@@ -102,14 +102,14 @@ impl TrainingCaptions<'_> {
                 }
                 if !path.exists() {
                     let shape = CaptionShape { positions, width };
-                    replace(&path, |partial| table.copy(shape, partial))?;
+                    make_once(&path, &lock, |partial| table.copy(shape, partial))?;
                 }
                 (width, (0..count as u32).collect())
             }
             (None, None) => return Ok(None),
         };
         let shape = CaptionShape { positions, width };
-        let captions = Captions::open(&path, shape)?;
+        let captions = CaptionFeatures::open(&path, shape)?;
         Ok(Some(ImageCaptions {
             captions,
             shape,
@@ -118,7 +118,7 @@ impl TrainingCaptions<'_> {
     }
 }
 
-/// Each text once, in the order in which they come, and the number of each.
+/// The distinct texts in order of first occurrence, and each image's index into them.
 fn distinct(texts: Vec<String>) -> (Vec<String>, Vec<u32>) {
     let mut known: HashMap<String, u32> = HashMap::new();
     let (mut once, mut numbers) = (Vec::new(), Vec::with_capacity(texts.len()));

@@ -1,4 +1,4 @@
-//! What a stage's own text settles: plugin, kind, options, and their references.
+//! The part of a stage resolved from its own text: plugin, kind, options, and their references.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -14,19 +14,19 @@ use crate::recipe::RecipeStage;
 use crate::schema::{self, OptionTarget};
 use crate::yaml::{EntryPart, escape};
 
-/// What is known of a stage before its references are.
+/// A stage before its references are resolved.
 pub(super) struct UnresolvedStage<'a> {
     pub(super) stage: &'a RecipeStage,
     /// `/stages/<name>`
     pub(super) pointer: String,
     pub(super) plugin: Option<Rc<Build>>,
-    /// Options with defaults; as written where they are invalid.
+    /// Options with defaults; as written if they are invalid.
     pub(super) options: Value,
     /// Pointers of defaults.
     pub(super) filled: Vec<String>,
     pub(super) references: Vec<Reference>,
     pub(super) files: Vec<FileOption>,
-    /// Pointers of what changes no result.
+    /// Pointers of options that change no result.
     pub(super) free: Vec<String>,
 }
 
@@ -44,10 +44,10 @@ impl UnresolvedStage<'_> {
 }
 
 impl<'a> Planner<'a> {
-    /// Settles what a stage's own text decides.
-    pub(super) fn draft(&mut self, stage: &'a RecipeStage) -> UnresolvedStage<'a> {
+    /// Resolves the stage from its own text.
+    pub(super) fn unresolved(&mut self, stage: &'a RecipeStage) -> UnresolvedStage<'a> {
         let pointer = format!("/stages/{}", escape(&stage.name));
-        let mut draft = UnresolvedStage {
+        let mut unresolved = UnresolvedStage {
             stage,
             plugin: self.plugin_of(stage, &pointer),
             pointer,
@@ -57,39 +57,42 @@ impl<'a> Planner<'a> {
             files: Vec::new(),
             free: Vec::new(),
         };
-        let (Some(build), Some(kind)) = (draft.plugin.clone(), &stage.kind) else {
-            return draft;
+        let (Some(build), Some(kind)) = (unresolved.plugin.clone(), &stage.kind) else {
+            return unresolved;
         };
         let mut kinds = build.description.stages.iter();
         let Some(known) = kinds.find(|known| known.kind == *kind) else {
-            self.report_kind(&draft, &build, kind);
-            return draft;
+            self.report_kind(&unresolved, &build, kind);
+            return unresolved;
         };
         if let Some(least) = stage.min_workers {
-            self.check_least(&draft, least, known);
+            self.check_least(&unresolved, least, known);
+        }
+        if stage.retries.is_some() && !known.together {
+            self.report_alone(&unresolved, "retries", known);
         }
         let mut options = Value::Object(stage.options.clone());
         let source = self.source;
-        let place = draft.pointer.clone();
+        let place = unresolved.pointer.clone();
         schema::take_texts(&known.schema, &mut options, |pointer| {
             source.as_written(&format!("{place}{pointer}"))
         });
-        if self.check_options(&draft, &build, known, &options) {
-            draft.filled = schema::settle(&known.schema, &mut options);
+        if self.check_options(&unresolved, &build, known, &options) {
+            unresolved.filled = schema::settle(&known.schema, &mut options);
         }
-        self.refer(&mut draft, known, &mut options);
-        draft.options = options;
-        draft
+        self.refer(&mut unresolved, known, &mut options);
+        unresolved.options = options;
+        unresolved
     }
 
     /// Reports that the plugin has no such kind.
-    fn report_kind(&mut self, draft: &UnresolvedStage<'_>, build: &Build, kind: &str) {
+    fn report_kind(&mut self, unresolved: &UnresolvedStage<'_>, build: &Build, kind: &str) {
         let kinds = build.description.stages.iter();
         let message = format!(
             "stage `{}`: plugin `{}` has no stage kind `{kind}`",
-            draft.stage.name, build.identity.name
+            unresolved.stage.name, build.identity.name
         );
-        let finding = Finding::error(format!("{}/kind", draft.pointer), message);
+        let finding = Finding::error(format!("{}/kind", unresolved.pointer), message);
         let hint = schema::suggest(kind, kinds.map(|known| known.kind.as_str()));
         self.report(Finding { hint, ..finding }, EntryPart::Value);
     }
@@ -97,11 +100,11 @@ impl<'a> Planner<'a> {
     /// Reports that workers cannot share a stage of this kind.
     pub(super) fn report_workers(
         &mut self,
-        draft: &UnresolvedStage<'_>,
+        unresolved: &UnresolvedStage<'_>,
         build: &Build,
         known: &StageKind,
     ) {
-        let (stage, kind, plugin) = (&draft.stage.name, &known.kind, &build.identity.name);
+        let (stage, kind, plugin) = (&unresolved.stage.name, &known.kind, &build.identity.name);
         let message = match known.together {
             true => format!(
                 "stage `{stage}`: plugin `{plugin}` cannot sum gradients over the workers of a `{kind}`"
@@ -123,37 +126,42 @@ impl<'a> Planner<'a> {
             [] => format!("plugin `{plugin}` has no kind that can be"),
             kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
         };
-        let finding = Finding::error(format!("{}/workers", draft.pointer), message);
+        let finding = Finding::error(format!("{}/workers", unresolved.pointer), message);
         self.report(finding.hint(hint), EntryPart::Value);
     }
 
-    /// Reports a least number of workers that means nothing.
-    fn check_least(&mut self, draft: &UnresolvedStage<'_>, least: usize, known: &StageKind) {
-        let (stage, workers) = (&draft.stage.name, draft.stage.workers.unwrap_or(1));
-        let (message, hint) = match (known.together, least > workers) {
-            (true, false) => return,
-            (true, true) => (
-                format!(
-                    "stage `{stage}`: `min_workers: {least}` is more than its {workers} workers"
-                ),
-                format!("write at most {workers}, or raise `workers`"),
-            ),
-            (false, _) => (
-                format!(
-                    "stage `{stage}`: workers of a `{}` do not need each other",
-                    known.kind
-                ),
-                "omit `min_workers`: it is for trainings".to_owned(),
-            ),
-        };
-        let finding = Finding::error(format!("{}/min_workers", draft.pointer), message);
+    /// Reports a meaningless minimum number of workers.
+    fn check_least(&mut self, unresolved: &UnresolvedStage<'_>, least: usize, known: &StageKind) {
+        let (stage, workers) = (
+            &unresolved.stage.name,
+            unresolved.stage.workers.unwrap_or(1),
+        );
+        if !known.together {
+            return self.report_alone(unresolved, "min_workers", known);
+        }
+        if least <= workers {
+            return;
+        }
+        let message =
+            format!("stage `{stage}`: `min_workers: {least}` is more than its {workers} workers");
+        let hint = format!("write at most {workers}, or raise `workers`");
+        let finding = Finding::error(format!("{}/min_workers", unresolved.pointer), message);
         self.report(finding.hint(hint), EntryPart::Value);
     }
 
-    /// Whether options are as the kind's schema has them; what is not is reported.
+    /// Reports a key that is only for workers that depend on each other.
+    fn report_alone(&mut self, unresolved: &UnresolvedStage<'_>, key: &str, known: &StageKind) {
+        let (stage, kind) = (&unresolved.stage.name, &known.kind);
+        let message = format!("stage `{stage}`: workers of a `{kind}` do not need each other");
+        let finding = Finding::error(format!("{}/{key}", unresolved.pointer), message);
+        let hint = format!("omit `{key}`: it is for trainings");
+        self.report(finding.hint(hint), EntryPart::Value);
+    }
+
+    /// Checks options against the kind's schema, and reports errors.
     fn check_options(
         &mut self,
-        draft: &UnresolvedStage<'_>,
+        unresolved: &UnresolvedStage<'_>,
         build: &Build,
         known: &StageKind,
         options: &Value,
@@ -162,18 +170,18 @@ impl<'a> Planner<'a> {
             .checker(known)
             .check(options, "option")
             .into_iter()
-            // What could not be replaced has been reported.
+            // Failed interpolations have been reported.
             .filter(|violation| {
-                let pointer = format!("{}{}", draft.pointer, violation.pointer);
+                let pointer = format!("{}{}", unresolved.pointer, violation.pointer);
                 !self
                     .findings
                     .iter()
                     .any(|finding| finding.pointer == pointer)
             })
             .collect();
-        let stage = &draft.stage.name;
+        let stage = &unresolved.stage.name;
         for violation in &violations {
-            let pointer = format!("{}{}", draft.pointer, violation.pointer);
+            let pointer = format!("{}{}", unresolved.pointer, violation.pointer);
             let message = match violation.message.strip_prefix("unknown option") {
                 Some(rest) => format!("stage `{stage}`: unknown option{rest} of `{}`", known.kind),
                 None => format!("stage `{stage}`: {}", violation.message),
@@ -190,21 +198,26 @@ impl<'a> Planner<'a> {
         violations.is_empty()
     }
 
-    /// Notes the stages and files that options name; paths in the home directory are completed.
-    fn refer(&mut self, draft: &mut UnresolvedStage<'_>, known: &StageKind, options: &mut Value) {
+    /// Collects the stages and files that options name, and expands paths in the home directory.
+    fn refer(
+        &mut self,
+        unresolved: &mut UnresolvedStage<'_>,
+        known: &StageKind,
+        options: &mut Value,
+    ) {
         for annotation in schema::annotations(&known.schema, options) {
             let pointer = annotation.pointer;
             if annotation.target == OptionTarget::Nothing {
-                draft.free.push(pointer);
+                unresolved.free.push(pointer);
                 continue;
             }
             let Some(text) = options.pointer(&pointer).and_then(Value::as_str) else {
-                self.warn_of_null(draft, &pointer, &annotation.target);
+                self.warn_of_null(unresolved, &pointer, &annotation.target);
                 continue;
             };
             match annotation.target {
                 OptionTarget::Artifact(kinds) => {
-                    draft.references.push(Reference {
+                    unresolved.references.push(Reference {
                         stage: text.to_owned(),
                         pointer,
                         kinds,
@@ -212,7 +225,7 @@ impl<'a> Planner<'a> {
                 }
                 target => {
                     let text = self.at_home(text);
-                    draft.files.push(FileOption {
+                    unresolved.files.push(FileOption {
                         path: self.source.base_dir.join(&text),
                         pointer: pointer.clone(),
                         kind: match target {
@@ -242,15 +255,20 @@ impl<'a> Planner<'a> {
     }
 
     /// `csv: ~` may be meant as the home directory, but it is null in YAML.
-    fn warn_of_null(&mut self, draft: &UnresolvedStage<'_>, pointer: &str, target: &OptionTarget) {
-        let at = format!("{}{pointer}", draft.pointer);
+    fn warn_of_null(
+        &mut self,
+        unresolved: &UnresolvedStage<'_>,
+        pointer: &str,
+        target: &OptionTarget,
+    ) {
+        let at = format!("{}{pointer}", unresolved.pointer);
         if matches!(target, OptionTarget::Artifact(_)) || self.source.written_null(&at) != Some("~")
         {
             return;
         }
         let message = format!(
             "stage `{}`: `{}` is `~`, which is YAML for nothing",
-            draft.stage.name,
+            unresolved.stage.name,
             pointer[1..].replace('/', ".")
         );
         let finding = Finding::warning(at, message)

@@ -1,4 +1,4 @@
-//! A store as runs leave it, made in a moment: two runs of digits that differ, and one whose every name is hostile.
+//! A store like after real runs, made quickly: two different runs of digits, and one in which every name is hostile.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use retort::store::{
 use retort_abi::{ArtifactMeta, Table};
 use serde_json::{Value, json};
 
-/// What could do harm on a page if it were taken for more than a text.
+/// Text that could do harm on a page if it were not escaped.
 pub const HOSTILE: &str =
     "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>\u{202e}&amp;";
 
-/// The runs that were made.
-pub struct ShelfContents {
+/// The created runs.
+pub struct FixtureRuns {
     pub first: RunId,
     pub second: RunId,
     pub hostile: RunId,
@@ -31,7 +31,7 @@ struct Writer<'s> {
     position: usize,
 }
 
-/// What a stage is and what comes of it.
+/// A stage and its results.
 struct Stage<'a> {
     name: &'a str,
     kind: &'a str,
@@ -40,7 +40,7 @@ struct Stage<'a> {
 }
 
 /// Makes the store in a directory.
-pub async fn make(dir: &Path) -> ShelfContents {
+pub async fn make(dir: &Path) -> FixtureRuns {
     let store = Store::open(dir, Access::ReadWrite).await.unwrap();
     let (first, samples) = digits(&store, dir, 1000, 1.0).await;
     let (second, _) = digits(&store, dir, 2000, 0.7).await;
@@ -51,7 +51,7 @@ pub async fn make(dir: &Path) -> ShelfContents {
         .unwrap();
     let hostile = hostile(&store, dir).await;
     store.close().await;
-    ShelfContents {
+    FixtureRuns {
         first,
         second,
         hostile,
@@ -59,7 +59,7 @@ pub async fn make(dir: &Path) -> ShelfContents {
     }
 }
 
-/// A sweep of four points: one is to come, and one that is under way is ahead of those that have come.
+/// A sweep of four points: one has not started, and one that is running is ahead of the finished ones.
 pub async fn sweep(dir: &Path) -> (SweepId, Vec<RunId>) {
     let store = Store::open(dir, Access::ReadWrite).await.unwrap();
     let definition = json!({
@@ -177,7 +177,7 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
     let snapshot = writer.stage(&snapshot).await;
     writer.end(snapshot, None).await;
     let mut hash = String::new();
-    // All of one seed but the last.
+    // All with one seed, except the last.
     for (name, sampler, seed, shade) in [
         ("sample-teacher", json!({"kind": "teacher"}), 5, 0),
         (
@@ -207,7 +207,7 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
             .record_lineage(attempt, std::slice::from_ref(&drawer))
             .await
             .unwrap();
-        // Another run's samples are others.
+        // Another run has different samples.
         let made = writer
             .samples(attempt, &sampler, seed, shade + (steps / 1000) as u8)
             .await;
@@ -473,7 +473,7 @@ impl<'s> Writer<'s> {
     }
 }
 
-/// Something that is not all alike.
+/// Varied values.
 fn pixel(at: usize, shade: u8) -> u8 {
     ((at * 7 % 256) as u8).saturating_add(shade)
 }

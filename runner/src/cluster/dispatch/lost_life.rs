@@ -1,0 +1,145 @@
+//! Why a life ended without a report while Slurm keeps its element: of a restarted job, Slurm only says that it waits.
+//!
+//! Sources, in order: Slurm's accounts, if any; the state of the node; the records of other ranks and of the life itself.
+
+use std::collections::BTreeSet;
+
+use retort_abi::LogLevel;
+
+use super::DispatchLoop;
+use super::slot::{LostLife, Phase};
+use crate::cluster::slurm::{Layout, PastLife};
+use crate::store::{ElementUpdate, JobKey};
+
+/// The reason for a life that ended without a report, if nothing else is known.
+const LOST: &str = "node failed, or preempted";
+
+impl DispatchLoop {
+    /// Finds out why unreported lives ended, and records it.
+    pub(super) async fn explain(&mut self) {
+        let mut lost = Vec::new();
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            lost.extend(slot.lost.drain(..).map(|life| (index, life)));
+        }
+        if lost.is_empty() {
+            return;
+        }
+        let ids: BTreeSet<u64> = lost.iter().filter_map(|(_, life)| self.id(life)).collect();
+        let ids: Vec<u64> = ids.into_iter().collect();
+        let past = self.to.slurm.past_lives(&ids).await.unwrap_or_default();
+        let nodes: BTreeSet<&str> = lost
+            .iter()
+            .flat_map(|(_, life)| self.nodes(life, &lost))
+            .collect();
+        let down = self.to.slurm.failed_nodes(&nodes).await.unwrap_or_default();
+        let reasons: Vec<&str> = lost
+            .iter()
+            .map(|(_, life)| {
+                let failed = self.nodes(life, &lost).any(|node| down.contains(node));
+                self.in_accounts(life, &past)
+                    .unwrap_or_else(|| reason(failed, self.another_asked(life), life.terminated))
+            })
+            .collect();
+        for ((index, lost), reason) in lost.iter().zip(reasons) {
+            let (key, element) = lost.job;
+            let ended = ElementUpdate::Ended {
+                life: lost.life,
+                reason: reason.to_owned(),
+                at: lost.at,
+            };
+            let slot = &mut self.slots[*index];
+            // The element's state since then.
+            let now = match slot.phase {
+                Phase::Running => ElementUpdate::Running,
+                Phase::Over => ElementUpdate::Over,
+                Phase::New | Phase::Queued => ElementUpdate::Queued(slot.why.clone()),
+            };
+            self.news
+                .extend([ended, now].map(|update| (key, element, update)));
+            if lost.is_news {
+                slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
+                    .await;
+            }
+        }
+    }
+
+    fn layout(&self, key: JobKey) -> Option<Layout> {
+        let job = self.jobs.iter().find(|job| job.key == key)?;
+        Some(job.layout)
+    }
+
+    fn id(&self, lost: &LostLife) -> Option<u64> {
+        let job = self.jobs.iter().find(|job| job.key == lost.job.0)?;
+        Some(job.id)
+    }
+
+    /// The nodes whose failure would have ended a life: its own, or those of all ranks.
+    fn nodes<'a>(
+        &'a self,
+        lost: &'a LostLife,
+        all: &'a [(usize, LostLife)],
+    ) -> impl Iterator<Item = &'a str> {
+        let (key, _) = lost.job;
+        let ranks = matches!(self.layout(key), Some(Layout::Ranks(_)));
+        let others = all
+            .iter()
+            .map(|(_, other)| (other.job, other.node.as_str()));
+        let present = self
+            .slots
+            .iter()
+            .filter_map(|slot| Some((slot.job?, slot.node.as_str())));
+        let others = others.chain(present);
+        let others = others.filter(move |((job, _), _)| ranks && *job == key);
+        std::iter::once(lost.node.as_str()).chain(others.map(|(_, node)| node))
+    }
+
+    /// The reason according to Slurm's accounts.
+    fn in_accounts(&self, lost: &LostLife, past: &[PastLife]) -> Option<&'static str> {
+        let (key, element) = lost.job;
+        let place = (self.id(lost)?, self.layout(key)?.element(element));
+        // A start that ended before this life began is an earlier one; later starts end later.
+        let later = |life: &&PastLife| life.place == place && life.ended > lost.began / 1000;
+        past.iter()
+            .filter(later)
+            .min_by_key(|life| life.ended)?
+            .state
+            .fault()
+    }
+
+    /// Whether another rank of the job has asked for a restart since the life began, which ended it.
+    fn another_asked(&self, lost: &LostLife) -> bool {
+        let (key, element) = lost.job;
+        let others = self.slots.iter().filter(|slot| {
+            slot.job
+                .is_some_and(|(job, other)| job == key && other != element)
+        });
+        let ranks = matches!(self.layout(key), Some(Layout::Ranks(_)));
+        ranks
+            && others
+                .filter_map(|slot| slot.asked)
+                .any(|at| at >= lost.began)
+    }
+}
+
+/// The reason without Slurm's accounts.
+fn reason(node_failed: bool, another_asked: bool, terminated: bool) -> &'static str {
+    match (node_failed, another_asked, terminated) {
+        (true, _, _) => "node failed",
+        (_, true, _) => "ended with another worker",
+        (_, _, true) => "preempted",
+        (false, false, false) => LOST,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_of_an_end_is_its_reason() {
+        assert_eq!(reason(true, true, true), "node failed");
+        assert_eq!(reason(false, true, true), "ended with another worker");
+        assert_eq!(reason(false, false, true), "preempted");
+        assert_eq!(reason(false, false, false), "node failed, or preempted");
+    }
+}
