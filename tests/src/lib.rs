@@ -6,6 +6,7 @@ pub mod examination;
 pub mod golden;
 pub mod gpu;
 pub mod memory;
+pub mod patience;
 pub mod port;
 pub mod program;
 pub mod ranks;

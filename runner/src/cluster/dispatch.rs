@@ -102,7 +102,8 @@ pub struct Element {
     part: Option<Part>,
     commands: mpsc::UnboundedSender<Command>,
     heard: mpsc::Receiver<WorkerEvent>,
-    tell: mpsc::Sender<WorkerEvent>,
+    /// The other end of `heard`, until its task is sent: then only the dispatcher has it, so that its end is noticed.
+    tell: Option<mpsc::Sender<WorkerEvent>>,
 }
 
 #[derive(Debug)]
@@ -124,11 +125,14 @@ impl Element {
     pub fn send(&mut self, message: &ToWorker) {
         let part = self.part;
         let command = match message {
-            ToWorker::Start(task) => Command::Submit {
-                part,
-                task: task.clone(),
-                tell: self.tell.clone(),
-            },
+            ToWorker::Start(task) => {
+                let Some(tell) = self.tell.take() else { return };
+                Command::Submit {
+                    part,
+                    task: task.clone(),
+                    tell,
+                }
+            }
             ToWorker::StopAtCheckpoint => Command::Stop {
                 part,
                 level: StopRequest::Checkpoint,
@@ -194,7 +198,7 @@ impl Dispatcher {
             part,
             commands: self.commands.clone(),
             heard,
-            tell,
+            tell: Some(tell),
         }
     }
 }

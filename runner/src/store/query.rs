@@ -7,7 +7,9 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use serde_json::Value;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{AssertSqlSafe, Column, Executor, Row, SqlSafeStr, Statement, TypeInfo, ValueRef};
+use sqlx::{
+    AssertSqlSafe, Column, Either, Executor, Row, SqlSafeStr, Statement, TypeInfo, ValueRef,
+};
 
 use super::{Access, Store, StoreError, sandbox, schema};
 
@@ -44,9 +46,9 @@ impl Store {
             Access::ReadOnly => self.pool.clone(),
             Access::ReadWrite => schema::open_for_reading(&self.dir).await?,
         };
-        let mut connection = reader.acquire().await?;
-        // The connection cannot be used for anything else afterwards.
-        connection.close_on_drop();
+        // The connection cannot be used for anything else afterwards. It is dropped, not closed: if its thread has panicked
+        // because a row was too large, a message to it may never be answered, and the pool would wait for that.
+        let mut connection = reader.acquire().await?.detach();
         sandbox::limit_sizes(&mut connection, sandbox::LONGEST_ANSWER).await?;
         sandbox::limit_memory(&mut connection).await?;
         sandbox::only_reading(&mut connection).await?;
@@ -66,16 +68,16 @@ impl Store {
         if take(QueryPiece::Heads(&heads)).is_break() {
             return Ok(());
         }
-        let mut rows = statement.query().fetch(&mut *connection);
+        let mut rows = connection.fetch_many(statement.query());
         loop {
             clock.renew();
-            let Some(row) = rows.try_next().await.map_err(ended)? else {
-                drop(rows);
-                // A broken connection also returns no more rows.
-                sqlx::Connection::ping(&mut *connection)
-                    .await
-                    .map_err(ended)?;
-                return Ok(());
+            let row = match rows.try_next().await.map_err(ended)? {
+                Some(Either::Right(row)) => row,
+                // The statement is complete.
+                Some(Either::Left(_)) => break,
+                // Nothing to run, as in an empty text.
+                None if heads.is_empty() => break,
+                None => return Err(sqlx::Error::WorkerCrashed.into()),
             };
             let values = (0..heads.len()).map(|place| answer_value(&row, place));
             if take(QueryPiece::Row(values.collect::<Result<_, _>>()?)).is_break() {

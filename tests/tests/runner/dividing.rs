@@ -154,13 +154,13 @@ fn processes_that_somebody_else_has_started_train_together() {
             .env("MASTER_PORT", &port);
         command
     };
-    let others = ["1", "2"].map(|rank| process(rank, &[]).spawn().unwrap());
+    let others = ["1", "2"].map(|rank| Running::new(process(rank, &[]).spawn().unwrap()));
     let first = process("0", &["-v"]).output().unwrap();
     let said = String::from_utf8_lossy(&first.stderr);
     assert!(first.status.success(), "{said}");
     assert!(said.contains("a: started (cpu, 3 workers of"), "{said}");
     for mut other in others {
-        assert!(other.wait().unwrap().success());
+        assert!(other.child.wait().unwrap().success());
     }
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
     // Only one process may open the history, which records how the run was made, so the others do not guess.

@@ -6,7 +6,7 @@ use std::process::Child;
 use sqlx::Connection;
 
 use crate::imports::{Source, open};
-use crate::lab::{Lab, block_on, signal_process, wait_for};
+use crate::lab::{Lab, Running, block_on, signal_process, wait_for};
 use crate::training::caught;
 
 const KILL: i32 = 9;
@@ -54,7 +54,7 @@ fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
             .unwrap();
         while import.try_wait().unwrap().is_none() {
             if drafts().len() == 2 && is_stopped_with(&mut import, || drafts().len() == 2) {
-                return Some(import);
+                return Some(Running::new(import));
             }
         }
         there.retort(&["runs", "rm", "latest"]);
@@ -66,8 +66,8 @@ fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
     assert!(!listed.contains(".retort-import"), "{listed}");
     there.retort(&["gc", "--remove"]);
     assert_eq!(drafts(), under_way);
-    signal_process(import.id(), KILL);
-    import.wait().unwrap();
+    import.signal(KILL);
+    import.child.wait().unwrap();
     assert_eq!(drafts(), under_way);
     let listed = there.retort(&["gc", "--json"]).expect(0).stdout;
     assert!(listed.contains(".retort-import"), "{listed}");
@@ -99,7 +99,7 @@ fn a_killed_export_leaves_the_file_that_was_there_and_a_draft_that_is_removed() 
         let mut export = there.command(&export).spawn().unwrap();
         while export.try_wait().unwrap().is_none() {
             if !drafts().is_empty() && is_stopped_with(&mut export, || drafts().len() == 2) {
-                return Some(export);
+                return Some(Running::new(export));
             }
         }
         std::fs::write(there.dir.path().join("out.db"), "as it was").unwrap();
@@ -110,8 +110,8 @@ fn a_killed_export_leaves_the_file_that_was_there_and_a_draft_that_is_removed() 
         .retort(&["runs", "export", "-o", "other.db"])
         .expect(0);
     assert_eq!(drafts(), under_way);
-    signal_process(killed.id(), KILL);
-    assert!(!killed.wait().unwrap().success());
+    killed.signal(KILL);
+    assert!(!killed.child.wait().unwrap().success());
     let kept = std::fs::read(there.dir.path().join("out.db")).unwrap();
     assert_eq!(kept, b"as it was");
     assert_eq!(drafts(), under_way);

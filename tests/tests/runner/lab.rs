@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, RunId, Store};
+use retort_tests::patience;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -297,15 +298,18 @@ pub fn ended(child: Child) -> (Option<i32>, libc::rusage) {
     (code, usage)
 }
 
-/// Polls until there is a value; the test fails if it takes absurdly long.
+/// Polls until there is a value; the test fails if it takes absurdly long. Pauses grow with what a look costs, because the
+/// machine also has to do what is awaited.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + PATIENCE;
     loop {
+        let began = Instant::now();
         if let Some(found) = look() {
             return found;
         }
         assert!(Instant::now() < until, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(20));
+        let pause = 2 * began.elapsed();
+        std::thread::sleep(pause.clamp(Duration::from_millis(20), Duration::from_secs(1)));
     }
 }
 
@@ -342,6 +346,7 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// The binary, in a directory where it finds only the candle plugin: other builds here must not affect the tests.
 pub fn binary() -> PathBuf {
+    patience::limit_children();
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(install).clone()
 }

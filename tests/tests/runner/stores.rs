@@ -278,12 +278,12 @@ fn a_disk_that_is_full_for_a_while_loses_no_result() {
     let mut running = lab.start(&[]);
     lab.wait_for_worker("a");
     let stderr = running.child.stderr.take().unwrap();
-    let mut lines = BufReader::new(stderr).lines().map(Result::unwrap);
-    let is_told = AtomicBool::new(false);
+    let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+    let is_told = &AtomicBool::new(false);
+    let mut file = std::fs::File::create(&fill).unwrap();
     let told = std::thread::scope(|scope| {
         // Space that becomes free meanwhile is filled as well.
-        scope.spawn(|| {
-            let mut file = std::fs::File::create(&fill).unwrap();
+        scope.spawn(move || {
             while !is_told.load(Ordering::Relaxed) {
                 while file.write(&[0; 4096]).is_ok_and(|count| count > 0) {}
                 std::thread::sleep(Duration::from_millis(50));

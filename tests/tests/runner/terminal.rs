@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -24,6 +24,10 @@ pub fn terminal() -> (OwnedFd, OwnedFd) {
     unsafe {
         let made = libc::openpty(&mut screen, &mut inside, none, none.cast(), none.cast());
         assert_eq!(made, 0);
+        // Programs that other tests start meanwhile must not keep the terminal open.
+        for end in [screen, inside] {
+            libc::fcntl(end, libc::F_SETFD, libc::FD_CLOEXEC);
+        }
         (OwnedFd::from_raw_fd(screen), OwnedFd::from_raw_fd(inside))
     }
 }
@@ -33,11 +37,9 @@ pub fn on_a_terminal(mut command: Command) -> (Running, OwnedFd) {
     let (screen, inside) = terminal();
     let end = || Stdio::from(inside.try_clone().unwrap());
     command.stdin(end()).stdout(end()).stderr(end());
-    let number = screen.as_raw_fd();
     // SAFETY: between fork and exec only async-signal-safe functions are called.
     unsafe {
-        command.pre_exec(move || {
-            libc::close(number);
+        command.pre_exec(|| {
             libc::setsid();
             libc::ioctl(0, libc::TIOCSCTTY, 0);
             libc::signal(libc::SIGHUP, libc::SIG_DFL);

@@ -53,7 +53,7 @@ pub fn preempted(site: &Site) {
 /// A node's daemon dies, and its job is restarted. The worker that Slurm presumed dead may be alive: it gives way.
 #[test]
 fn a_node_that_dies() {
-    let Some(site) = Site::start() else { return };
+    let Some(site) = Site::start(5) else { return };
     let site = &site;
     let lab = held("dead");
     let running = site.start_run(&lab, &[]);

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use retort_tests::port::HeldPort;
 use tempfile::TempDir;
@@ -38,8 +38,8 @@ fn program(name: &str) -> Option<PathBuf> {
 }
 
 impl Site {
-    /// Starts it; None, with a loud message, if that is impossible.
-    pub fn start() -> Option<Self> {
+    /// Starts it; None, with a loud message, if that is impossible. A node that has been silent for `patience` seconds is down.
+    pub fn start(patience: u32) -> Option<Self> {
         let missing: Vec<&str> = PROGRAMS
             .into_iter()
             .filter(|name| program(name).is_none())
@@ -74,7 +74,7 @@ impl Site {
             fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         }
         site.start_munge();
-        fs::write(site.conf(), site.configuration()).unwrap();
+        fs::write(site.conf(), site.configuration(patience)).unwrap();
         site.daemon("slurmctld", &[]);
         for node in ["n1", "n2"] {
             site.start_node(node);
@@ -126,7 +126,7 @@ impl Site {
         assert!(started.success(), "munged: {}", self.logs());
     }
 
-    fn configuration(&self) -> String {
+    fn configuration(&self, patience: u32) -> String {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
         let (host, dir) = (host.trim(), self.dir.path().display());
         let [controller, first, second] = self.ports.each_ref().map(HeldPort::number);
@@ -148,9 +148,12 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
-ReturnToService=2
-SlurmdTimeout=5
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,nohold_on_prolog_fail
+ReturnToService=1
+MessageTimeout=60
+BatchStartTimeout=120
+UnkillableStepTimeout=300
+SlurmdTimeout={patience}
 KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -201,14 +204,9 @@ PartitionName=high Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF 
         assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
     }
 
-    /// The output of one of Slurm's programs.
+    /// The output of one of Slurm's programs, whether it succeeds or not.
     pub fn slurm(&self, name: &str, arguments: &[&str]) -> String {
-        let output = Command::new(program(name).unwrap())
-            .args(arguments)
-            .env("SLURM_CONF", self.conf())
-            .output()
-            .unwrap();
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        self.try_slurm(name, arguments).unwrap_or_else(|said| said)
     }
 
     /// Changes a node's state like an administrator: `down`, `drain`, `resume`.
@@ -219,7 +217,27 @@ PartitionName=high Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF 
             &format!("state={state}"),
             "reason=test",
         ];
-        self.slurm("scontrol", &words);
+        self.administer("scontrol", &words);
+    }
+
+    /// Runs one of Slurm's programs until it succeeds: a busy controller may not have answered.
+    pub fn administer(&self, name: &str, arguments: &[&str]) {
+        wait_for(name, || self.try_slurm(name, arguments).ok());
+    }
+
+    /// The output of one of Slurm's programs that has succeeded.
+    fn try_slurm(&self, name: &str, arguments: &[&str]) -> Result<String, String> {
+        let output = Command::new(program(name).unwrap())
+            .args(arguments)
+            .env("SLURM_CONF", self.conf())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            Ok(said)
+        } else {
+            Err(said)
+        }
     }
 
     /// How long the controller remembers an ended job.
@@ -230,7 +248,7 @@ PartitionName=high Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF 
             _ => format!("{line}\n"),
         });
         fs::write(self.conf(), lines.collect::<String>()).unwrap();
-        self.slurm("scontrol", &["reconfigure"]);
+        self.administer("scontrol", &["reconfigure"]);
     }
 
     fn logs(&self) -> String {
@@ -290,15 +308,18 @@ pub const ON_SLURM: [&str; 6] = ["run", "r.yaml", "--executor", "slurm", "--slur
 
 impl Drop for Site {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let jobs = self.slurm("squeue", &["--states=all", "--format=%i %T %r %N"]);
+            eprintln!("{jobs}");
+        }
         self.slurm("scancel", &["--user=root"]);
-        for _ in 0..50 {
-            if self.slurm("squeue", &["--noheader"]).trim().is_empty() {
-                break;
-            }
+        let until = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < until && !self.slurm("squeue", &["--noheader"]).trim().is_empty() {
             std::thread::sleep(Duration::from_millis(200));
         }
         if std::thread::panicking() {
-            eprintln!("{}", self.logs());
+            let nodes = self.slurm("sinfo", &["--Node", "--format=%N %T %E"]);
+            eprintln!("{nodes}{}", self.logs());
         }
         let daemons = [
             "slurmd-n1.pid",
