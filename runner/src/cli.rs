@@ -406,6 +406,27 @@ impl Context {
     }
 }
 
+/// Whether the current thread is one of the database library's, each of which serves a connection.
+fn is_thread_of_history() -> bool {
+    let thread = std::thread::current();
+    let is_of_library = |name: &str| name.starts_with("sqlx-sqlite-worker");
+    thread.name().is_some_and(is_of_library)
+}
+
+/// The database library's threads panic if a value's copy does not fit in memory. Whoever waits for such a thread might wait
+/// forever, or take the rows that it has found for all there are. So the program ends, as when its own memory runs out.
+fn end_if_the_history_panics() {
+    let others = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        others(panic);
+        if is_thread_of_history() {
+            output::say("error: memory ran out while the history was read or written");
+            // SAFETY: ends the process at once; the kernel frees its locks, and SQLite undoes open transactions.
+            unsafe { libc::_exit(Exit::Internal.code().into()) };
+        }
+    }));
+}
+
 /// Parses the arguments, runs the command, and maps its error to an exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -442,6 +463,7 @@ pub fn main() -> ExitCode {
     // Makes the limit on the size of files a write error, which has a message, instead of a silent kill. SAFETY: a plain
     // system call; workers inherit it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    end_if_the_history_panics();
     if let Err(error) = context.check_names(&cli.command) {
         error.show(&context);
         return ExitCode::from(error.exit.code());

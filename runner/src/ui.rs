@@ -15,6 +15,7 @@ use crate::store::{Access, RunId, Store, StoreError};
 mod assets;
 mod changes;
 mod compare;
+mod connections;
 mod curves;
 mod events;
 mod files;

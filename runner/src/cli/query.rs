@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use crate::cli::{Context, Error, Exit, FormatArgs, output};
+use crate::cli::{Context, Error, Exit, FormatArgs, is_thread_of_history, output};
 use crate::store::{Access, QueryPiece, Store, StoreError};
 use crate::table::{Cell, Stream};
 
@@ -67,9 +67,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 fn keep_quiet() {
     let others = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        let thread = std::thread::current();
-        let is_of_library = |name: &str| name.starts_with("sqlx-sqlite-worker");
-        if !thread.name().is_some_and(is_of_library) {
+        if !is_thread_of_history() {
             others(panic);
         }
     }));

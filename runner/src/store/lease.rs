@@ -137,7 +137,7 @@ async fn gone(
     let query = match jobs {
         JobCondition::None => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
-             from runs r join leases l on l.run = r.key
+             from runs r left join leases l on l.run = r.key
              where r.state in ('queued', 'running')
                and not exists (select 1 from stages s join attempts a on a.stage = s.key
                                join jobs j on a.key in (j.attempt, j.taken_by)
@@ -145,7 +145,7 @@ async fn gone(
         }
         JobCondition::Open => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
-             from runs r join leases l on l.run = r.key
+             from runs r left join leases l on l.run = r.key
              where r.state in ('queued', 'running')
                and exists (select 1 from stages s join attempts a on a.stage = s.key
                            join jobs j on a.key in (j.attempt, j.taken_by)
@@ -153,7 +153,7 @@ async fn gone(
         }
         JobCondition::Unknown => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, 0 as scheduler
-             from runs r join leases l on l.run = r.key
+             from runs r left join leases l on l.run = r.key
              where r.state in ('queued', 'running')"
         }
     };
@@ -164,6 +164,11 @@ async fn gone(
     let (reader, now) = (Holder::this_process(), Time::now());
     let mut gone = Vec::new();
     for row in rows {
+        // A run without a lease has no runner. The store is damaged: a run that ends says so when its lease goes.
+        if row.try_get::<Option<i64>, _>("pid")?.is_none() {
+            gone.push((row.try_get("key")?, row.try_get("id")?, false));
+            continue;
+        }
         let holder = Holder {
             host: row.try_get("host")?,
             boot: row.try_get("boot")?,

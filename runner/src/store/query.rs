@@ -10,6 +10,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{
     AssertSqlSafe, Column, Either, Executor, Row, SqlSafeStr, Statement, TypeInfo, ValueRef,
 };
+use tokio::time::timeout;
 
 use super::{Access, Store, StoreError, sandbox, schema};
 
@@ -62,8 +63,12 @@ impl Store {
                 more: more.to_owned(),
             });
         }
+        // SQLite looks at its clock between its steps, one of which may take hours. This clock runs beside them.
+        let longest = patience.saturating_add(Duration::from_secs(1));
+        let late = |_| StoreError::Endless { patience };
         let statement = connection.prepare(AssertSqlSafe(sql).into_sql_str());
-        let statement = statement.await.map_err(ended)?;
+        let statement = timeout(longest, statement).await.map_err(late)?;
+        let statement = statement.map_err(ended)?;
         let heads: Vec<&str> = statement.columns().iter().map(Column::name).collect();
         if take(QueryPiece::Heads(&heads)).is_break() {
             return Ok(());
@@ -71,7 +76,8 @@ impl Store {
         let mut rows = connection.fetch_many(statement.query());
         loop {
             clock.renew();
-            let row = match rows.try_next().await.map_err(ended)? {
+            let step = timeout(longest, rows.try_next()).await.map_err(late)?;
+            let row = match step.map_err(ended)? {
                 Some(Either::Right(row)) => row,
                 // The statement is complete.
                 Some(Either::Left(_)) => break,

@@ -356,6 +356,23 @@ fn start_child(dir: &Path) -> std::process::Child {
     child
 }
 
+/// As in a damaged store: otherwise `tail` would follow it forever.
+#[test]
+fn a_run_without_a_lease_is_lost() {
+    check(|dir| async move {
+        let mut child = start_child(&dir);
+        let writer = Store::open(&dir, Access::ReadWrite).await.unwrap();
+        sqlx::query("delete from leases")
+            .execute(writer.pool())
+            .await
+            .unwrap();
+        let lost = &writer.list_runs(&RunFilter::default()).await.unwrap()[0];
+        assert_eq!(lost.state, RunState::Lost);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    });
+}
+
 #[test]
 fn the_run_of_a_killed_runner_is_lost() {
     check(|dir| async move {

@@ -15,15 +15,13 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 
+use super::connections::{Activity, Connections, Observed};
 use super::guard::{Decision, Guard};
 use super::reply::{Content, Reply, TEXT};
 use super::request::{self, Fields, PageRequest};
 use super::{Site, route};
 
-/// The most connections at a time; others wait.
-const CONNECTIONS: usize = 256;
 /// The time limit for a request's headers.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The most bytes of a form.
@@ -33,27 +31,28 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 /// Serves a site until `stop` ends.
 pub async fn serve(site: Arc<Site>, listener: TcpListener, stop: impl Future<Output = ()>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = Connections::default();
     let mut stop = std::pin::pin!(stop);
     loop {
-        let place = tokio::select! {
-            // Never closed.
-            place = Arc::clone(&places).acquire_owned() => place,
-            () = &mut stop => return,
-        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = &mut stop => return,
         };
-        let (Ok(place), Ok((stream, _))) = (place, accepted) else {
+        let Ok((stream, _)) = accepted else {
             // Out of descriptors, or the caller has gone away again.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
         let _ = stream.set_nodelay(true);
-        let site = Arc::clone(&site);
-        tokio::spawn(async move {
-            let service = service_fn(|request| answer(&site, request));
+        connections.make_room();
+        let activity = Arc::new(Activity::default());
+        let (site, shared) = (Arc::clone(&site), Arc::clone(&activity));
+        let task = tokio::spawn(async move {
+            let service = service_fn(|request| async {
+                let _at_work = shared.begin();
+                answer(&site, request).await
+            });
+            let stream = Observed::new(stream, &shared);
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(PATIENCE)
@@ -62,8 +61,8 @@ pub async fn serve(site: Arc<Site>, listener: TcpListener, stop: impl Future<Out
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection has ended");
             }
-            drop(place);
         });
+        connections.add(task.abort_handle(), activity);
     }
 }
 

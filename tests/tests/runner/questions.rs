@@ -150,6 +150,10 @@ fn a_statement_that_finds_no_row_ends_by_itself() {
             "{numbers}, m(k) as (select k from n limit 100000)
             select count(*) from m a, m b, m c where a.k + b.k + c.k = -1"
         ),
+        // Hours within a single step of SQLite's.
+        "with t(a) as (select replace(hex(zeroblob(4000000)), '0', 'a'))
+         select instr(a || a, a || 'b') from t"
+            .to_owned(),
     ] {
         let (peak, said) = weighed(&lab, &statement, "2s");
         said.expect(2)

@@ -1,6 +1,8 @@
 //! The server as a process: what it answers and refuses, without a browser.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
@@ -89,12 +91,10 @@ fn ctrl_c_ends_it_cleanly_and_others_are_told_of_a_taken_port() {
         .expect(2)
         .saying(&["only `retort ui`"]);
     // A client listens for events.
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", server.port)).unwrap();
-    std::io::Write::write_all(
-        &mut stream,
-        b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n",
-    )
-    .unwrap();
+    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    stream
+        .write_all(b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        .unwrap();
     let mut first = String::new();
     BufReader::new(&stream).read_line(&mut first).unwrap();
     assert!(first.contains("200"), "{first}");
@@ -442,4 +442,36 @@ fn several_stores_are_looked_at_together() {
     let curves = data["curves"].as_array().unwrap();
     assert_eq!(curves.len(), 2, "{data}");
     assert_eq!(curves[0]["points"].as_array().unwrap().len(), 10);
+}
+
+/// Clients that send nothing, and clients that ask for much and read nothing, more than the server keeps open.
+#[test]
+fn clients_that_do_nothing_keep_nobody_out() {
+    let (_lab, _, server) = served(&[]);
+    let asked = "GET /assets/app.js HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(200);
+    for sent in ["", &asked] {
+        let idle: Vec<TcpStream> = (0..300).map(|_| unread(server.port, sent)).collect();
+        assert_eq!(server.get("/").0, 200);
+        drop(idle);
+    }
+}
+
+/// A connection with a small buffer, on which as much is sent as the server takes, and nothing is read.
+fn unread(port: u16, text: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let small = 4096_i32;
+    // SAFETY: the call reads one number.
+    let set = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUF,
+            (&raw const small).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(set, 0);
+    stream.set_nonblocking(true).unwrap();
+    let _ = stream.write(text.as_bytes());
+    stream
 }

@@ -12,7 +12,7 @@ use retort_checkpoint::json;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
+use sqlx::{AssertSqlSafe, Either, Executor, Row, TypeInfo, ValueRef};
 
 use crate::artifact;
 use crate::artifact::ArtifactFile;
@@ -232,11 +232,15 @@ async fn each(
     sql: String,
     mut look: impl FnMut(&SqliteRow) -> Result<(), String>,
 ) -> Result<(), Refusal> {
-    let mut rows = sqlx::query(AssertSqlSafe(sql)).fetch(connection);
-    while let Some(row) = rows.try_next().await? {
-        look(&row).map_err(Refusal::Fault)?;
+    let mut rows = connection.fetch_many(sqlx::query(AssertSqlSafe(sql)));
+    while let Some(step) = rows.try_next().await? {
+        match step {
+            Either::Right(row) => look(&row).map_err(Refusal::Fault)?,
+            Either::Left(_) => return Ok(()),
+        }
     }
-    Ok(())
+    // A broken connection also gives no more rows: the others would go unchecked.
+    Err(sqlx::Error::WorkerCrashed.into())
 }
 
 /// What was expected, and what is there instead.
@@ -374,9 +378,9 @@ const MOST_ATTEMPTS: usize = 20_000;
 /// A run has no more stages than a recipe may have, and bounded attempts.
 async fn counted(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let sql = format!(
-        "select r.id, count(*), sum(length(s.options) + ifnull(length(s.components), 0) + length(s.inputs))
+        "select r.id, count(*), sum(octet_length(s.options) + ifnull(octet_length(s.components), 0) + octet_length(s.inputs))
          from main.stages s join main.runs r on r.key = s.run group by r.key
-         having count(*) > {MAX_STAGES} or 1.0 * sum(length(s.options) + ifnull(length(s.components), 0) + length(s.inputs))
+         having count(*) > {MAX_STAGES} or 1.0 * sum(octet_length(s.options) + ifnull(octet_length(s.components), 0) + octet_length(s.inputs))
              > {MOST_OF_A_RUN}"
     );
     each(connection, sql, |row| {
@@ -405,10 +409,10 @@ async fn counted(connection: &mut SqliteConnection) -> Result<(), Refusal> {
 /// What a run names, as often as it names it.
 async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let sql = format!(
-        "with listed as materialized (select hash, length(files) as bytes from main.artifacts),
+        "with listed as materialized (select hash, octet_length(files) as bytes from main.artifacts),
               given as materialized (select attempt, count(*) as count from main.inputs group by attempt),
               made as materialized (
-                  select o.attempt, sum(f.bytes + length(o.meta)) + 100 * count(*) * coalesce(g.count, 0) as bytes
+                  select o.attempt, sum(f.bytes + octet_length(o.meta)) + 100 * count(*) * coalesce(g.count, 0) as bytes
                   from main.outputs o join listed f on f.hash = o.artifact left join given g on g.attempt = o.attempt
                   group by o.attempt),
               told as materialized (select attempt, 200 * count(*) as bytes from main.series group by attempt)

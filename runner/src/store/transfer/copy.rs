@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use sqlx::sqlite::{SqliteConnection, SqliteQueryResult, SqliteRow};
-use sqlx::{AssertSqlSafe, Row};
+use sqlx::AssertSqlSafe;
+use sqlx::sqlite::{SqliteConnection, SqliteQueryResult};
 
 use super::Transfer;
 use crate::store::{RunId, StoreError, block};
@@ -535,11 +535,9 @@ run,
         run: &RunId,
         what: &str,
     ) -> Result<Vec<i64>, StoreError> {
-        let rows = sqlx::query(sql).bind(of).fetch_all(&mut *self.connection);
-        let keys = rows.await.and_then(|rows: Vec<SqliteRow>| {
-            let keys = rows.iter().map(|row| row.try_get(0));
-            keys.collect::<Result<_, sqlx::Error>>()
-        });
+        // Of numbers, not of rows: a row takes several times the memory, and a file decides how many there are.
+        let keys = sqlx::query_scalar(sql).bind(of);
+        let keys = keys.fetch_all(&mut *self.connection).await;
         let keys = self.or_lost(keys.map_err(StoreError::from), run, what)?;
         Ok(keys.unwrap_or_default())
     }
@@ -560,8 +558,8 @@ run,
                     .push(format!("run {run}: {what}: {message}"));
                 Ok(None)
             }
-            // Damage may also look like rows that violate a constraint.
-            Err(StoreError::Sql(error)) => {
+            // Damage may also look like rows that violate a constraint. What has no row or no value is damage too.
+            Err(StoreError::Sql(error)) if is_of_the_source(&error) => {
                 self.copied
                     .done
                     .lost
@@ -569,6 +567,34 @@ run,
                 Ok(None)
             }
             Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether an error says something about the rows that were read. Others, as when memory runs out or the connection breaks, end
+/// the transfer: what would be missing is not known.
+fn is_of_the_source(error: &sqlx::Error) -> bool {
+    match error {
+        // SQLite's codes for memory, a full disk and writing.
+        sqlx::Error::Database(said) => !matches!(said.code().as_deref(), Some("7" | "13" | "778")),
+        sqlx::Error::RowNotFound
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::Decode(_)
+        | sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_connection_is_no_damage() {
+        assert!(is_of_the_source(&sqlx::Error::RowNotFound));
+        for machine in [sqlx::Error::WorkerCrashed, sqlx::Error::PoolClosed] {
+            assert!(!is_of_the_source(&machine), "{machine}");
         }
     }
 }
