@@ -47,12 +47,14 @@ schema: build ## regenerate recipes/retort.schema.json
 	$(BIN)/retort schema --plugin candle > recipes/retort.schema.json
 
 # The tests run the real binary and load the real plugins, so these are built first. Many spend most of their time waiting for
-# Slurm or a process, so twice as many run at once as there are processors.
+# Slurm or a process, so twice as many run at once as there are processors. The libtorch plugin is built with its tests: with
+# them its dependencies have other features, and `make libtorch` would compile all of these once more.
 test: export RUST_TEST_THREADS := $(or $(RUST_TEST_THREADS),$(shell expr 2 \* $$(nproc)))
 test: build ## run all tests
 	$(CARGO) test --release
 	@if plugins/libtorch/get-libtorch; then \
-	    $(MAKE) --no-print-directory libtorch && env -u LIBTORCH $(CARGO) test --release -p retort-libtorch; \
+	    env -u LIBTORCH $(CARGO) build --release -p retort-libtorch --lib --tests && \
+	    env -u LIBTORCH $(CARGO) test --release -p retort-libtorch; \
 	else \
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (see the reason above). ***' >&2; \
 	    test -z "$$RETORT_SKIP_IS_FAILURE"; \
