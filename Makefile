@@ -50,7 +50,7 @@ schema: build ## regenerate recipes/retort.schema.json
 # Slurm or a process, so twice as many run at once as there are processors. The libtorch plugin is built with its tests: with
 # them its dependencies have other features, and `make libtorch` would compile all of these once more.
 test: export RUST_TEST_THREADS := $(or $(RUST_TEST_THREADS),$(shell expr 2 \* $$(nproc)))
-test: build ## run all tests
+test: build ## run the tests, except a few that take many minutes (test-long)
 	$(CARGO) test --release
 	@if plugins/libtorch/get-libtorch; then \
 	    env -u LIBTORCH $(CARGO) build --release -p retort-libtorch --lib --tests && \

@@ -173,7 +173,7 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Show, check and merge trajectory datasets.
     Dataset(dataset::Args),
-    /// Remove what no run needs; lists it first.
+    /// List what no run needs; with --remove, remove it.
     Gc(gc::Args),
     /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
@@ -198,9 +198,9 @@ pub struct RecipeArgs {
     pub recipe: PathBuf,
     /// Set a value of the recipe: a path from its root, or from a stage's name (may be repeated).
     ///
-    /// The value is read as YAML; where a text is wanted, it is taken as typed: `--set 'codes.data.csv=run #2.csv'`.
-    /// Examples: `--set seed=3`, `--set params.width=64`, `--set stages.distill.steps=100`, or shorter
-    /// `--set distill.steps=100`.
+    /// The value is read as YAML; where a text is wanted, it is taken as typed: `--set 'params.data.csv=run #2.csv'`.
+    /// Examples: `--set seed=3`, `--set params.distribution.guidance=1.5`, `--set stages.student.train.steps=100`, or
+    /// shorter `--set student.train.steps=100`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub set: Vec<String>,
 }
@@ -208,7 +208,7 @@ pub struct RecipeArgs {
 /// Which stages: the arguments of `run` and `plan`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct SelectionArgs {
-    /// Rerun stages even if their results are in the store: all, or those named (`--force=distill,sample`).
+    /// Rerun stages even if their results are in the store: all, or those named (`--force=student,sample-1-step`).
     #[arg(
         long,
         value_name = "STAGE",

@@ -1,8 +1,8 @@
 //! The language of `--where`, which selects runs.
 //!
 //! ```text
-//! metrics.fd.last < 3 and params.distill.steps >= 2000
-//! status = failed or (not tag = baseline and started > 2026-01-01)
+//! metrics.1-step.frechet_distance < 20 and params.student.train.steps >= 900
+//! state = failed or (not tag = baseline and started > 2026-01-01)
 //! ```
 //!
 //! In: text. Out: a [`Filter`] whose parts know their position in the text, or a [`FilterError`] with a position. The meaning
@@ -443,7 +443,7 @@ impl<'t> Parser<'t> {
     fn field(&mut self) -> Result<Field, FilterError> {
         let (parts, at) = self.word().ok_or_else(|| {
             FilterError::new("expected a field", self.here()).hint(
-                "for example `state`, `recipe`, `tag`, `params.distill.steps`, `metrics.loss.last`",
+                "for example `state`, `recipe`, `tag`, `params.student.train.steps`, `metrics.loss.last`",
             )
         })?;
         let parts = parts.iter().map(|part| part.text.clone()).collect();

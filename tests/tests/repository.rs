@@ -8,6 +8,8 @@ use std::process::{Command, Output};
 
 use retort_tests::skip::skip;
 
+#[path = "repository/examples.rs"]
+mod examples;
 #[path = "repository/pages.rs"]
 mod pages;
 #[path = "repository/structure.rs"]
@@ -102,6 +104,28 @@ fn modules_are_files_named_by_their_noun() {
             file.display()
         );
     }
+}
+
+/// Longer files are hard to hold in mind. The soak's corpus is data.
+#[test]
+fn no_source_file_is_long() {
+    let endings = [
+        ".rs", ".cu", ".cuh", ".c", ".cpp", ".h", ".js", ".css", ".py", ".yaml", ".sql",
+    ];
+    let mut checked = 0;
+    for folder in ["runner", "plugins", "tests", "recipes", "migrations"] {
+        let found = endings.map(|ending| files(&root().join(folder), ending));
+        let corpus = root().join("tests/soak/corpus");
+        for file in found.iter().flatten() {
+            if file.starts_with(&corpus) {
+                continue;
+            }
+            let lines = fs::read_to_string(file).unwrap().lines().count();
+            assert!(lines <= 800, "{} has {lines} lines", file.display());
+            checked += 1;
+        }
+    }
+    assert!(checked > 500, "{checked} files");
 }
 
 #[test]

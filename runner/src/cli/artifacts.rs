@@ -62,9 +62,9 @@ pub enum Form {
 /// Networks of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ExportedNetwork {
-    /// The artifact's main network: a teacher itself.
+    /// The artifact's main network, such as the student.
     Own,
-    /// The tokenizer that it goes with.
+    /// The tokenizer that belongs to that network.
     Tokenizer,
 }
 

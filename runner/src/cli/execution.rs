@@ -48,13 +48,13 @@ pub struct ExecutionArgs {
     /// poll, shrink-after.
     #[arg(long, value_name = "KEY=VALUE")]
     pub slurm: Vec<String>,
-    /// Exit once every stage whose inputs exist has been submitted; `retort resume` takes the run up again. Not for sweeps.
+    /// Submit the stages whose inputs exist to Slurm, and exit; `retort resume` continues the run. Not for sweeps.
     #[arg(long)]
     pub detach: bool,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
-    /// How long a stage may take to reach its next checkpoint after Ctrl-C before a kill.
+    /// How long a stage may take, after Ctrl-C, to reach its next checkpoint before it is killed.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::duration::parse)]
     pub grace: Duration,
     /// Print the result of the run as one JSON document.

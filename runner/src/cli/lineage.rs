@@ -9,7 +9,7 @@ use crate::table::{Cell, Rows, Style};
 /// Arguments of `lineage`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The artifact: a prefix of its hash, or RUN/STAGE for the output of a stage (`latest/distill`).
+    /// The artifact: a prefix of its hash, or RUN/STAGE for the output of a stage (`latest/student`).
     #[arg(value_name = "ARTIFACT")]
     pub artifact: String,
     /// Only its ancestors.

@@ -10,10 +10,10 @@ use crate::table::{Cell, Stream};
 /// Arguments of `query`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// One SQL statement; without it, the views and their columns are printed.
+    /// The same as the argument.
     #[arg(long, value_name = "SQL")]
     pub sql: Option<String>,
-    /// The same as --sql.
+    /// One SQL statement; without it, the views and their columns are printed.
     #[arg(value_name = "SQL", conflicts_with = "sql")]
     pub statement: Option<String>,
     /// How long the next row may take; a statement that takes longer is ended.

@@ -13,8 +13,8 @@ use crate::store::{Access, RunDetail, RunId, RunState, StageState, Store, StoreE
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag; or a sweep: its missing points are run.
-    /// Without it, the latest run that failed, was interrupted or lost, or the sweep of the latest; imported runs are
-    /// resumed by name only.
+    /// Without it, the latest run that failed, was interrupted or was lost; if that is a point of a sweep, the sweep.
+    /// Imported runs are resumed by name only.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
     /// Whether files are read again.

@@ -96,7 +96,7 @@ pub struct ListArgs {
     /// Only runs in these states (separated by commas): queued, running, succeeded, failed, interrupted, lost.
     #[arg(long, value_name = "STATE")]
     pub state: Option<String>,
-    /// Only runs that pass this filter: `metrics.fd.last < 3 and params.distill.steps >= 2000`.
+    /// Only runs that pass this filter: `metrics.1-step.frechet_distance < 20 and params.student.train.steps >= 900`.
     ///
     /// Compares fields with values by = != < <= > >=, ~ (contains; `*` and `?` make it a pattern), `in (a, b)`; a
     /// field alone asks whether a run has it. Joined by `and`, `or`, `not` and parentheses. Fields: id, state, recipe,
@@ -113,7 +113,7 @@ pub struct ListArgs {
         value_delimiter = ','
     )]
     pub sort: Vec<String>,
-    /// Also print these fields (separated by commas): `metrics.fd.last`, `params.distill.steps`.
+    /// Also print these fields (separated by commas): `metrics.1-step.frechet_distance`, `params.student.train.steps`.
     #[arg(long, value_name = "FIELD", value_delimiter = ',')]
     pub show: Vec<String>,
     /// Output format.

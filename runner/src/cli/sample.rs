@@ -34,7 +34,8 @@ pub struct Args {
     /// How many images.
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub number: Option<u32>,
-    /// Their classes: `balanced`, `drawn`, or numbers (3,1,4) or names, repeated where there are fewer than images.
+    /// Their classes: `balanced` (equally many of each), `drawn` (at random), or numbers (3,1,4) or names, repeated if there
+    /// are fewer than images.
     #[arg(long, value_name = "CLASSES", allow_hyphen_values = true)]
     pub labels: Option<String>,
     /// Passes of a student: their number, or the AR steps from which they start (0,6).
@@ -64,7 +65,8 @@ pub struct Args {
     /// Published file: it is a teacher, not a student.
     #[arg(long)]
     pub teacher: bool,
-    /// Set any other option, of `images` or of a published `network`: `--set images.npz=true`, `--set network.heads=16`.
+    /// Set another option of the stage `images`, or of `network`, the stage that loads a published file: `--set
+    /// images.npz=true`, `--set network.heads=16`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub set: Vec<String>,
     /// How to run.

@@ -23,7 +23,7 @@ pub(super) const MOST_BYTES: u64 = 64 << 20;
 /// Arguments of `show`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to show: `latest/one-step` (a run and a stage), a prefix of an artifact's hash, or a run: all its pictures.
+    /// What to show: `latest/sample-1-step` (a run and a stage), a prefix of an artifact's hash, or a run: all its pictures.
     #[arg(value_name = "WHAT", default_value = "latest")]
     pub what: String,
     /// Write the picture into a PNG file instead.

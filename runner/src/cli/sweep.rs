@@ -125,8 +125,8 @@ pub struct SweepArgs {
     /// The metric to minimise, or with `max:` to maximise.
     #[arg(long, value_name = "[max:]METRIC", requires = "sweep")]
     pub objective: Option<String>,
-    /// Stop points at rungs, and continue the best: judged by this series (`distill/loss`), the least or with `max:` the
-    /// greatest.
+    /// Stop the worse points early: at each rung only those with the least values of this series (`distill/loss`) go on, or
+    /// with `max:` those with the greatest.
     #[arg(long, value_name = "[max:]SERIES", requires = "rungs")]
     pub asha: Option<String>,
     /// The steps of that series at which points are judged: 200,400.

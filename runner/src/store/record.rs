@@ -41,7 +41,7 @@ pub struct NewRun {
 /// A resolved value and where it came from.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Param {
-    /// Path from the recipe's root: `stages.distill.steps`.
+    /// Path from the recipe's root: `stages.student.train.steps`.
     pub path: String,
     /// The value.
     pub value: Value,

@@ -11,12 +11,44 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-use crate::{check_recipe, documentation, read, retort, retort_with_plugin, root, shown};
+use crate::{check_recipe, documentation, examples, read, retort, retort_with_plugin, root, shown};
 
-/// Pages whose commands are run by other tests, and those tests.
-const FOLLOWED_ELSEWHERE: [(&str, &str); 2] = [
-    ("docs/cluster.md", "tests/tests/runner/cluster/jobs.rs"),
-    ("plugins/README.md", "tests/tests/runner/authoring.rs"),
+/// Blocks that other tests run: the page, the first command, and the test.
+const FOLLOWED_ELSEWHERE: [(&str, &str, &str); 4] = [
+    (
+        "docs/cluster.md",
+        "retort doctor recipes/digits.yaml",
+        "tests/tests/runner/cluster/jobs.rs",
+    ),
+    (
+        "plugins/README.md",
+        "retort plugin new hello",
+        "tests/tests/runner/authoring.rs",
+    ),
+    (
+        "plugins/README.md",
+        "retort plugin new hello --lang c",
+        "tests/tests/runner/authoring.rs",
+    ),
+    (
+        "plugins/README.md",
+        "retort plugin new mine --kind backend",
+        "tests/tests/runner/authoring.rs",
+    ),
+];
+
+/// What a block needs besides the reader's files: the page, the first command, and a command before it.
+const PREPARED: [(&str, &str, &str); 2] = [
+    (
+        "docs/cluster.md",
+        "retort trust",
+        "printf '[slurm]\nprologue = \"module load cuda/12.4\"\n' > retort.toml",
+    ),
+    (
+        "plugins/README.md",
+        "retort plugin test . --recipe recipe.yaml --junit report.xml",
+        "retort plugin new hello --lang c && make -C hello && cp -r hello/. .",
+    ),
 ];
 
 /// The recipe that completes partial recipes.
@@ -189,11 +221,22 @@ fn commands_of_the_documentation_do_what_they_say() {
     let reader = Reader::new(&retort);
     let (mut ran, mut left_out, mut failed) = (0, 0, Vec::new());
     for (page, text) in pages() {
-        if FOLLOWED_ELSEWHERE.iter().any(|(other, _)| page == *other) {
-            continue;
-        }
         for (number, block) in blocks(&page, &text).into_iter().enumerate() {
+            let is_this = |other: &str, first: &str| page == other && block.first() == Some(first);
+            if FOLLOWED_ELSEWHERE
+                .iter()
+                .any(|(other, first, _)| is_this(other, first))
+            {
+                continue;
+            }
             let dir = reader.dir_of(&format!("{page}-{number}"));
+            for (_, _, command) in PREPARED
+                .iter()
+                .filter(|(other, first, _)| is_this(other, first))
+            {
+                let output = reader.type_in(&dir, command);
+                assert!(output.status.success(), "{command}: {}", shown(&output));
+            }
             for command in &block.commands {
                 if block
                     .marks
@@ -209,6 +252,14 @@ fn commands_of_the_documentation_do_what_they_say() {
                     failed.push(format!("{page}: {command}\n{}", shown(&output)));
                 }
             }
+        }
+    }
+    let dir = reader.dir_of("help");
+    for command in examples::of_the_history(&retort) {
+        let output = reader.type_in(&dir, &command);
+        ran += 1;
+        if !output.status.success() {
+            failed.push(format!("retort help: {command}\n{}", shown(&output)));
         }
     }
     println!("{ran} commands ran, {left_out} are marked");
@@ -361,6 +412,14 @@ struct Block {
     commands: Vec<String>,
 }
 
+impl Block {
+    /// The first command, without its comment.
+    fn first(&self) -> Option<&str> {
+        let first = self.commands.first()?;
+        Some(first.split(" #").next().unwrap_or_default().trim())
+    }
+}
+
 /// Not run: commands of the next block that begin with these words.
 struct Mark {
     words: String,
@@ -372,11 +431,8 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
     let mut found: Vec<Block> = Vec::new();
     let mut block = Block::default();
     let mut end = |block: &mut Block| {
-        if block
-            .commands
-            .iter()
-            .any(|line| line.starts_with("retort "))
-        {
+        let mut lines = block.commands.iter().flat_map(|command| command.lines());
+        if lines.any(|line| line.trim_start().starts_with("retort ")) {
             let block = std::mem::take(block);
             for mark in &block.marks {
                 let used = block
@@ -454,10 +510,35 @@ fn pages() -> Vec<(String, String)> {
 
 #[test]
 fn pages_are_followed_where_it_is_said() {
-    for (page, test) in FOLLOWED_ELSEWHERE {
+    for (page, _, test) in FOLLOWED_ELSEWHERE {
         let name = page.rsplit('/').next().unwrap();
         assert!(read(test).contains(name), "{test} does not follow {page}");
     }
+    let named = FOLLOWED_ELSEWHERE.iter().chain(&PREPARED);
+    for (page, first, _) in named {
+        let found = blocks(page, &read(page))
+            .iter()
+            .filter(|block| block.first() == Some(*first))
+            .count();
+        assert_eq!(found, 1, "{page}: blocks that begin with `{first}`");
+    }
+}
+
+#[test]
+fn commands_of_the_help_are_in_the_table() {
+    let Some(retort) = retort() else { return };
+    let page = read("docs/commands.md");
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    let cells = rows.filter_map(|row| row.split(" | ").next());
+    let named: BTreeSet<&str> = cells
+        .flat_map(|cell| cell.split('`').step_by(2))
+        .filter_map(|command| command.split(' ').next())
+        .collect();
+    let help = Command::new(retort).arg("help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let listed: BTreeSet<&str> = examples::listed(&help).collect();
+    assert!(listed.len() > 20, "{listed:?}");
+    assert_eq!(named, listed, "the table of docs/commands.md, and the help");
 }
 
 #[test]

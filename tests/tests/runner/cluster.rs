@@ -14,3 +14,5 @@ mod profiles;
 mod restarts;
 #[path = "cluster/site.rs"]
 mod site;
+#[path = "cluster/stages.rs"]
+mod stages;

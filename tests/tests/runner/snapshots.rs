@@ -80,6 +80,13 @@ macro_rules! recipe {
 
 #[test]
 fn faults_of_yaml() {
+    let deep = format!(
+        "version: 1\nparams: {}{}\n",
+        "[".repeat(130),
+        "]".repeat(130)
+    );
+    let large = format!("version: 1\nparams: {{a: [{}]}}\n", "[1],".repeat(60_000));
+    let long = format!("version: 1\nparams: {{{}: 1}}\n", "a".repeat(1100));
     check(
         "yaml",
         &verdicts(&[
@@ -96,12 +103,38 @@ fn faults_of_yaml() {
             "version: 1\nname: \"\u{7}\"\n",
             "- version: 1\n",
             "version: 1\n1: 2\n? [a]\n: 3\n",
+            "version: 1\nname: a: b\n",
+            "version: 1\nstages:\n  a: {kind: do}\n   b: {kind: do}\n",
+            "version: 1\nstages:\n  a:\n    kind do\n    text: x\n",
+            "version: 1\nname\nstages: {}\n",
+            "version: 1\nstages: {a: {kind: do}}}\n",
+            "%name\nversion: 1\n",
+            "version: 1\nname: %d\n",
+            "version: 1\nname: @me\n",
+            "version: 1\nname: \"\\q\"\n",
+            "version: 1\nname: |x\n  a\n",
+            "version: 1\n- a\n",
+            "version: 1\nname:\u{a0}x\nstages: {}\n",
+            "version: 1\n<<: 3\n",
+            "version: 1\nparams: {a: !!int x}\n",
+            recipe!["stages:", "\u{a0} a: {kind: do}"],
+            recipe!["stages:", "  a: {kind: do, te\u{a0}xt: x}"],
+            recipe!["stages:", "  a: {kind: do, : x}"],
+            recipe!["stages:", "  a: {kind: do}", "  a: {kind: do}"],
+            recipe!["params: {a: .inf}", "stages:", "  a: {kind: do}"],
+            &deep,
+            &large,
+            &long,
         ]),
     );
 }
 
 #[test]
 fn faults_of_recipes() {
+    let stages: String = (0..1001)
+        .map(|stage| format!("  s{stage}: {{kind: do}}\n"))
+        .collect();
+    let many = format!("version: 1\nbackend: faulty\nstages:\n{stages}");
     check(
         "recipes",
         &verdicts(&[
@@ -131,12 +164,50 @@ fn faults_of_recipes() {
             recipe!["stages:", "  a: {kind: do, file: no-such-file.csv}"],
             recipe!["stages:", "  a: {kind: do, folder: r.yaml}"],
             recipe!["stages:", "  a: {kind: do, pictures: .}"],
+            recipe!["stages:", "  a: {kind: do, min_workers: 2}"],
+            recipe!["stages:", "  a: {kind: do, file: ~}"],
+            recipe!["stages:", "  a: {kind: do, file: ~root/x}"],
+            recipe!["stages:", "  a: {kind: do, file: $HOME/x}"],
+            recipe!["stages:", "  a: {kind: do, file: \"a\u{a0}b\"}"],
+            recipe!["stages:", "  a: {kind: do, amount: \"3\"}"],
+            recipe!["stages:", "  a: {kind: do, amount: 1_000}"],
+            recipe!["stages:", "  a: {kind: do, amount: }"],
+            recipe!["stages:", "  a: {kind: do, seed: 18446744073709551616}"],
+            recipe!["stages:", "  a: {kind: do, seed: \"17\u{a0}000\"}"],
+            recipe!["stages:", "  a: {kind: do, seed: 0100}"],
+            recipe!["stages:", "  a: {kind: do, seed: -1}"],
+            recipe!["stages:", "  a: {kind: do, threads: 100000}"],
+            recipe!["name: a/b", "stages:", "  a: {kind: do}"],
+            "version: 1\nbackend: ../x\nstages:\n  a: {kind: do}\n",
+            recipe![
+                "artifacts: {b: {kind: thing, hash: abc}}",
+                "stages:",
+                "  a: {kind: do}"
+            ],
+            &many,
         ]),
     );
 }
 
 #[test]
 fn faults_of_references() {
+    let recipe = |params: &[String]| {
+        let params: String = params
+            .iter()
+            .enumerate()
+            .map(|(number, value)| format!("  p{number}: {value}\n"))
+            .collect();
+        format!("version: 1\nbackend: faulty\nparams:\n{params}stages:\n  a: {{kind: do}}\n")
+    };
+    let chain = |first: &str, count: usize, times: usize| -> Vec<String> {
+        let next = |number: usize| format!("${{params.p{number}}}").repeat(times);
+        [first.to_owned()]
+            .into_iter()
+            .chain((0..count - 1).map(next))
+            .collect()
+    };
+    let long = recipe(&chain("x", 52, 1));
+    let growing = recipe(&chain(&"x".repeat(63), 17, 2));
     check(
         "references",
         &verdicts(&[
@@ -182,15 +253,85 @@ fn faults_of_references() {
                 "stages:",
                 "  a: {kind: do, file: \"${paths.p}/x\"}"
             ],
+            recipe!["stages:", "  a: {kind: do, input: something-else}"],
+            recipe![
+                "artifacts: {b: {kind: thing, hash: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa}}",
+                "stages:",
+                "  a: {kind: do, input: b}",
+                "  b: {kind: do}"
+            ],
+            recipe![
+                "artifacts: {b: {kind: other, hash: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa}}",
+                "stages:",
+                "  a: {kind: do, input: b}"
+            ],
+            &long,
+            &growing,
         ]),
     );
+}
+
+/// Stages for the candle plugin with these lines, in which `DATA` stands for a folder of images.
+fn of_candle(stages: &[&str]) -> String {
+    let stages: String = stages
+        .iter()
+        .map(|stage| format!("  {}\n", stage.replace("DATA", "{folder: ., size: 16}")))
+        .collect();
+    format!("version: 1\nbackend: candle\ndevice: cpu\nstages:\n{stages}")
+}
+
+/// Most of these are refused by the plugin itself, not by its schema.
+#[test]
+fn faults_of_options() {
+    let codes =
+        "codes: {kind: tokenizer, data: DATA, codebook_size: 16, codebook_dim: 4}".to_owned();
+    let teacher =
+        "teacher: {kind: pretrain, data: DATA, tokenizer: codes, width: 32, depth: 2, heads: 2}";
+    let pairs = "pairs: {kind: trajectories, teacher: teacher, count: 100}";
+    let tokenizer = |option: &str| codes.replace("dim: 4", &format!("dim: 4, {option}"));
+    let made = |stage: &str| of_candle(&[&codes, teacher, pairs, stage]);
+    let recipes = [
+        of_candle(&[&tokenizer("train: {steps: 0}")]),
+        of_candle(&[&tokenizer("workers: 2, min_workers: 3")]),
+        of_candle(&[&tokenizer("norm_groups: 7")]),
+        of_candle(&[&tokenizer("scales: [1, 2]")]),
+        of_candle(&[&codes, &teacher.replace("heads: 2", "heads: 3")]),
+        of_candle(&[
+            &codes,
+            teacher,
+            &pairs.replace("teacher: teacher", "teacher: codes"),
+        ]),
+        of_candle(&[
+            &codes,
+            teacher,
+            &pairs.replace("100", "100, range: [50, 200]"),
+        ]),
+        made("student: {kind: distill, teacher: teacher, trajectories: pairs, timesteps: [2, 0]}"),
+        made("drawn: {kind: sample, sampler: {kind: teachr, teacher: teacher}, count: 10}"),
+        made(
+            "drawn: {kind: sample, sampler: {kind: teacher, teacher: teacher}, count: 10, png: yes}",
+        ),
+        made(
+            "drawn: {kind: sample, sampler: {kind: teacher, teacher: teacher}, count: 10, images: none}",
+        ),
+        made(
+            "drawn: {kind: sample, sampler: {kind: teacher, teacher: teacher}, count: 10, images: none, npz: true}",
+        ),
+        of_candle(&["pictures: {kind: images, data: {folder: ., csv: r.yaml, size: 16}}"]),
+        of_candle(&["pictures: {kind: images, data: {folder: ., size: [16]}}"]),
+        of_candle(&["measured: {kind: evaluate}"]),
+        of_candle(&["measured: {kind: evaluate, data: DATA}"]),
+        of_candle(&["measured: {kind: evaluate, data: DATA, preparation: [pytorch, tensorflow]}"]),
+    ];
+    let recipes: Vec<&str> = recipes.iter().map(String::as_str).collect();
+    check("options", &verdicts(&recipes));
 }
 
 #[test]
 fn faults_of_settings() {
     let lab = Lab::new(&[]);
     let recipe = recipe![
-        "params: {width: 3}",
+        "params: {width: 3, list: [1, 2]}",
         "stages:",
         "  first: {kind: do, amount: \"${params.width}\"}",
         "  last: {kind: do, input: first}",
@@ -212,23 +353,46 @@ fn faults_of_settings() {
         "first.text=\"\"",
         "params.wdth=1",
         "paths.x=1",
+        "a..b=1",
+        "params.list.5=1",
+        "params.width.x=1",
+        "first.amount.x=1",
+        "first.amount=\"3",
     ] {
         tell(&mut text, &lab, &["validate", "r.yaml", "--set", setting]);
     }
     for arguments in [
-        ["--from", "lats"],
-        ["--until", "nothing"],
-        ["--force=x", "-q"],
-        ["--from=", "-q"],
-        ["--sweep", "first.amount"],
-        ["--sweep", "first.amuont=1,2"],
-        ["--sweep", "first.amount=9..1"],
+        &["--from", "lats"][..],
+        &["--until", "nothing"],
+        &["--from", "last", "--until", "first"],
+        &["--force=x", "-q"],
+        &["--from=", "-q"],
+        &["--sweep", "first.amount"],
+        &["--sweep", "=1,2"],
+        &["--sweep", "first.amuont=1,2"],
+        &["--sweep", "first.amount=9..1"],
+        &["--sweep", "first.amount=1,,2"],
+        &["--sweep", "first.amount=1,1"],
+        &["--sweep", "first.amount=log:1,2"],
+        &["--sweep", "first.amount=log:a..b"],
+        &["--sweep", "first.amount=log:0..5"],
+        &["--sweep", "first.amount=0..5/x"],
+        &["--sweep", "first.amount=0.1..0.5/1"],
+        &["--sweep", "first.amount=0.5..0.1/3"],
+        &["--sweep", "first.amount=0..inf/3"],
+        &["--sweep", "first.amount=0.1..0.5"],
+        &["--sweep", "first.amount=1..20000"],
+        &[
+            "--sweep",
+            "first.amount=1..3000",
+            "--sweep",
+            "last.amount=1..3000",
+        ],
+        &["--sweep", "first.amount=1,2", "--sweep", "first.amount=3,4"],
+        &["--sweep", "first.amount=1..3", "--sample", "20000"],
+        &["--sweep"],
     ] {
-        tell(
-            &mut text,
-            &lab,
-            &[&["run", "r.yaml"], &arguments[..]].concat(),
-        );
+        tell(&mut text, &lab, &[&["run", "r.yaml"], arguments].concat());
     }
     check("settings", &text);
 }
@@ -251,6 +415,13 @@ fn faults_of_filters() {
         "seed = = 3",
         "metrics.a/b <",
         "größe = 3 oder x",
+        "tag < a",
+        "tag in (a",
+        "params.a.amount < null",
+        "params.a.amuont = 3",
+        "metrics.tock > 3",
+        "took < long",
+        "seed = nan",
     ] {
         tell(&mut text, &lab, &["runs", "list", "--where", filter]);
     }
@@ -280,6 +451,17 @@ fn faults_of_sweeps() {
         "{parameters: {a.amount: [1, 2]}, objective: {goal: min}}",
         "{parameters: {a.amount: [1, 2]}, objective: {metric: a/tick, goal: most}}",
         "{parameters: {a.amount: [1, many]}}",
+        "{parameters: {a.amount: [1, 1]}}",
+        "{parameters: {a.amount: {choice: []}}}",
+        "{parameters: {a.amount: {choice: [1, 2], count: 2}}}",
+        "{parameters: {a.amount: {min: 1}}}",
+        "{parameters: {a.amount: {min: 1, max: 3, int: true, count: 2}}}",
+        "{parameters: {a.amount: {min: 0.5, max: 3, int: true}}}",
+        "{parameters: {a.amount: {min: 3, max: 1, int: true}}}",
+        "{parameters: {a.amount: {min: 0, max: 1, count: 1}}}",
+        "{parameters: {a.amount: [1, 2]}, sample: 20000}",
+        "{parameters: {a.amount: [1, 2]}, asha: {metric: a/tick, rungs: []}}",
+        "{parameters: {a.amount: [1, 2]}, asha: {metric: a/tick, rungs: [4, 2]}}",
     ];
     let mut text = String::new();
     for sweep in recipes {
@@ -300,10 +482,30 @@ fn faults_of_project_files() {
         "[slurm]\ncpus = \"four\"\n",
         "executor = \"local\n",
         "[slurm.kinds.distill]\nrequeue = -1\n",
+        "[slurm.kinds.do.kinds.do]\ncpus = 1\n",
+        "[slurm.kinds.\"\"]\ncpus = 1\n",
+        "[slurm]\npartition = \"a\\nb\"\n",
+        "executor = \"slurm\"\n[slurm]\nprologue = \"true\"\n",
+        "executor = \"slurm\"\n[slurm]\nsignal = \"soon\"\n",
+        "executor = \"slurm\"\n[slurm]\ncpus = 0\n",
     ] {
         let lab = Lab::new(&["a: {kind: do}"]);
         fs::write(lab.dir.path().join("retort.toml"), settings).unwrap();
         tell(&mut text, &lab, &["run", "r.yaml"]);
+    }
+    let lab = Lab::new(&["a: {kind: do}"]);
+    for setting in [
+        "gpu",
+        "partitoin=gpu",
+        "do.a.b=3",
+        "cpus=four",
+        "kinds=3",
+        "sbatch=constraint",
+        "sbatch=--array=0-3",
+        "sbatch=--clusters=other",
+    ] {
+        let arguments = ["run", "r.yaml", "--executor", "slurm", "--slurm", setting];
+        tell(&mut text, &lab, &arguments);
     }
     check("project-files", &text);
 }

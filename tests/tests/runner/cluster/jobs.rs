@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,9 @@ use serde_json::Value;
 use retort_tests::digits::Digits;
 
 use super::site::{self, Site};
+use super::stages::{
+    began, ends, flag, held, made, release, wait_for_lives, wait_for_watch, working,
+};
 use super::{profiles, restarts};
 use crate::lab::{Lab, Running, binary, compile, signal_process, wait_for, wait_until_gone};
 use crate::terminal::{Screen, on_a_terminal};
@@ -21,33 +24,6 @@ const KILL: i32 = 9;
 
 /// Trajectories that three workers share.
 const PAIRS: &str = "  pairs: {kind: trajectories, teacher: teacher, count: 601, shard_size: 100, batch: 33, workers: 3}\n";
-
-/// Works for this many tenths of a second.
-pub fn working(name: &str, ticks: u32) -> Lab {
-    Lab::new(&[&format!(
-        "a: {{kind: do, act: work, amount: {ticks}, text: {name}}}"
-    )])
-}
-
-/// Works until [`release`], so that every disturbance hits it while it is running.
-pub fn held(name: &str) -> Lab {
-    let lab = Lab::new(&[]);
-    let flag = flag(&lab);
-    lab.recipe(&[&format!(
-        "a: {{kind: do, act: wait, flag: {}, text: {name}}}",
-        flag.display()
-    )]);
-    lab
-}
-
-fn flag(lab: &Lab) -> PathBuf {
-    lab.dir.path().join("enough")
-}
-
-/// Lets the stage of [`held`] end.
-pub fn release(lab: &Lab) {
-    fs::write(flag(lab), "").unwrap();
-}
 
 #[test]
 fn a_store_that_another_machine_writes_to_is_left_alone() {
@@ -191,22 +167,6 @@ fn placed_by_srun(site: &Site, page: &str) {
     assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "10\n");
 }
 
-/// How the jobs' lives of all runs ended, in order.
-pub fn ends(site: &Site, lab: &Lab) -> Vec<String> {
-    let said = site.retort(
-        lab,
-        &[
-            "query",
-            "--json",
-            "select reason from v_job_lives order by job, element, life",
-        ],
-    );
-    let rows = said.expect(0).json();
-    let rows = rows.as_array().unwrap().iter();
-    rows.map(|row| row["reason"].as_str().unwrap_or("none").to_owned())
-        .collect()
-}
-
 /// The state of the newest run, and of its first stage.
 fn states(site: &Site, lab: &Lab) -> (String, String) {
     let shown = site
@@ -215,28 +175,6 @@ fn states(site: &Site, lab: &Lab) -> (String, String) {
         .json();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     (text(&shown["state"]), text(&shown["stages"][0]["state"]))
-}
-
-/// Waits until this many lives of a run's jobs have begun.
-pub fn wait_for_lives(site: &Site, lab: &Lab, lives: usize) {
-    wait_for("another life", || {
-        let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
-        (said.stdout.lines().filter_map(began).count() >= lives).then_some(())
-    });
-}
-
-/// Waits until a worker is running. Returns its supervising process.
-pub fn wait_for_watch(site: &Site, lab: &Lab) -> u32 {
-    wait_for("a job at work", || {
-        let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
-        said.stdout.lines().filter_map(began).next_back()
-    })
-}
-
-/// The process in a line of the log about a start on a node.
-fn began(line: &str) -> Option<u32> {
-    let (_, process) = line.split_once(" began on ")?.1.split_once("(process ")?;
-    process.trim_end().trim_end_matches(')').parse().ok()
 }
 
 /// The only child of a process.
@@ -688,16 +626,6 @@ fn ranks(site: &Site) {
     assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "80\n");
     site.set_node("n2", "resume");
     site.wait_for_nodes();
-}
-
-/// The output of the plugin `ranks`.
-pub fn made(lab: &Lab) -> PathBuf {
-    let stages = lab.latest().unwrap().stages;
-    let output = stages[0].attempts.last().unwrap().output.clone().unwrap();
-    lab.store_dir()
-        .join("artifacts")
-        .join(output)
-        .join("thing.txt")
 }
 
 fn full_queue(site: &Site) {

@@ -3,8 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-use super::jobs::made;
 use super::site::Site;
+use super::stages::made;
 use crate::lab::{Lab, compile};
 
 pub fn prologue(site: &Site) {

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::jobs::{ends, held, release, wait_for_lives, wait_for_watch};
 use super::site::Site;
+use super::stages::{ends, held, release, wait_for_lives, wait_for_watch};
 use crate::lab::{Lab, wait_for};
 
 /// The same work on this machine, where it ends quickly, has the same bytes.
