@@ -17,7 +17,7 @@ use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
 use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{self, Loader, Params, Source, Weights};
+use retort_engine::weights::{self, Loader, ParameterSource, Params, Weights};
 
 /// Images per batch.
 const BATCH: usize = 6;
@@ -57,7 +57,8 @@ pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Case>> {
 pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case> {
     fn path<B: Backend>(backend: &B, weights: &[Weights; 2]) -> Result<Vec<u32>> {
         let (c, count) = (network(), 64);
-        let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
+        let constant =
+            |weights| Loader::new(backend, ParameterSource::Host(weights), false, "drawn");
         let teacher = llamagen::Gpt::load(&mut constant(&weights[0]), &c)?;
         let codebook = vq::VqModel::load(&mut constant(&weights[1]), &images())?.codebook()?;
         let (_, ids) = trajectories(backend, &teacher, &codebook, 9, count)?;
@@ -151,7 +152,7 @@ pub fn drawn<B: Backend, M>(
     backend: &B,
     build: impl Fn(&mut Loader<'_, B>) -> Result<M>,
 ) -> Result<Weights> {
-    let mut loader = Loader::new(backend, Source::Init(7), true, "drawn");
+    let mut loader = Loader::new(backend, ParameterSource::Init(7), true, "drawn");
     build(&mut loader)?;
     let mut all = weights::from_params(&loader.into_params())?;
     for (i, w) in all.values_mut().enumerate() {
@@ -186,7 +187,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         drawn(backend, |l| llamagen::GptStudent::load(l, &c).map(drop))?,
         drawn(backend, |l| vq::VqModel::load(l, &v).map(drop))?,
     ];
-    let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
+    let constant = |weights| Loader::new(backend, ParameterSource::Host(weights), false, "drawn");
     let teacher = llamagen::Gpt::load(&mut constant(&teacher_weights), &c)?;
     let tokenizer = vq::VqModel::load(&mut constant(&image_weights), &v)?;
     let codebook = tokenizer.codebook()?;
@@ -228,7 +229,12 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let known = 7;
     let kinds: Vec<u32> = (0..BATCH * l).map(|i| u32::from(i % l < known)).collect();
     let kinds = backend.indices(&kinds, &[BATCH, l])?;
-    let mut loader = Loader::new(backend, Source::Host(&student_weights), true, "drawn");
+    let mut loader = Loader::new(
+        backend,
+        ParameterSource::Host(&student_weights),
+        true,
+        "drawn",
+    );
     let student = llamagen::GptStudent::load(&mut loader, &c)?;
     let params = loader.into_params();
     let prediction = student.predict(&eps, &labels, &kinds)?;
@@ -260,7 +266,12 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     keep(&mut found, "tokenizer/large", images.value(), 1e-4)?;
 
     // A training step of the tokenizer.
-    let mut loader = Loader::new(backend, Source::Host(&image_weights), true, "drawn");
+    let mut loader = Loader::new(
+        backend,
+        ParameterSource::Host(&image_weights),
+        true,
+        "drawn",
+    );
     let trained = vq::VqModel::load(&mut loader, &v)?;
     let params = loader.into_params();
     let result = trained.reconstruct(decoded.value())?;

@@ -20,7 +20,7 @@ use retort_engine::model::{BatchConditioning, Guidance, Teacher};
 use retort_engine::published::{self, ShapeHints};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{self, Loader, Source, Weights};
+use retort_engine::weights::{self, Loader, ParameterSource, Weights};
 
 use crate::golden;
 
@@ -244,7 +244,7 @@ impl Drawn {
     pub(crate) fn new(r: &Reference) -> Result<Self> {
         let backend = Candle::open("cpu", "f32", 0)?;
         let draw = |build: &dyn Fn(&mut Loader<'_, Candle>) -> Result<()>| -> Result<Weights> {
-            let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+            let mut loader = Loader::new(&backend, ParameterSource::Init(1), true, "drawn");
             build(&mut loader)?;
             let mut all = weights::from_params(&loader.into_params())?;
             for head in ["output.weight", "head.weight"] {
@@ -257,7 +257,7 @@ impl Drawn {
             Ok(all)
         };
         let tokenizer = draw(&|l| r.tokenizer.build(l).map(drop))?;
-        let codes = || Loader::new(&backend, Source::Host(&tokenizer), false, "drawn");
+        let codes = || Loader::new(&backend, ParameterSource::Host(&tokenizer), false, "drawn");
         Ok(Self {
             teacher: draw(&|l| r.network.teacher(l, (&r.tokenizer, &mut codes())).map(drop))?,
             student: draw(&|l| r.network.student(l).map(drop))?,
@@ -372,7 +372,12 @@ impl<B: Backend> BackendRun<B> {
 
     /// Seconds of a training step of the student.
     pub(crate) fn train(&self, r: &Reference, drawn: &Drawn) -> Result<f64> {
-        let mut loader = Loader::new(&self.backend, Source::Host(&drawn.student), true, "drawn");
+        let mut loader = Loader::new(
+            &self.backend,
+            ParameterSource::Host(&drawn.student),
+            true,
+            "drawn",
+        );
         let student = r.network.student(&mut loader)?;
         let params = loader.into_params();
         let zeros = |(_, p): &(String, Variable<B>)| self.backend.full(&p.shape(), 0.0);
@@ -438,7 +443,14 @@ impl<B: Backend> Timed for BackendRun<B> {
         drawn: &Drawn,
         phases: &[Phase],
     ) -> Result<Vec<Option<f64>>> {
-        let frozen = |weights| Loader::new(&self.backend, Source::Host(weights), false, "drawn");
+        let frozen = |weights| {
+            Loader::new(
+                &self.backend,
+                ParameterSource::Host(weights),
+                false,
+                "drawn",
+            )
+        };
         let tokenizer = r.tokenizer.build(&mut frozen(&drawn.tokenizer))?;
         let wanted = |phase| phases.contains(&phase);
         let generation = if wanted(Phase::Teacher) || wanted(Phase::Flow) {

@@ -13,7 +13,7 @@ use retort_engine::error::{Error, Result};
 use retort_engine::random::{noise, noises};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
 use retort_engine::tape::Variable;
-use retort_engine::weights::{Loader, Source};
+use retort_engine::weights::{Loader, ParameterSource};
 
 use crate::speed::{BackendRun, Drawn, Peer, Phase, Reference, least};
 
@@ -126,7 +126,7 @@ fn peak<B: Backend>(on: &BackendRun<B>) -> Result<f64> {
 }
 
 fn phases<B: Backend>(on: &BackendRun<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<TimedPhase>> {
-    let frozen = |weights| Loader::new(&on.backend, Source::Host(weights), false, "drawn");
+    let frozen = |weights| Loader::new(&on.backend, ParameterSource::Host(weights), false, "drawn");
     let tokenizer = r.tokenizer.build(&mut frozen(&drawn.tokenizer))?;
     let codebook = tokenizer.codebook()?;
     let (eps, labels, _) = on.inputs(r)?;

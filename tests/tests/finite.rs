@@ -256,7 +256,7 @@ fn a_training_that_ends_in_more_faults_than_it_took_steps_fails() {
         train(&Recorder::default(), dir.path(), 100, bad).0
     };
     let error = ends_in(1).expect_err("one step was taken").to_string();
-    let said = "; the last 39 of its 40 steps were skipped, more than it took";
+    let said = "; the last 39 of its 40 steps were skipped, more than were taken";
     assert!(
         error.contains("at step 39 the loss is NaN") && error.ends_with(said),
         "{error}"

@@ -18,7 +18,7 @@ use retort_engine::sampler::{
 use retort_engine::size::Sides;
 use retort_engine::stage::sample::drawer::Sampler;
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{Floats, Loader, Source, Weights};
+use retort_engine::weights::{Floats, Loader, ParameterSource, Weights};
 use retort_tests::small;
 
 type Tensor = <Candle as Tensors>::Tensor;
@@ -49,7 +49,7 @@ impl Case {
     fn new(network: &NetworkConfig, tokenizer: &TokenizerConfig) -> Self {
         let backend = candle();
         let of_tokenizer = disturbed(&backend, |loader| tokenizer.build(loader).map(drop));
-        let load = |weights| Loader::new(&backend, Source::Host(weights), false, "drawn");
+        let load = |weights| Loader::new(&backend, ParameterSource::Host(weights), false, "drawn");
         let codes = tokenizer.build(&mut load(&of_tokenizer)).expect("codes");
         let of_teacher = disturbed(&backend, |loader| {
             let with = (tokenizer, &mut load(&of_tokenizer));
@@ -102,7 +102,7 @@ impl Case {
 
 /// A network's initial parameters, with noise added.
 fn disturbed(backend: &Candle, build: impl FnOnce(&mut Loader<Candle>) -> Result<()>) -> Weights {
-    let mut loader = Loader::new(backend, Source::Init(1), true, "drawn");
+    let mut loader = Loader::new(backend, ParameterSource::Init(1), true, "drawn");
     build(&mut loader).expect("a network");
     let params = loader.into_params();
     let each = params.iter().enumerate().map(|(i, (name, p))| {
@@ -141,11 +141,11 @@ fn a_dropped_caption_is_that_of_none() {
     }
     let backend = candle();
     let weights = disturbed(&backend, |loader| {
-        let mut codes = Loader::new(&backend, Source::Init(2), false, "drawn");
+        let mut codes = Loader::new(&backend, ParameterSource::Init(2), false, "drawn");
         network.teacher(loader, (&tokenizer, &mut codes)).map(drop)
     });
-    let mut loader = Loader::new(&backend, Source::Host(&weights), true, "drawn");
-    let mut codes = Loader::new(&backend, Source::Init(2), false, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), true, "drawn");
+    let mut codes = Loader::new(&backend, ParameterSource::Init(2), false, "drawn");
     let teacher = network
         .teacher(&mut loader, (&tokenizer, &mut codes))
         .expect("a teacher");

@@ -5,7 +5,7 @@ use retort_engine::backend::Tensors;
 use retort_engine::bundle::NetworkConfig;
 use retort_engine::model::{ConditioningShape, decays, llamagen, var};
 use retort_engine::size::Sides;
-use retort_engine::weights::{Loader, Params, Source};
+use retort_engine::weights::{Loader, ParameterSource, Params};
 
 fn scales(shared_adaln: bool) -> NetworkConfig {
     NetworkConfig::Var(var::Config {
@@ -35,7 +35,7 @@ fn raster() -> NetworkConfig {
 
 fn student(network: &NetworkConfig) -> Params<Candle> {
     let backend = Candle::open("cpu", "f32", 1).expect("a CPU");
-    let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Init(1), true, "drawn");
     network.student(&mut loader).expect("a student");
     loader.into_params()
 }

@@ -5,7 +5,7 @@
 
 use retort_candle::Candle;
 use retort_engine::backend::Tensors;
-use retort_engine::weights::{CheckpointWeights, Init, Loader, Source, write_each};
+use retort_engine::weights::{CheckpointWeights, Init, Loader, ParameterSource, write_each};
 use retort_tests::memory::{peak, resident};
 use retort_tests::torch::Archive;
 
@@ -50,7 +50,7 @@ fn weights_are_loaded_and_written_one_at_a_time() {
         let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
         let mut loader = Loader::new(
             &backend,
-            Source::Files(std::slice::from_ref(&stored)),
+            ParameterSource::Files(std::slice::from_ref(&stored)),
             false,
             "the file",
         );

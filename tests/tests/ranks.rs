@@ -244,7 +244,7 @@ fn ranks_whose_weights_differ_end_before_a_checkpoint() {
     });
     for error in errors {
         assert!(matches!(error, Error::RanksDiffer(_)), "{error:?}");
-        let expected = "before step 3 1 of 2 workers hold other weights than the first";
+        let expected = "before step 3, 1 of 2 workers have different weights from the first";
         assert!(error.to_string().contains(expected), "{error}");
         let failure = Failure::from(error);
         assert_eq!(failure.code, FailureCode::WorkersDiffer);

@@ -11,7 +11,7 @@ use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::published::{self, ShapeHints};
 use retort_engine::random::noise;
 use retort_engine::tape::{Variable, backward, backward_as_ready};
-use retort_engine::weights::{Loader, Params, Source};
+use retort_engine::weights::{Loader, ParameterSource, Params};
 use retort_tests::memory::{peak, resident};
 
 /// A student of a published size with this many blocks, and its parameters.
@@ -26,7 +26,7 @@ fn student(family: Family, size: &str, depth: usize) -> LoadedStudent {
         NetworkConfig::Var(c) => c.depth = depth,
     }
     let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
-    let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Init(1), true, "drawn");
     let student = network.student(&mut loader).expect("a student");
     let params = loader.into_params();
     (backend, student, params)
@@ -146,11 +146,11 @@ fn recomputed_activations_take_less_memory() {
 fn images_decoded_a_few_at_a_time_take_less_memory() {
     const BATCH: usize = 4;
     let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
-    let mut loader = Loader::new(&backend, Source::Init(1), false, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Init(1), false, "drawn");
     // 128 x 128 pixels.
     let tokenizer = MultiScaleVq::load(&mut loader, &Config::published(&[1, 2, 4, 8]));
     let tokenizer = tokenizer.expect("a tokenizer");
-    let mut linear = Loader::new(&backend, Source::Init(2), false, "drawn");
+    let mut linear = Loader::new(&backend, ParameterSource::Init(2), false, "drawn");
     let metric = PerceptualMetric::Lpips(Lpips::load(&mut loader, &mut linear).expect("LPIPS"));
     let shape = [BATCH, 85, 32];
     let draw = |seed| backend.floats(&noise(seed, 0, BATCH * 85, 32), &shape);

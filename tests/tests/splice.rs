@@ -9,9 +9,9 @@ use retort_engine::model::{BatchConditioning, Prediction, Student, Tokenizer};
 use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::random::noise;
 use retort_engine::sampler::StudentSampler;
-use retort_engine::splice::State;
+use retort_engine::splice::TrajectoryState;
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{Floats, Loader, Params, Source, Weights};
+use retort_engine::weights::{Floats, Loader, ParameterSource, Params, Weights};
 use retort_tests::small;
 
 type Tensor = <Candle as Tensors>::Tensor;
@@ -40,13 +40,18 @@ fn cases() -> [Case; 2] {
 impl Case {
     fn new(network: NetworkConfig, shape: TokenizerConfig, split: usize, boundary: usize) -> Self {
         let backend = Candle::open("cpu", "f32", 1).expect("a CPU");
-        let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+        let mut loader = Loader::new(&backend, ParameterSource::Init(1), true, "drawn");
         network.student(&mut loader).expect("a student");
         let weights = disturbed(&loader.into_params());
-        let mut loader = Loader::new(&backend, Source::Init(2), true, "drawn");
+        let mut loader = Loader::new(&backend, ParameterSource::Init(2), true, "drawn");
         shape.build(&mut loader).expect("a tokenizer");
         let of_tokenizer = disturbed(&loader.into_params());
-        let mut loader = Loader::new(&backend, Source::Host(&of_tokenizer), false, "disturbed");
+        let mut loader = Loader::new(
+            &backend,
+            ParameterSource::Host(&of_tokenizer),
+            false,
+            "disturbed",
+        );
         let tokenizer = shape.build(&mut loader).expect("a tokenizer");
         Self {
             codebook: tokenizer.codebook().expect("codes"),
@@ -60,14 +65,14 @@ impl Case {
     }
 
     fn student(&self, weights: &Weights) -> (Box<dyn Student<Candle>>, Params<Candle>) {
-        let source = Source::Host(weights);
+        let source = ParameterSource::Host(weights);
         let mut loader = Loader::new(&self.backend, source, true, "student");
         let student = self.network.student(&mut loader).expect("a student");
         (student, loader.into_params())
     }
 
     /// X_t of samples at these timesteps, whose tokens are i, i + 1, .. modulo 16, and those tokens' vectors (b, L, D).
-    fn state(&self, timesteps: &[usize]) -> (State<Candle>, Tensor) {
+    fn state(&self, timesteps: &[usize]) -> (TrajectoryState<Candle>, Tensor) {
         let shape = self.network.token_shape();
         let (b, l, d) = (timesteps.len(), shape.count(), shape.dim);
         let ids: Vec<u32> = (0..b)
@@ -83,7 +88,7 @@ impl Case {
             x.extend(&noise(9, i as u64, l, d)[known * d..]);
         }
         let x = self.backend.floats(&x, &[b, l, d]).expect("X_t");
-        (State { x, known }, target)
+        (TrajectoryState { x, known }, target)
     }
 
     fn conditioning(&self, b: usize) -> BatchConditioning<Candle> {
@@ -91,7 +96,11 @@ impl Case {
         BatchConditioning::Classes(self.backend.indices(&labels, &[b]).expect("labels"))
     }
 
-    fn predict(&self, student: &dyn Student<Candle>, state: &State<Candle>) -> Prediction<Candle> {
+    fn predict(
+        &self,
+        student: &dyn Student<Candle>,
+        state: &TrajectoryState<Candle>,
+    ) -> Prediction<Candle> {
         let conditioning = self.conditioning(state.known.len());
         let kinds = state.kinds().expect("kinds");
         student
@@ -104,7 +113,7 @@ impl Case {
         &self,
         student: &dyn Student<Candle>,
         prediction: &Prediction<Candle>,
-        (state, target): &(State<Candle>, Tensor),
+        (state, target): &(TrajectoryState<Candle>, Tensor),
         most: usize,
     ) -> Variable<Candle> {
         let head = || student.continuous(prediction);
@@ -159,7 +168,11 @@ fn value(x: &Variable<Candle>) -> f32 {
 }
 
 /// Different logits at the positions of tokens (`known`), or at all others.
-fn with_other_logits(prediction: &mut Prediction<Candle>, state: &State<Candle>, known: bool) {
+fn with_other_logits(
+    prediction: &mut Prediction<Candle>,
+    state: &TrajectoryState<Candle>,
+    known: bool,
+) {
     let shape = prediction.logits.shape();
     let mut logits = Candle::to_floats(prediction.logits.value()).expect("floats");
     for (i, &first) in state.known.iter().enumerate() {

@@ -13,7 +13,7 @@ use retort_engine::stage::tokenizer::loss::{
 };
 use retort_engine::stage::tokenizer::quality::{psnr, ssim};
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{Floats, Loader, Source, Weights};
+use retort_engine::weights::{Floats, Loader, ParameterSource, Weights};
 use retort_tests::threads::{ThreadRank, together};
 
 type Tensor = <Candle as Tensors>::Tensor;
@@ -75,7 +75,7 @@ fn reconstructions() -> Vec<f32> {
 #[test]
 fn the_discriminator_is_the_published_one() {
     let (backend, weights) = (candle(), weights());
-    let mut loader = Loader::new(&backend, Source::Host(&weights), false, "values");
+    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), false, "values");
     let network = Discriminator::load(&mut loader, "d.", 3, (4, 2)).expect("a discriminator");
     let logits = |pixels: &[f32]| -> Vec<f64> {
         let x = Variable::<Candle>::constant(backend.floats(pixels, &SHAPE).expect("images"));

@@ -44,44 +44,43 @@ fn rotate(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
 
 /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
 pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
-    let job = Job::new(q, k, v, mask, scale)?;
+    let problem = Problem::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
-    let steps = [q, k, v].map(Step::of);
-    let (bias, bias_step) = job.bias(mask)?;
+    let steps = [q, k, v].map(Strides::of);
+    let (bias, bias_step) = problem.bias(mask)?;
     let shape = q.dims().to_vec();
     floats!(q, k, v, bias);
     let mut y = fresh(&shape);
-    let (wide, heads) = (job.d * job.h, job.h);
+    let (wide, heads) = (problem.d * problem.h, problem.h);
     let one = |scratch: &mut Scratch, b: usize, h: usize, y: &mut [f32], y_row: usize| {
         let q = steps[0].head(q, b, h);
         let k = steps[1].head(k, b, h);
         let v = steps[2].head(v, b, h);
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
-        if job.lq == 1 {
-            job.single(scratch, q, k, v, bias, y);
+        if problem.lq == 1 {
+            problem.single(scratch, q, k, v, bias, y);
         } else {
-            job.forward(scratch, q, k, v, bias, y, y_row);
+            problem.forward(scratch, q, k, v, bias, y, y_row);
         }
     };
-    if job.b >= 8 {
-        y.par_chunks_mut(job.lq * wide)
+    if problem.b >= 8 {
+        y.par_chunks_mut(problem.lq * wide)
             .enumerate()
-            .with_min_len(job.grain())
+            .with_min_len(problem.grain())
             .for_each_init(Scratch::default, |scratch, (b, y)| {
                 for h in 0..heads {
-                    one(scratch, b, h, &mut y[h * job.d..], wide);
+                    one(scratch, b, h, &mut y[h * problem.d..], wide);
                 }
             });
         return tensor(y, &shape);
     }
     // Few sequences: a task per head, each writing its own block.
-    y.par_chunks_mut(job.lq * job.d).enumerate().for_each_init(
-        Scratch::default,
-        |scratch, (i, y)| {
-            one(scratch, i / heads, i % heads, y, job.d);
-        },
-    );
-    heads_last(y, &job, job.lq)
+    y.par_chunks_mut(problem.lq * problem.d)
+        .enumerate()
+        .for_each_init(Scratch::default, |scratch, (i, y)| {
+            one(scratch, i / heads, i % heads, y, problem.d);
+        });
+    heads_last(y, &problem, problem.lq)
 }
 
 /// Gradients of [`attention`] for q, k and v; `y` is its result.
@@ -94,15 +93,15 @@ pub fn attention_backward(
     y: &T,
     grad: &T,
 ) -> Result<(T, T, T)> {
-    let job = Job::new(q, k, v, mask, scale)?;
+    let problem = Problem::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let (y, grad) = (&rows(y)?, &rows(grad)?);
-    let steps = [q, k, v, y, grad].map(Step::of);
-    let (bias, bias_step) = job.bias(mask)?;
+    let steps = [q, k, v, y, grad].map(Strides::of);
+    let (bias, bias_step) = problem.bias(mask)?;
     let (q_shape, k_shape) = (q.dims().to_vec(), k.dims().to_vec());
     floats!(q, k, v, y, grad, bias);
     let (mut dq, mut dk, mut dv) = (fresh(&q_shape), fresh(&k_shape), fresh(&k_shape));
-    let (wide, heads) = (job.d * job.h, job.h);
+    let (wide, heads) = (problem.d * problem.h, problem.h);
     let one = |scratch: &mut Scratch, b: usize, h: usize, out: Gradients<'_>| {
         let heads = Heads {
             q: steps[0].head(q, b, h),
@@ -112,34 +111,34 @@ pub fn attention_backward(
             g: steps[4].head(grad, b, h),
         };
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
-        job.backward(scratch, heads, bias, out);
+        problem.backward(scratch, heads, bias, out);
     };
-    let (q_size, k_size) = if job.b >= 8 {
-        (job.lq * wide, job.lk * wide)
+    let (q_size, k_size) = if problem.b >= 8 {
+        (problem.lq * wide, problem.lk * wide)
     } else {
-        (job.lq * job.d, job.lk * job.d)
+        (problem.lq * problem.d, problem.lk * problem.d)
     };
     dq.par_chunks_mut(q_size)
         .zip(dk.par_chunks_mut(k_size).zip(dv.par_chunks_mut(k_size)))
         .enumerate()
-        .with_min_len(if job.b >= 8 { job.grain() } else { 1 })
+        .with_min_len(if problem.b >= 8 { problem.grain() } else { 1 })
         .for_each_init(Scratch::default, |scratch, (i, (dq, (dk, dv)))| {
-            if job.b >= 8 {
+            if problem.b >= 8 {
                 for h in 0..heads {
                     let (dq, dk, dv) = (
-                        &mut dq[h * job.d..],
-                        &mut dk[h * job.d..],
-                        &mut dv[h * job.d..],
+                        &mut dq[h * problem.d..],
+                        &mut dk[h * problem.d..],
+                        &mut dv[h * problem.d..],
                     );
                     let row = wide;
                     one(scratch, i, h, Gradients { dq, dk, dv, row });
                 }
             } else {
-                let row = job.d;
+                let row = problem.d;
                 one(scratch, i / heads, i % heads, Gradients { dq, dk, dv, row });
             }
         });
-    if job.b >= 8 {
+    if problem.b >= 8 {
         Ok((
             tensor(dq, &q_shape)?,
             tensor(dk, &k_shape)?,
@@ -147,23 +146,23 @@ pub fn attention_backward(
         ))
     } else {
         Ok((
-            heads_last(dq, &job, job.lq)?,
-            heads_last(dk, &job, job.lk)?,
-            heads_last(dv, &job, job.lk)?,
+            heads_last(dq, &problem, problem.lq)?,
+            heads_last(dk, &problem, problem.lk)?,
+            heads_last(dv, &problem, problem.lk)?,
         ))
     }
 }
 
 /// (b, h, l, d) in memory -> (b, l, h, d)
-fn heads_last(data: Vec<f32>, job: &Job, l: usize) -> Result<T> {
-    let y = tensor(data, &[job.b, job.h, l, job.d])?;
+fn heads_last(data: Vec<f32>, problem: &Problem, l: usize) -> Result<T> {
+    let y = tensor(data, &[problem.b, problem.h, l, problem.d])?;
     y.transpose(1, 2)
         .and_then(|y| y.contiguous())
         .map_err(failed)
 }
 
 /// Sizes and mask of one call.
-struct Job {
+struct Problem {
     b: usize,
     lq: usize,
     lk: usize,
@@ -207,9 +206,9 @@ struct Gradients<'a> {
 
 /// Strides of a (b, l, h, d) tensor.
 #[derive(Clone, Copy)]
-struct Step([usize; 3]);
+struct Strides([usize; 3]);
 
-impl Step {
+impl Strides {
     fn of(x: &T) -> Self {
         let s = x.stride();
         Self([s[0], s[1], s[2]])
@@ -248,7 +247,7 @@ struct Scratch {
     dv: Vec<f32>,
 }
 
-impl Job {
+impl Problem {
     fn new(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<Self> {
         let (b, lq, h, d) = q.dims4().map_err(failed)?;
         let lk = k.dims4().map_err(failed)?.1;

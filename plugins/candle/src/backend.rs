@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
-    AdamwStep, Attention, Binary, FlowSolver, Layers, Mask, Norms, Optimiser, Precision, Sampling,
-    Tensors, Unary, Window, upsample2,
+    AdamwStep, Attention, Binary, Exchange, FlowSolver, Layers, Mask, Norms, Optimiser, Precision,
+    Sampling, Tensors, Unary, Window, upsample2,
 };
 use retort_engine::error::Result;
 
@@ -392,6 +392,8 @@ impl Attention for Candle {
         }
     }
 }
+
+impl Exchange for Candle {}
 
 impl Optimiser for Candle {
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
-    Attention, Binary, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
+    Attention, Binary, Exchange, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
 };
 use retort_engine::error::{Error, Result};
 
@@ -272,6 +272,7 @@ impl Layers for Plain {}
 impl Norms for Plain {}
 impl Attention for Plain {}
 impl Optimiser for Plain {}
+impl Exchange for Plain {}
 impl Sampling for Plain {}
 
 /// Images (b, c, h, w) padded with zeros, because candle's convolutions take one padding for both directions.

@@ -1,6 +1,6 @@
 //! The directory of a zip archive, read by position and within limits.
 //!
-//! In: any archive, of more than 4 GiB too. Out: its entries, the positions of their bytes, and their checksums
+//! In: any archive, also of more than 4 GiB. Out: its entries, the positions of their bytes, and their checksums
 //! (`checksum.rs`); nothing is unpacked. Only the directory at the end of the file counts, as in Python; its size and number
 //! of entries are checked before any of it is read. Deliberately absent: encrypted entries, archives in several files.
 
@@ -16,7 +16,7 @@ const ENTRIES: u64 = 100_000;
 const DIRECTORY: u64 = 32 << 20;
 /// Bytes of the end record of an archive, without the trailing comment.
 const END: usize = 22;
-/// The longest remark.
+/// The longest comment.
 const REMARK: u64 = 0xffff;
 
 /// How the bytes of an entry are packed.
@@ -57,7 +57,7 @@ impl Archive {
     /// Opens a file.
     ///
     /// # Errors
-    /// It cannot be read, is no archive, is damaged, or is beyond the limits.
+    /// It cannot be read, is not an archive, is damaged, or exceeds the limits.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(Source::open(path)?)
     }
@@ -84,7 +84,7 @@ impl Archive {
         }
         if entries.len() as u64 != directory.count {
             return Err(damaged(format!(
-                "its end speaks of {} entries, its directory has {}",
+                "its end record counts {} entries, but its directory has {}",
                 directory.count,
                 entries.len()
             )));
@@ -180,7 +180,8 @@ impl Directory {
                     && u16::from_le_bytes([bytes[at + 20], bytes[at + 21]]) as usize
                         == bytes.len() - at - END
             });
-        let at = at.ok_or_else(|| damaged("it has no end: it is cut off, or something follows"))?;
+        let at = at
+            .ok_or_else(|| damaged("it has no end record: it is cut off, or other bytes follow"))?;
         let mut end = len - tail + at as u64;
         let mut fields = Fields(&bytes[at + 4..]);
         let mut small = || -> Option<_> {
@@ -188,7 +189,7 @@ impl Directory {
             let (all, len, offset) = (fields.take(2)?, fields.take(4)?, fields.take(4)?);
             Some((disk, first, here, all, len, offset))
         };
-        let missing = || damaged("its end is cut off");
+        let missing = || damaged("its end record is cut off");
         let (mut disk, mut first, mut here, mut count, mut size, mut offset) =
             small().ok_or_else(missing)?;
         if let Some((place, wide)) = Self::wide(source, end)? {
@@ -240,7 +241,7 @@ impl Directory {
                 return Ok(Some((place, numbers)));
             }
         }
-        Err(damaged("the end for large numbers is missing"))
+        Err(damaged("the ZIP64 end record is missing"))
     }
 }
 
@@ -391,10 +392,13 @@ mod tests {
         check(end(1, u64::MAX, 0, true), "beyond the file");
         check(end(1, 0, u64::MAX, true), "beyond the file");
         check(end(1, 100, 0, false), "beyond the file");
-        check(end(2, 0, 0, false), "speaks of 2 entries");
-        check(b"PK\x05\x06".to_vec(), "it has no end");
-        check(b"PK".to_vec(), "it has no end");
-        check(Vec::new(), "it has no end");
+        check(
+            end(2, 0, 0, false),
+            "end record counts 2 entries, but its directory has",
+        );
+        check(b"PK\x05\x06".to_vec(), "it has no end record");
+        check(b"PK".to_vec(), "it has no end record");
+        check(Vec::new(), "it has no end record");
         // More entries than the end record says.
         let mut many = b"PK\x01\x02".to_vec();
         many.resize(46, 0);

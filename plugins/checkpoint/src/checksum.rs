@@ -44,8 +44,8 @@ impl Entry {
 
     /// Checks the entry's bytes while they are read from `unpacked`: reading the last byte fails if the checksum does not
     /// match. Nothing beyond the entry's size is read.
-    pub fn checked<R: Read>(&self, unpacked: R) -> Checked<R> {
-        Checked {
+    pub fn checked<R: Read>(&self, unpacked: R) -> ChecksumReader<R> {
+        ChecksumReader {
             unpacked,
             left: self.size,
             found: Hasher::new(),
@@ -55,14 +55,14 @@ impl Entry {
 }
 
 /// A reader of an entry's bytes that checks them.
-pub struct Checked<R> {
+pub struct ChecksumReader<R> {
     unpacked: R,
     left: u64,
     found: Hasher,
     entry: Entry,
 }
 
-impl<R: Read> Read for Checked<R> {
+impl<R: Read> Read for ChecksumReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = self.left.min(buffer.len() as u64) as usize;
         if most == 0 {
@@ -83,26 +83,26 @@ impl<R: Read> Read for Checked<R> {
 
 /// The entries of a file that are read in place and have a checksum, sorted by position.
 #[derive(Default)]
-pub(crate) struct Sums {
-    entries: Vec<Stored>,
+pub(crate) struct Checksums {
+    entries: Vec<StoredEntry>,
     /// The file's name, where it is one of several.
     file: Option<String>,
 }
 
 /// An entry that is read in place.
-struct Stored {
+struct StoredEntry {
     start: u64,
     entry: Entry,
     /// Whether it has already been checked.
     is_checked: AtomicBool,
 }
 
-impl Sums {
+impl Checksums {
     /// The entries of an archive of torch, each with its position.
     pub fn of_torch(entries: impl Iterator<Item = (u64, Entry)>) -> Self {
-        let mut entries: Vec<Stored> = entries
+        let mut entries: Vec<StoredEntry> = entries
             .filter(|(_, entry)| entry.has_sum() && entry.size > 0)
-            .map(|(start, entry)| Stored {
+            .map(|(start, entry)| StoredEntry {
                 start,
                 entry,
                 is_checked: AtomicBool::new(false),
@@ -157,7 +157,7 @@ impl Sums {
     }
 
     /// The entry in which a non-empty tensor begins.
-    fn around(&self, tensor: &Tensor) -> Option<&Stored> {
+    fn around(&self, tensor: &Tensor) -> Option<&StoredEntry> {
         let start = tensor.begins()?;
         let after = self.entries.partition_point(|stored| stored.start <= start);
         let stored = &self.entries[after.checked_sub(1)?];
@@ -165,7 +165,7 @@ impl Sums {
     }
 }
 
-impl Stored {
+impl StoredEntry {
     /// Checks it, unless that has been done or would take long.
     fn check(&self, source: &Source) -> Result<()> {
         let size = self.entry.size;

@@ -187,7 +187,7 @@ mod tests {
             ];
             let file = file.concat();
             assert_eq!(check_palettes(&file).is_ok(), expected, "{palette}");
-            // Of its beginning alone nothing is known.
+            // Its beginning alone tells nothing.
             assert!(check_palettes(&file[..20]).is_ok());
         };
         check(12, true);

@@ -17,7 +17,7 @@ const HEAVIEST_BYTE: usize = 640;
 /// Reads a value.
 ///
 /// # Errors
-/// The text is no JSON, would take more than [`HEAVIEST`] in memory, an object has a name twice, or the value is not of this
+/// The text is not JSON, would take more than [`HEAVIEST`] in memory, an object has a name twice, or the value is not of this
 /// type.
 pub fn parse<T: DeserializeOwned>(text: &[u8]) -> serde_json::Result<T> {
     parse_within(text, HEAVIEST)

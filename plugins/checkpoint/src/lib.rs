@@ -36,7 +36,7 @@ pub use ::safetensors::Dtype;
 pub use error::{Error, Result};
 pub use tensor::Tensor;
 
-use checksum::Sums;
+use checksum::Checksums;
 use source::Source;
 
 /// Kinds of checkpoint file.
@@ -148,7 +148,7 @@ struct Content {
 pub struct Checkpoint {
     sources: Vec<Source>,
     /// Checksums of each source.
-    sums: Vec<Sums>,
+    sums: Vec<Checksums>,
     container: Container,
     content: Content,
     files: usize,
@@ -156,10 +156,10 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a file and reads the descriptions of its tensors; the elements stay in the file. A folder or an index stands for
-    /// the files of a sharded network, see [`shards`].
+    /// the files of a sharded network, see [`sharded_weights`].
     ///
     /// # Errors
-    /// It cannot be read, is none, is damaged, or is beyond the limits.
+    /// It cannot be read, is not a checkpoint, is damaged, or exceeds the limits.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_part(path, |_| true)
     }
@@ -194,9 +194,9 @@ impl Checkpoint {
                 continue;
             }
             let within = |e: Error| match e {
-                Error::Io(e) if e.kind() == std::io::ErrorKind::NotFound => Error::format(format!(
-                    "the index names {file:?}, and there is no such file"
-                )),
+                Error::Io(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    Error::format(format!("the index names {file:?}, which does not exist"))
+                }
                 e => e.of(file),
             };
             let part = Source::open(&index.path_of(file)).map_err(Error::from);
@@ -205,14 +205,16 @@ impl Checkpoint {
                 && let Some(other) = known.insert(identity, file)
             {
                 return Err(Error::format(format!(
-                    "the index names {other:?} and {file:?}, and they are one file: expected a file of its own for each"
+                    "the index names {other:?} and {file:?}, which are the same file: expected different ones"
                 )));
             }
             let part = Self::read(part).map_err(within)?;
             let found = part.select(None).map_err(within)?;
             for name in names {
                 let tensor = found.get(name).ok_or_else(|| {
-                    Error::format(format!("{file:?} has no {name:?}, but the index says so"))
+                    Error::format(format!(
+                        "{file:?} lacks {name:?}, which the index lists there"
+                    ))
                 })?;
                 let tensor = tensor.clone().within(sources.len() + tensor.source);
                 dictionary.insert(name.clone(), tensor);
@@ -250,7 +252,7 @@ impl Checkpoint {
     fn read(source: Source) -> Result<Self> {
         let start = source.bytes(0, source.len().min(9))?;
         // Safetensors first: its leading length may look like any other format.
-        let mut sums = Sums::default();
+        let mut sums = Checksums::default();
         let (container, mut content) = if safetensors::recognise(&start) {
             let content = Content {
                 dictionaries: vec![safetensors::read(&source)?],
@@ -275,14 +277,14 @@ impl Checkpoint {
             let mut message = String::from("no tensors in this file");
             if !content.strangers.is_empty() {
                 let names = content.strangers.join(", ");
-                message.push_str(&format!("; it would have Python call {names}"));
+                message.push_str(&format!("; loading it in Python would call {names}"));
             }
             return Err(Error::Format(message));
         }
         let arrays = std::mem::take(&mut content.arrays);
         Ok(Self {
             sources: vec![source, Source::Memory(arrays.into())],
-            sums: vec![sums, Sums::default()],
+            sums: vec![sums, Checksums::default()],
             container,
             content,
             files: 1,

@@ -4,7 +4,7 @@
 //! numpy.core.multiarray._reconstruct(..)   with the state (version, shape, type, is Fortran's order, bytes)
 //! numpy.core.numeric._frombuffer(bytes, type, shape, order)
 //! numpy.dtype('f8', ..)                    with the state (version, byte order, ..)
-//! _codecs.encode(text, 'latin1')           bytes, where the pickle's protocol knows texts only
+//! _codecs.encode(text, 'latin1')           bytes, in protocols that have only texts
 //! ```
 //!
 //! NumPy 2 says `numpy._core`. In: a value of a pickle. Out: a tensor in a source of its own, made of the decoded bytes in
@@ -354,7 +354,7 @@ mod tests {
             huge,
             "bytes of arrays in a pickle: more than",
         );
-        // A character that is no byte.
+        // A character above 255.
         check(b"\xc3\xb8?", b"\xc4\xb8?", "are not 32 bytes");
     }
 }

@@ -22,7 +22,7 @@ use crate::source::Source;
 use crate::{Error, Result};
 pub use page::{Cells, Page, Pages};
 pub use plain::Cell;
-use thrift::{Fault, Kind, Reader};
+use thrift::{Kind, Reader, ThriftError};
 
 /// The first and last bytes of a file.
 const MAGIC: [u8; 4] = *b"PAR1";
@@ -120,7 +120,7 @@ impl Parquet {
     /// Opens a file and reads its footer.
     ///
     /// # Errors
-    /// It cannot be read, or is no such file.
+    /// It cannot be read, or is not a Parquet file.
     pub fn open(path: &Path) -> Result<Self> {
         Self::of(Source::open(path)?)
     }
@@ -137,8 +137,10 @@ impl Parquet {
         let (start, length) = footer(&source)?;
         let bytes = source.bytes(start, length)?;
         let told = Footer::read(&bytes).map_err(|fault| match fault {
-            Fault::Truncated => Error::format("a damaged Parquet file: its footer is cut short"),
-            Fault::Malformed(what) => {
+            ThriftError::Truncated => {
+                Error::format("a damaged Parquet file: its footer is cut short")
+            }
+            ThriftError::Malformed(what) => {
                 Error::format(format!("a damaged Parquet file: its footer has {what}"))
             }
         })?;
@@ -278,13 +280,13 @@ struct Element {
 }
 
 impl Footer {
-    fn read(bytes: &[u8]) -> Result<Self, Fault> {
+    fn read(bytes: &[u8]) -> Result<Self, ThriftError> {
         let mut told = Self::default();
         Reader::new(bytes).fields(Kind::Struct, |reader, field, kind| {
             match field {
                 2 => reader.list(kind, |reader, kind| {
                     if told.elements.len() > 2 * MOST_COLUMNS {
-                        return Err(Fault::Malformed("more columns than any table"));
+                        return Err(ThriftError::Malformed("more columns than any table"));
                     }
                     told.elements.push(element(reader, kind)?);
                     Ok(())
@@ -292,7 +294,7 @@ impl Footer {
                 4 => reader.list(kind, |reader, kind| told.group(reader, kind))?,
                 5 => reader.list(kind, |reader, kind| {
                     if told.notes.len() == MOST_NOTES {
-                        return Err(Fault::Malformed("more notes than any table"));
+                        return Err(ThriftError::Malformed("more notes than any table"));
                     }
                     told.notes.push(note(reader, kind)?);
                     Ok(())
@@ -308,7 +310,7 @@ impl Footer {
         Ok(told)
     }
 
-    fn group(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), Fault> {
+    fn group(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), ThriftError> {
         let (mut rows, before) = (None, self.chunks.len());
         reader.fields(kind, |reader, field, kind| {
             match field {
@@ -318,17 +320,19 @@ impl Footer {
             }
             Ok(true)
         })?;
-        let rows = rows.ok_or(Fault::Malformed("a row group without a number of rows"))?;
+        let rows = rows.ok_or(ThriftError::Malformed(
+            "a row group without a number of rows",
+        ))?;
         if self.groups.len() == MOST_GROUPS {
-            return Err(Fault::Malformed("more row groups than any table"));
+            return Err(ThriftError::Malformed("more row groups than any table"));
         }
         self.groups.push((rows, self.chunks.len() - before));
         Ok(())
     }
 
-    fn chunk(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), Fault> {
+    fn chunk(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), ThriftError> {
         if self.chunks.len() == MOST_CHUNKS {
-            return Err(Fault::Malformed(
+            return Err(ThriftError::Malformed(
                 "more columns in row groups than any table",
             ));
         }
@@ -362,7 +366,9 @@ impl Footer {
             // An encrypted chunk has no further fields.
             (None, Some(_)) => self.chunks.push(nowhere),
             (None, None) => {
-                return Err(Fault::Malformed("a column that says nothing of its pages"));
+                return Err(ThriftError::Malformed(
+                    "a column without information about its pages",
+                ));
             }
         }
         Ok(())
@@ -393,7 +399,7 @@ impl Footer {
             match element.values {
                 None => {
                     if around.len() >= DEEPEST {
-                        return wrong("structures too deep in each other");
+                        return wrong("structures nested too deeply");
                     }
                     around.push((element.children, optional, repeated));
                 }
@@ -421,7 +427,7 @@ impl Footer {
     }
 }
 
-fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
+fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, ThriftError> {
     let (mut name, mut values, mut repetition, mut children) = (None, None, 0, None);
     reader.fields(kind, |reader, field, kind| {
         match field {
@@ -434,7 +440,7 @@ fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
                     4 | 5 => Values::Other("fractions"),
                     6 => Values::Bytes,
                     7 => Values::Other("bytes of fixed length"),
-                    _ => return Err(Fault::Malformed("a column of no known type")),
+                    _ => return Err(ThriftError::Malformed("a column of unknown type")),
                 })
             }
             3 => repetition = reader.int(kind)?,
@@ -445,12 +451,12 @@ fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
         Ok(true)
     })?;
     if !(0..=2).contains(&repetition) {
-        return Err(Fault::Malformed("a column of no known repetition"));
+        return Err(ThriftError::Malformed("a column of unknown repetition"));
     }
     // A structure without fields is not a column either.
     let children = children.unwrap_or(0);
     Ok(Element {
-        name: name.ok_or(Fault::Malformed("a column without a name"))?,
+        name: name.ok_or(ThriftError::Malformed("a column without a name"))?,
         values: values.filter(|_| children == 0),
         optional: repetition == 1,
         repeated: repetition == 2,
@@ -458,7 +464,7 @@ fn element(reader: &mut Reader<'_>, kind: Kind) -> Result<Element, Fault> {
     })
 }
 
-fn note(reader: &mut Reader<'_>, kind: Kind) -> Result<(String, String), Fault> {
+fn note(reader: &mut Reader<'_>, kind: Kind) -> Result<(String, String), ThriftError> {
     let (mut key, mut value) = ("", "");
     reader.fields(kind, |reader, field, kind| {
         match field {
@@ -471,7 +477,7 @@ fn note(reader: &mut Reader<'_>, kind: Kind) -> Result<(String, String), Fault> 
     Ok((key.to_owned(), value.to_owned()))
 }
 
-fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
+fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, ThriftError> {
     let (mut codec, mut values, mut data, mut dictionary) = (None, None, None, None);
     let place = |reader: &mut Reader<'_>, kind| Ok(u64::try_from(reader.int(kind)?).ok());
     reader.fields(kind, |reader, field, kind| {
@@ -512,7 +518,7 @@ fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
             codec,
             values,
         }),
-        _ => Err(Fault::Malformed(
+        _ => Err(ThriftError::Malformed(
             "a column that does not say where its pages are",
         )),
     }

@@ -529,7 +529,9 @@ impl Machine<'_> {
             *node = Node::Dict(Vec::new());
         }
         let Node::Dict(dict) = node else {
-            return Err(Error::format("the pickle fills what is no dictionary"));
+            return Err(Error::format(
+                "the pickle sets items of a value that is not a dictionary",
+            ));
         };
         dict.extend(items);
         Ok(())
@@ -550,7 +552,7 @@ impl Machine<'_> {
     fn recall(&mut self, width: u64) -> Result<()> {
         let key = self.input.number(width)? as u32;
         let id = self.memo.get(&key).copied().ok_or_else(|| {
-            Error::format(format!("the pickle recalls {key}, which it never kept"))
+            Error::format(format!("the pickle reads memo {key} before writing it"))
         })?;
         self.push_id(id)
     }
@@ -680,7 +682,7 @@ mod tests {
         check(b"", "cut off");
         check(b"\x80\x02X\xff\xff\xff\x7fab", "cut off");
         check(b"\x80\x02.", "more from its stack");
-        check(b"\x80\x02h\x07.", "never kept");
+        check(b"\x80\x02h\x07.", "reads memo 7 before writing it");
         check(b"\x80\x02I1\n.", "not written by torch");
         check(b"\x80\x02(K\x01d.", "without a value");
         check(b"\x80\x02e.", "never began");

@@ -2,8 +2,8 @@
 //!
 //! In: a path. Out: an open regular file, or an error that says what is there instead. Opening a pipe would block, a device
 //! may have no end, and merely opening one may have an effect. So the path is checked first, opened without blocking, and the
-//! open file is checked again. Links are followed, except by `open_itself` and its kin. Callers that expect stale handles use
-//! [`patiently`]. Deliberately absent: the path in messages, which the caller knows.
+//! open file is checked again. Links are followed, except by `open_itself` and its variants. Callers that expect stale
+//! handles use [`patiently`]. Deliberately absent: the path in messages, which the caller knows.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
@@ -51,7 +51,7 @@ pub fn is_stale(error: &io::Error) -> bool {
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// It cannot be opened, or is no regular file ([`io::ErrorKind::InvalidInput`]).
+/// It cannot be opened, or is not a regular file ([`io::ErrorKind::InvalidInput`]).
 pub fn open(path: &Path) -> io::Result<File> {
     expect_regular(&std::fs::metadata(path)?)?;
     let file = OpenOptions::new()

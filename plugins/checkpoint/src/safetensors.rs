@@ -72,12 +72,12 @@ pub(crate) fn read(source: &Source) -> Result<Dictionary> {
         end = to;
         let start = data
             .checked_add(from)
-            .ok_or_else(|| bad(&"offsets without measure"))?;
+            .ok_or_else(|| bad(&"offsets out of range"))?;
         dictionary.insert(name, Tensor::contiguous(dtype, shape, start));
     }
     if end != held {
         return Err(Error::format(format!(
-            "the header speaks of {end} bytes of elements, the file has {held}: it is cut off or damaged",
+            "the header describes {end} bytes of elements, but the file has {held}: it is cut off or damaged",
         )));
     }
     Ok(dictionary)

@@ -21,14 +21,14 @@ const LONGEST_PARAMETERS: usize = 256 << 10;
 /// An error in a file of a dataset.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
-pub struct Fault {
+pub struct ShardError {
     /// The file.
     pub path: PathBuf,
     /// The error and the expectation.
     pub message: String,
 }
 
-impl Fault {
+impl ShardError {
     /// An error about a file.
     pub fn new(path: impl Into<PathBuf>, message: impl std::fmt::Display) -> Self {
         Self {
@@ -115,10 +115,10 @@ pub fn read_manifest<M: DeserializeOwned>(
     dir: &Path,
     format: u32,
     of: impl Fn(&M) -> (u32, &[Shard]),
-) -> Result<M, Fault> {
+) -> Result<M, ShardError> {
     let path = dir.join(MANIFEST);
-    let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| Fault::new(&path, e))?;
-    let manifest: M = json::parse(&text).map_err(|e| Fault::new(&path, e))?;
+    let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| ShardError::new(&path, e))?;
+    let manifest: M = json::parse(&text).map_err(|e| ShardError::new(&path, e))?;
     let (found, shards) = of(&manifest);
     let wrong = if found != format {
         format!("format {found}, expected {format}")
@@ -127,19 +127,19 @@ pub fn read_manifest<M: DeserializeOwned>(
             start, end, file, ..
         } = bad;
         let file: String = file.chars().take(255).collect();
-        format!("samples {start}..{end} in {file:?}: no shard")
+        format!("samples {start}..{end} in {file:?}: not a valid shard")
     } else if let Some(twice) = named_twice(shards) {
-        format!("two shards lie in {twice:?}, and a file is one of them")
+        format!("two shards have the file {twice:?}: expected one for each")
     } else {
         return Ok(manifest);
     };
-    Err(Fault::new(path, wrong))
+    Err(ShardError::new(path, wrong))
 }
 
 /// Reads a manifest's parameters of any form: for `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// They are no JSON, or too long.
+/// They are not JSON, or too long.
 pub fn parameters<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
     let value = Value::deserialize(deserializer)?;
     match value.to_string().len() {
@@ -161,7 +161,7 @@ fn named_twice(shards: &[Shard]) -> Option<&str> {
 ///
 /// # Errors
 /// Two overlap.
-pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>, Fault> {
+pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>, ShardError> {
     let mut all: Vec<(PathBuf, Shard)> = parts
         .into_iter()
         .flat_map(|(dir, shards)| shards.into_iter().map(move |shard| (dir.clone(), shard)))
@@ -181,7 +181,7 @@ pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>
                 a.end,
                 one.join(&a.file).display()
             );
-            return Err(Fault::new(other.join(&b.file), message));
+            return Err(ShardError::new(other.join(&b.file), message));
         }
     }
     Ok(all)
@@ -191,13 +191,13 @@ pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>
 ///
 /// # Errors
 /// It cannot be read.
-pub fn hash(path: &Path) -> Result<String, Fault> {
+pub fn hash(path: &Path) -> Result<String, ShardError> {
     let read = || -> std::io::Result<String> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(regular::open(path)?)?;
         Ok(hasher.finalize().to_hex().to_string())
     };
-    read().map_err(|e| Fault::new(path, e))
+    read().map_err(|e| ShardError::new(path, e))
 }
 
 #[cfg(test)]

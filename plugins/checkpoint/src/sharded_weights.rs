@@ -331,7 +331,7 @@ mod tests {
         write(&dir.path().join(ONE), &["a", "b"]);
         let map = format!(r#"{{"a": "{ONE}", "b": "{TWO}"}}"#);
         let path = index(dir.path(), "model.safetensors.index.json", &map);
-        let expected = format!("the index names {ONE:?} and {TWO:?}, and they are one file");
+        let expected = format!("the index names {ONE:?} and {TWO:?}, which are the same file");
         for hard in [false, true] {
             let two = dir.path().join(TWO);
             match hard {
@@ -378,11 +378,11 @@ mod tests {
         }
         check(
             &format!(r#"{{"b": "{ONE}"}}"#),
-            "has no \"b\", but the index says so",
+            "lacks \"b\", which the index lists there",
         );
         check(
             &format!(r#"{{"a": "{TWO}"}}"#),
-            "names \"model-00002-of-00002.safetensors\", and there is no such file",
+            "names \"model-00002-of-00002.safetensors\", which does not exist",
         );
         check("{}", "the index names no weights");
         check("[1]", "not an index of weights");

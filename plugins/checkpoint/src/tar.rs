@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// Bytes of a block.
 pub const BLOCK: usize = 512;
 
-/// The longest path that is read: as systems allow.
+/// The longest path that is read: the limit of common systems.
 pub const LONGEST_PATH: usize = 4096;
 
 /// The longest name or text that is read.
@@ -29,12 +29,12 @@ pub struct FileRange {
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stored {
+pub enum EntryKind {
     /// A file, whole.
     Whole,
     /// A link.
     Link,
-    /// A file without its holes.
+    /// A sparse file, whose holes are not stored.
     Sparse,
 }
 
@@ -45,8 +45,8 @@ pub struct Entry {
     pub name: String,
     /// Where its bytes are.
     pub range: FileRange,
-    /// Whether the range is the complete file, not a sparse one.
-    pub stored: Stored,
+    /// What it is: only the range of a whole file is its complete content.
+    pub kind: EntryKind,
 }
 
 /// An archive, read from header to header.
@@ -74,7 +74,7 @@ impl Archive {
     /// The archive in an open file.
     ///
     /// # Errors
-    /// The file cannot be looked at.
+    /// The file's metadata cannot be read.
     pub fn new(file: File) -> Result<Self> {
         Ok(Self {
             size: file.metadata()?.len(),
@@ -104,7 +104,7 @@ impl Archive {
         Ok(())
     }
 
-    /// The bytes of a part, which are few.
+    /// The bytes of a short range.
     fn bytes(&mut self, range: FileRange) -> Result<Vec<u8>> {
         if range.size > LONGEST_TEXT {
             return Err(self.fault(format!("{} bytes where a short text should be", range.size)));
@@ -128,7 +128,7 @@ impl Archive {
     ///
     /// # Errors
     /// The archive is damaged, or cannot be read.
-    #[expect(clippy::should_implement_trait, reason = "it lends nothing, and fails")]
+    #[expect(clippy::should_implement_trait, reason = "it can fail")]
     pub fn next(&mut self) -> Result<Option<Entry>> {
         let mut ahead = PendingHeader::default();
         loop {
@@ -168,7 +168,7 @@ impl Archive {
             let range = FileRange { start, size };
             let Some(end) = start.checked_add(size).filter(|end| *end <= self.size) else {
                 return Err(self.fault(format!(
-                    "a file of {size} bytes begins, which are not there"
+                    "a file of {size} bytes begins, but the archive ends first"
                 )));
             };
             self.at = end
@@ -197,19 +197,15 @@ impl Archive {
                     return Err(self.fault(format!("a name of {} bytes", name.len())));
                 }
                 let sparse = std::mem::take(&mut ahead.sparse);
-                let stored = match kind {
-                    b'1' | b'2' => Stored::Link,
-                    b'S' => Stored::Sparse,
-                    _ if sparse => Stored::Sparse,
+                let kind = match kind {
+                    b'1' | b'2' => EntryKind::Link,
+                    b'S' => EntryKind::Sparse,
+                    _ if sparse => EntryKind::Sparse,
                     // Old archives mark folders only by their names.
                     _ if name.ends_with('/') => return Ok(None),
-                    _ => Stored::Whole,
+                    _ => EntryKind::Whole,
                 };
-                return Ok(Some(Entry {
-                    name,
-                    range,
-                    stored,
-                }));
+                return Ok(Some(Entry { name, range, kind }));
             }
             b'L' => {
                 let bytes = self.bytes(range)?;
@@ -245,7 +241,7 @@ pub fn broken(file: File, until: Instant) -> Option<String> {
         Ok(())
     };
     match walk() {
-        // Whoever reads it says so.
+        // Its reader will report it.
         Ok(()) | Err(Error::Io(_)) => None,
         Err(error) => Some(error.to_string()),
     }

@@ -310,11 +310,11 @@ fn gather(
     };
     // Contiguous runs at once, anything else element by element.
     let run = if stride == 1 { n.min(CHUNK / size) } else { 1 };
-    let held = held(outer, (n, stride, run), size as u64);
+    let block = dense_block(outer, (n, stride, run), size as u64);
     let mut index = vec![0; outer.len()];
     let (mut from, mut to) = (start, 0);
     loop {
-        if let Some(Held { dim, entries, span }) = held
+        if let Some(DenseBlock { dim, entries, span }) = block
             && index.iter().skip(dim + 1).all(|&i| i == 0)
             && index
                 .get(dim)
@@ -358,7 +358,7 @@ fn gather(
 }
 
 /// A part of a view whose bytes are read at once: some entries of a dimension, with everything inside them.
-struct Held {
+struct DenseBlock {
     dim: usize,
     entries: usize,
     /// Bytes from the first to the last of it.
@@ -367,11 +367,11 @@ struct Held {
 
 /// The largest part of a view that is dense enough to be read at once, if there is one: otherwise scattered elements would
 /// each be read separately. The dimension after `outer` has `n` entries, in runs of `run`.
-fn held(
+fn dense_block(
     outer: &[(usize, usize, usize)],
     (n, stride, run): (usize, usize, usize),
     size: u64,
-) -> Option<Held> {
+) -> Option<DenseBlock> {
     let mut found = None;
     let mut span = (n as u64 - 1)
         .saturating_mul(stride as u64)
@@ -381,7 +381,7 @@ fn held(
     let is_close = |runs: u64, span| runs.saturating_mul(GAP) >= span;
     if span <= HELD && is_close(runs, span) {
         let (dim, entries) = (outer.len(), 1);
-        found = Some(Held { dim, entries, span });
+        found = Some(DenseBlock { dim, entries, span });
     }
     for (dim, &(n, stride, _)) in outer.iter().enumerate().rev() {
         if span > HELD {
@@ -394,7 +394,7 @@ fn held(
         runs = runs.saturating_mul(entries);
         if is_close(runs, span) {
             let entries = entries as usize;
-            found = Some(Held { dim, entries, span });
+            found = Some(DenseBlock { dim, entries, span });
         }
         if entries < n as u64 {
             break;
@@ -539,9 +539,9 @@ mod tests {
         }
         // Everything at once; as many entries as fit; repetitions included; nothing that is far apart.
         let check = |outer: &[(usize, usize, usize)], inner, expected| {
-            let found = held(outer, inner, 1);
+            let found = dense_block(outer, inner, 1);
             assert_eq!(
-                found.map(|held| (held.dim, held.entries, held.span)),
+                found.map(|block| (block.dim, block.entries, block.span)),
                 expected
             );
         };

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use safetensors::Dtype;
 
 use crate::archive::{Archive, Packing};
-use crate::checksum::Sums;
+use crate::checksum::Checksums;
 use crate::error::{Error, Result};
 use crate::ndarray::Arrays;
 use crate::pickle::{Id, MOST_BYTES, Node, Pickle};
@@ -45,7 +45,7 @@ pub(crate) fn is_pickle(start: &[u8]) -> bool {
 type Storages = BTreeMap<String, (u64, u64)>;
 
 /// Reads an archive. Tensors are checked against the checksums when they are read.
-pub(crate) fn read_zip(source: &Source) -> Result<(Content, Sums)> {
+pub(crate) fn read_zip(source: &Source) -> Result<(Content, Checksums)> {
     let archive = Archive::read(source.clone())?;
     let mut entries = Storages::new();
     let mut places = Vec::new();
@@ -94,7 +94,7 @@ pub(crate) fn read_zip(source: &Source) -> Result<(Content, Sums)> {
         .into_iter()
         .filter_map(|(name, place)| Some((name.strip_prefix(&folder)?.to_owned(), place)))
         .collect();
-    let sums = Sums::of_torch(places.into_iter());
+    let sums = Checksums::of_torch(places.into_iter());
     Ok((Content::of(pickle, storages)?, sums))
 }
 
@@ -108,7 +108,7 @@ fn check_pickle(len: u64) -> Result<()> {
     Ok(())
 }
 
-/// Reads a row of pickles.
+/// Reads a sequence of pickles.
 pub(crate) fn read_legacy(source: &Source) -> Result<Content> {
     let bytes: Arc<[u8]> = source.bytes(0, source.len().min(MOST_BYTES))?.into();
     let next = |start| Pickle::read(bytes.clone(), start);
@@ -358,7 +358,9 @@ impl Value {
                     let bytes = count.checked_mul(reference.width())?;
                     (first.checked_add(bytes)? <= len).then(|| (start + first, bytes))
                 };
-                part().ok_or_else(|| Error::format(format!("a part beyond storage {key}")))?
+                part().ok_or_else(|| {
+                    Error::format(format!("a part that reaches beyond storage {key}"))
+                })?
             }
         };
         Tensor::view(dtype, (shape, strides), offset, storage).map(Some)

@@ -16,7 +16,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::sample_shards::{self, Fault, MANIFEST, Shard, hash, parameters, read_manifest};
+use crate::sample_shards::{self, MANIFEST, Shard, ShardError, hash, parameters, read_manifest};
 use crate::{Checkpoint, Dtype};
 
 /// Name of the captions' file.
@@ -90,16 +90,16 @@ pub struct OpenShard {
     pub labels: Vec<u32>,
     /// Type of the tokens.
     pub tokens: Dtype,
-    /// Whether noise stands beside them.
+    /// Whether the file also holds noise.
     pub noise: bool,
 }
 
 impl Manifest {
-    /// Reads that of a directory.
+    /// Reads the manifest of a directory.
     ///
     /// # Errors
-    /// It is missing, no manifest, of another format, or names files elsewhere.
-    pub fn read(dir: &Path) -> Result<Self, Fault> {
+    /// It is missing, invalid, of another format, or names files elsewhere.
+    pub fn read(dir: &Path) -> Result<Self, ShardError> {
         read_manifest(dir, FORMAT, |manifest: &Self| {
             (manifest.format, &manifest.shards)
         })
@@ -110,9 +110,9 @@ impl Manifest {
     ///
     /// # Errors
     /// It does not.
-    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<OpenShard, Fault> {
-        let fault = |message: String| Fault::new(path, message);
-        let bad = |e: crate::Error| Fault::new(path, e);
+    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<OpenShard, ShardError> {
+        let fault = |message: String| ShardError::new(path, message);
+        let bad = |e: crate::Error| ShardError::new(path, e);
         // First, so that a file of the wrong size is refused without being read.
         let opened = self.glance(path, shard)?;
         if let Some(expected) = &shard.hash {
@@ -146,9 +146,9 @@ impl Manifest {
     ///
     /// # Errors
     /// It cannot hold the samples.
-    pub fn glance(&self, path: &Path, shard: &Shard) -> Result<OpenShard, Fault> {
-        let fault = |message: String| Fault::new(path, message);
-        let bad = |e: crate::Error| Fault::new(path, e);
+    pub fn glance(&self, path: &Path, shard: &Shard) -> Result<OpenShard, ShardError> {
+        let fault = |message: String| ShardError::new(path, message);
+        let bad = |e: crate::Error| ShardError::new(path, e);
         let checkpoint = Checkpoint::open(path).map_err(bad)?;
         let dictionary = checkpoint.select(None).map_err(bad)?;
         let (n, l) = ((shard.end - shard.start) as usize, self.tokens());
@@ -210,11 +210,11 @@ impl Manifest {
     ///
     /// # Errors
     /// It cannot be read, or belongs to another dataset.
-    pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>, Fault> {
+    pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>, ShardError> {
         let part = Self::read(dir)?;
         match self.differs(&part) {
             None => Ok(part.shards),
-            Some(what) => Err(Fault::new(
+            Some(what) => Err(ShardError::new(
                 dir.join(MANIFEST),
                 format!("this part belongs to another dataset: {what}"),
             )),
@@ -293,7 +293,10 @@ mod tests {
         let text = serde_json::to_string(&many).unwrap();
         std::fs::write(dir.path().join(MANIFEST), text).unwrap();
         let error = Manifest::read(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("two shards lie in \"shard\""), "{error}");
+        assert!(
+            error.contains("two shards have the file \"shard\""),
+            "{error}"
+        );
     }
 
     #[test]

@@ -63,7 +63,7 @@ fn hostile_files_are_refused() {
         "hostile_empty.pth: the file is empty",
         "hostile_huge_length.pth: the pickle is cut off: 2147483647 bytes expected",
         "hostile_memo_bomb.pth: no tensors",
-        "hostile_reduce.pth: no tensors in this file; it would have Python call posix.system",
+        "hostile_reduce.pth: no tensors in this file; loading it in Python would call posix.system",
         "hostile_reduce_raw.pth: a pickle, but not written by torch.save",
         "hostile_truncated_pickle.pth: the pickle is cut off",
         "hostile_truncated_zip.pth: the zip archive",

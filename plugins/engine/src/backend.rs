@@ -7,6 +7,7 @@
 
 mod attention;
 pub mod choice;
+mod exchange;
 pub mod flow;
 pub mod layers;
 mod norms;
@@ -15,17 +16,18 @@ mod sampling;
 pub mod tensor;
 
 pub use attention::{Attention, Mask};
+pub use exchange::Exchange;
 pub use layers::{Layers, Window, upsample2};
 pub use norms::Norms;
 pub(crate) use norms::root_mean_square;
 pub use optimiser::{AdamwStep, Optimiser};
-pub use sampling::{Recording, Sampling};
+pub use sampling::{ReplayState, Sampling};
 pub use tensor::{Binary, Precision, Tensors, Unary};
 
 pub use crate::backend::choice::Truncation;
 pub use crate::backend::flow::FlowSolver;
 
 /// A tensor library with everything that the engine does with it. Implement its supertraits.
-pub trait Backend: Layers + Norms + Attention + Optimiser + Sampling {}
+pub trait Backend: Layers + Norms + Attention + Optimiser + Exchange + Sampling {}
 
-impl<B: Layers + Norms + Attention + Optimiser + Sampling> Backend for B {}
+impl<B: Layers + Norms + Attention + Optimiser + Exchange + Sampling> Backend for B {}

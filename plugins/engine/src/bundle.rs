@@ -22,7 +22,7 @@ use crate::model::{
     ConditioningShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
 };
 use crate::size::Sides;
-use crate::weights::{self, CheckpointWeights, InitialValue, Loader, Source, Weights};
+use crate::weights::{self, CheckpointWeights, InitialValue, Loader, ParameterSource, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -424,7 +424,7 @@ impl<'p> Bundle<'p> {
         let origin = stored.path().display().to_string();
         build(&mut Loader::new(
             backend,
-            Source::Files(std::slice::from_ref(&stored)),
+            ParameterSource::Files(std::slice::from_ref(&stored)),
             false,
             origin,
         ))

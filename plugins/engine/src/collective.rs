@@ -37,7 +37,7 @@ pub trait Collective: Send + Sync {
     fn barrier(&self) -> Result<()>;
 
     /// The backend's handle for exchanging tensors in its device's memory
-    /// ([`Optimiser::begin_exchange_`](crate::backend::Optimiser::begin_exchange_)); None if exchanges go through host
+    /// ([`Exchange::begin_exchange_`](crate::backend::Exchange::begin_exchange_)); None if exchanges go through host
     /// memory.
     fn on_device(&self) -> Option<&dyn Any> {
         None
@@ -186,9 +186,9 @@ impl Host for QuietHost<'_> {
 mod tests {
     use super::*;
 
-    struct At(usize, usize);
+    struct FakeRank(usize, usize);
 
-    impl Collective for At {
+    impl Collective for FakeRank {
         fn rank(&self) -> usize {
             self.0
         }
@@ -242,7 +242,7 @@ mod tests {
         for samples in [1, 7, 32, 33] {
             for (size, cut) in [(1, 1), (2, 1), (4, 3), (5, 2)] {
                 let shares = (0..size).flat_map(|rank| {
-                    (0..cut).map(move |part| At(rank, size).share(samples, part, cut))
+                    (0..cut).map(move |part| FakeRank(rank, size).share(samples, part, cut))
                 });
                 let all: Vec<usize> = shares.clone().flatten().collect();
                 assert_eq!(all, (0..samples).collect::<Vec<_>>());

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use retort_checkpoint::sample_shards::{Fault, MANIFEST, Shard};
+use retort_checkpoint::sample_shards::{MANIFEST, Shard, ShardError};
 use retort_checkpoint::trajectories::Manifest;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -29,8 +29,8 @@ pub fn open_shard(
     ))
 }
 
-impl From<Fault> for Error {
-    fn from(fault: Fault) -> Self {
+impl From<ShardError> for Error {
+    fn from(fault: ShardError) -> Self {
         Self::data(fault.path, fault.message)
     }
 }

@@ -21,7 +21,7 @@ use crate::model::Tokenizer;
 use crate::model::classifier::Net;
 use crate::model::lpips::{self, Lpips};
 use crate::tape::Variable;
-use crate::weights::{CheckpointWeights, Loader, Source};
+use crate::weights::{CheckpointWeights, Loader, ParameterSource};
 
 /// Distance between images.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -103,7 +103,7 @@ impl<B: Backend> PerceptualMetric<B> {
                     let origin = path.display().to_string();
                     Loader::new(
                         backend,
-                        Source::Files(std::slice::from_ref(weights)),
+                        ParameterSource::Files(std::slice::from_ref(weights)),
                         false,
                         origin,
                     )

@@ -15,7 +15,7 @@ use crate::model::{
     BatchConditioning, Guidance, PrefixMask, Student, Teacher, TokenShape, vq::nearest,
 };
 use crate::random::{Sequence, Stream};
-use crate::splice::State;
+use crate::splice::TrajectoryState;
 use crate::tape::Variable;
 
 /// How an AR teacher's distribution is formed before a token is chosen.
@@ -252,7 +252,7 @@ impl<B: Backend> StudentSampler<'_, B> {
                 B::cat(&[&held, &B::narrow(noise, 1, at, l - at)?], 1)?
             }
         };
-        let state = State {
+        let state = TrajectoryState {
             x,
             known: vec![known; b],
         };

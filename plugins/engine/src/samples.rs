@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::sample_shards::{
-    Fault, MANIFEST, Shard, gaps, hash, parameters, read_manifest,
+    MANIFEST, Shard, ShardError, gaps, hash, parameters, read_manifest,
 };
 use safetensors::tensor::Dtype;
 use schemars::JsonSchema;
@@ -127,7 +127,7 @@ impl Manifest {
             None => Ok(part.shards),
             Some(what) => {
                 let message = format!("this part belongs to another set: {what}");
-                Err(Fault::new(dir.join(MANIFEST), message).into())
+                Err(ShardError::new(dir.join(MANIFEST), message).into())
             }
         }
     }

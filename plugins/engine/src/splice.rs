@@ -14,7 +14,7 @@ use crate::tape::Variable;
 
 /// X_t of some samples.
 #[derive(Debug, Clone)]
-pub struct State<B: Backend> {
+pub struct TrajectoryState<B: Backend> {
     /// Codebook vectors of the known tokens, noise after them: (b, L, D).
     pub x: B::Tensor,
     /// How many leading tokens of each sample are known (b).
@@ -29,7 +29,7 @@ enum TokenSource {
     Head,
 }
 
-impl<B: Backend> State<B> {
+impl<B: Backend> TrajectoryState<B> {
     /// 1 where it holds a token, 0 where it holds noise: (b, L).
     pub fn kinds(&self) -> Result<B::Tensor> {
         let (b, l) = (self.known.len(), B::shape(&self.x)[1]);

@@ -19,7 +19,7 @@ use crate::backend::Backend;
 use crate::captions;
 use crate::error::{Error, Result};
 use crate::model::t5::{Config, EMBEDDINGS, Encoder};
-use crate::weights::{CheckpointWeights, Loader, Source};
+use crate::weights::{CheckpointWeights, Loader, ParameterSource};
 
 /// An encoder that has not been loaded yet.
 pub struct TextEncoder {
@@ -82,7 +82,7 @@ impl TextEncoder {
             {
                 Some(id) => {
                     let all = self.config.vocab_size;
-                    let message = format!("token {id}, but config.json speaks of {all} tokens");
+                    let message = format!("token {id}, but config.json declares {all} tokens");
                     Err(Error::data(&path, message))
                 }
                 None if ids.is_empty() => {
@@ -133,7 +133,7 @@ impl TextEncoder {
         let has = |name: &&&str| stored.shape(name).is_some();
         let embeddings = EMBEDDINGS.iter().find(has).unwrap_or(&EMBEDDINGS[0]);
         let origin = self.dir.display().to_string();
-        let source = Source::Files(std::slice::from_ref(&stored));
+        let source = ParameterSource::Files(std::slice::from_ref(&stored));
         let mut loader = Loader::new(backend, source, false, origin);
         Encoder::load(&mut loader, &self.config, embeddings)
     }

@@ -50,7 +50,7 @@ impl<B: Backend> StepOutput<B> {
 
 /// Parameters with a separate optimiser within the same training: those of an adversary. They share only the step and the
 /// checkpoint with the others.
-pub struct Adversary<'a> {
+pub struct SecondOptimiser<'a> {
     /// Their name prefix. They come after all others.
     pub prefix: &'static str,
     /// How they are trained: rates, decays and clipping.
@@ -113,7 +113,7 @@ pub struct TrainingLoop<'a, B: Backend> {
     /// Additional state between steps, if any; it is part of checkpoints.
     pub kept: Option<&'a RefCell<Vec<f32>>>,
     /// The adversary among the parameters, if there is one.
-    pub adversary: Option<Adversary<'a>>,
+    pub adversary: Option<SecondOptimiser<'a>>,
 }
 
 /// Storage for the moving average of parameters, if the options want one: copies on the device.
@@ -170,8 +170,8 @@ struct StepDecision {
     save: bool,
 }
 
-/// The state of a training beside its parameters, for checkpoints.
-struct State<B: Backend> {
+/// The state of a training besides its parameters, for checkpoints.
+struct TrainingState<B: Backend> {
     /// For each parameter that this rank updates.
     moments: Vec<Option<AdamwMoments<B>>>,
     /// The lowest figure on held-out data, and its weights.
@@ -259,7 +259,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// The initial state, from the checkpoint if there is one, and the first step.
-    fn begin(&self) -> Result<(State<B>, u64)> {
+    fn begin(&self) -> Result<(TrainingState<B>, u64)> {
         let zeros = |p: &Variable<B>| self.backend.full(&p.shape(), 0.0);
         let owners = self.owners();
         let own = self.ranks.rank();
@@ -274,7 +274,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
             moved_here.then(zeros).transpose()
         });
         let moments = moments.collect::<Result<_>>()?;
-        let mut state = State {
+        let mut state = TrainingState {
             moments,
             best: None,
             skipped: SkippedSteps::default(),
@@ -294,7 +294,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// Ends the training before a step if it has been asked to stop; `stop`: if one of the ranks has.
-    fn go_on(&self, step: u64, state: &State<B>, stop: bool) -> Result<()> {
+    fn go_on(&self, step: u64, state: &TrainingState<B>, stop: bool) -> Result<()> {
         match self.host.cancelled() {
             // All ranks stop at the same step, when all know of the request.
             Cancel::AtCheckpoint | Cancel::Run if self.ranks.is_shared() && !stop => Ok(()),
@@ -308,7 +308,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// Records a skipped step, and ends the training after too many.
-    fn skip(&self, step: u64, fault: String, state: &mut State<B>) -> Result<()> {
+    fn skip(&self, step: u64, fault: String, state: &mut TrainingState<B>) -> Result<()> {
         let (name, most) = (self.name, self.options.skip_at_most);
         state.skipped.all += 1;
         state.skipped.in_a_row += 1;
@@ -333,7 +333,12 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// Measures the weights after a step, and keeps them if they are the best.
-    fn measure(&self, step: u64, held_out: &mut HeldOut<'_>, state: &mut State<B>) -> Result<()> {
+    fn measure(
+        &self,
+        step: u64,
+        held_out: &mut HeldOut<'_>,
+        state: &mut TrainingState<B>,
+    ) -> Result<()> {
         let figure = self.of_the_first((held_out.measure)()?)?;
         let series = format!("{}/{}", self.name, held_out.name);
         self.host.metric(&series, step + 1, figure);
@@ -345,17 +350,17 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(())
     }
 
-    /// The weights to keep, unless the training came to nothing.
-    fn end(&self, state: State<B>) -> Result<Weights> {
-        let State { best, skipped, .. } = state;
+    /// The weights to keep, unless the training failed.
+    fn end(&self, state: TrainingState<B>) -> Result<Weights> {
+        let TrainingState { best, skipped, .. } = state;
         let (name, steps) = (self.name, self.options.steps);
-        // A short training may end before `skip_at_most` is exceeded. It fails if it skipped more steps at the end than it
-        // took in all.
+        // A short training may end before `skip_at_most` is exceeded. It fails if it skipped more steps at the end than were
+        // taken in all.
         if let Some(fault) = skipped.fault
             && skipped.in_a_row > steps - skipped.all
         {
             return Err(Error::Numerical(format!(
-                "{name}: {fault}; the last {} of its {steps} steps were skipped, more than it took",
+                "{name}: {fault}; the last {} of its {steps} steps were skipped, more than were taken",
                 skipped.in_a_row
             )));
         }
@@ -396,7 +401,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     /// Number of parameters that are not the adversary's.
     fn own(&self) -> usize {
         match &self.adversary {
-            Some(Adversary { prefix, .. }) => self
+            Some(SecondOptimiser { prefix, .. }) => self
                 .params
                 .partition_point(|(name, _)| !name.starts_with(prefix)),
             None => self.params.len(),

@@ -332,7 +332,7 @@ pub fn numbered<'n>(name: &'n str, prefix: &str) -> Option<(usize, &'n str)> {
 }
 
 /// A [`Loader`]'s source of parameters.
-pub enum Source<'a, B: Backend> {
+pub enum ParameterSource<'a, B: Backend> {
     /// Weights in files, each from the first file that has it; a missing one is an error.
     Files(&'a [CheckpointWeights]),
     /// Weights of another network, in a file, to start from.
@@ -355,7 +355,7 @@ pub enum Source<'a, B: Backend> {
 /// Gives a model its parameters and remembers them.
 pub struct Loader<'a, B: Backend> {
     backend: &'a B,
-    source: Source<'a, B>,
+    source: ParameterSource<'a, B>,
     trainable: bool,
     /// The weights' path, for messages.
     origin: String,
@@ -366,7 +366,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// A loader of constants (`trainable: false`) or of variables with gradients.
     pub fn new(
         backend: &'a B,
-        source: Source<'a, B>,
+        source: ParameterSource<'a, B>,
         trainable: bool,
         origin: impl Into<String>,
     ) -> Self {
@@ -387,7 +387,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// Whether the parameters never change, so that derived tensors may be cached: they are neither trained here nor shared
     /// with a training.
     pub fn frozen(&self) -> bool {
-        !self.trainable && !matches!(self.source, Source::Device(_))
+        !self.trainable && !matches!(self.source, ParameterSource::Device(_))
     }
 
     /// The parameter of a name and shape.
@@ -414,8 +414,8 @@ impl<'a, B: Backend> Loader<'a, B> {
                 .floats(&draw(seed, name, shape.iter().product(), init), shape)
         };
         match &self.source {
-            Source::Init(seed) => drawn(*seed),
-            Source::Files(files) => {
+            ParameterSource::Init(seed) => drawn(*seed),
+            ParameterSource::Files(files) => {
                 let holder = files.iter().find(|file| file.shape(name).is_some());
                 self.read(
                     holder.ok_or_else(|| self.missing(name, shape))?,
@@ -423,7 +423,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                     shape,
                 )
             }
-            Source::Start { file, of, seed } => match of(name) {
+            ParameterSource::Start { file, of, seed } => match of(name) {
                 InitialValue::Weight(name) if file.shape(&name).is_some() => {
                     self.read(file, &name, shape)
                 }
@@ -442,12 +442,12 @@ impl<'a, B: Backend> Loader<'a, B> {
                     self.upload(name, &data, shape)
                 }
             },
-            Source::Host(weights) => {
+            ParameterSource::Host(weights) => {
                 let found = weights.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &found.shape, shape)?;
                 self.upload(name, &found.data, shape)
             }
-            Source::Device(tensors) => {
+            ParameterSource::Device(tensors) => {
                 let found = tensors.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &B::shape(found), shape)?;
                 Ok(found.clone())

@@ -3,8 +3,8 @@
 use std::any::Any;
 
 use retort_engine::backend::{
-    self, AdamwStep, Binary, FlowSolver, Layers, Norms, Optimiser, Sampling, Tensors, Truncation,
-    Unary, Window,
+    self, AdamwStep, Binary, Exchange, FlowSolver, Layers, Norms, Optimiser, Sampling, Tensors,
+    Truncation, Unary, Window,
 };
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
@@ -540,7 +540,7 @@ impl Norms for Libtorch {
     }
 }
 
-impl Optimiser for Libtorch {
+impl Exchange for Libtorch {
     fn begin_exchange_(x: &T, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
         ranks_of(ranks)?.begin(&x.inner, root)
     }
@@ -548,7 +548,9 @@ impl Optimiser for Libtorch {
     fn end_exchanges(ranks: &dyn Any) -> Result<()> {
         ranks_of(ranks)?.end()
     }
+}
 
+impl Optimiser for Libtorch {
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
         let [mut p, mut m, mut v] = [p, m, v].map(|x| x.inner.shallow_clone());
         let mut run = || {

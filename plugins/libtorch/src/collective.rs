@@ -74,7 +74,7 @@ pub fn meet(backend: &Libtorch, part: Part) -> Result<Box<dyn Collective>> {
 /// They have not all come.
 pub fn meet_at(rendezvous: &Rendezvous, device: Device, part: Part) -> Result<Box<dyn Collective>> {
     let text = |text: &str| {
-        let wrong = |_| Error::Backend(format!("{text:?} is no place where ranks can meet"));
+        let wrong = |_| Error::Backend(format!("{text:?} is not a valid rendezvous address"));
         CString::new(text).map_err(wrong)
     };
     let (host, name) = (text(&rendezvous.host)?, text(&rendezvous.name)?);

@@ -6,7 +6,7 @@ use retort_engine::model::{BatchConditioning, ConditioningShape, Student, llamag
 use retort_engine::random::noise;
 use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{Loader, Source};
+use retort_engine::weights::{Loader, ParameterSource};
 use retort_libtorch::{Libtorch, ProductPrecision};
 use retort_tests::agreement::drawn;
 use tch::Device;
@@ -42,12 +42,12 @@ fn student(precision: ProductPrecision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let ids: Vec<u32> = (0..BATCH * l).map(|i| i as u32 * 7 % 100).collect();
     let ids = backend.indices(&ids, &[BATCH * l])?;
 
-    let mut loader = Loader::new(&backend, Source::Host(&weights), false, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), false, "drawn");
     let network = llamagen::GptStudent::load(&mut loader, &c)?;
     let logits = network.predict(&eps, &labels, &kinds)?.logits;
     let logits = Libtorch::to_floats(logits.value())?;
 
-    let mut loader = Loader::new(&backend, Source::Host(&weights), true, "drawn");
+    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), true, "drawn");
     let network = llamagen::GptStudent::load(&mut loader, &c)?;
     let params = loader.into_params();
     let prediction = network.predict(&eps, &labels, &kinds)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueHint};
 use retort_checkpoint::Checkpoint;
-use retort_checkpoint::sample_shards::{Fault, MANIFEST, Shard, hash, joined};
+use retort_checkpoint::sample_shards::{MANIFEST, Shard, ShardError, hash, joined};
 use retort_checkpoint::trajectories::{CAPTIONS, ConditioningShape, Manifest};
 use serde_json::{Map, Value, json};
 
@@ -67,8 +67,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
 }
 
-impl From<Fault> for Error {
-    fn from(fault: Fault) -> Self {
+impl From<ShardError> for Error {
+    fn from(fault: ShardError) -> Self {
         Self::new(Exit::Internal, fault.to_string())
     }
 }
@@ -332,7 +332,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     let shards = parts
         .iter()
         .map(|part| Ok((part.dir.clone(), whole.of_part(&part.dir)?)))
-        .collect::<Result<Vec<_>, Fault>>()
+        .collect::<Result<Vec<_>, ShardError>>()
         .and_then(joined)
         .map_err(|fault| refused(fault.to_string()))?;
     whole.shards = shards.iter().map(|(_, shard)| shard.clone()).collect();

@@ -114,9 +114,9 @@ fn pictures_are_decoded_and_measured_by_several_workers() {
             "pictures: part 2 of 3: decoded 1000 image files",
             "pictures: part 3 of 3: decoded 400 image files",
             // Thirteen files of features, of 512 images or fewer: five of pictures, three of samples, five of reconstructions.
-            "judged: part 1 of 3: looked at 2400 images",
-            "judged: part 2 of 3: looked at 1652 images",
-            "judged: part 3 of 3: looked at 2048 images",
+            "judged: part 1 of 3: measured 2400 images",
+            "judged: part 2 of 3: measured 1652 images",
+            "judged: part 3 of 3: measured 2048 images",
         ]);
     let divided = ["pictures", "judged"].map(|stage| output(&lab, stage).0);
     assert_eq!(divided, alone);

@@ -7,8 +7,8 @@ use std::any::Any;
 
 use candle_core::DType;
 use retort_engine::backend::{
-    AdamwStep, Attention, Binary, FlowSolver, Mask, Optimiser, Recording, Sampling, Tensors,
-    Truncation, Unary,
+    AdamwStep, Attention, Binary, Exchange, FlowSolver, Mask, Optimiser, ReplayState, Sampling,
+    Tensors, Truncation, Unary,
 };
 use retort_engine::error::{Error, Result};
 
@@ -454,7 +454,7 @@ impl Attention for Cuda {
     }
 }
 
-impl Optimiser for Cuda {
+impl Exchange for Cuda {
     fn begin_exchange_(x: &T, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
         ranks_of(ranks)?.begin(&x.raw, root)
     }
@@ -462,7 +462,9 @@ impl Optimiser for Cuda {
     fn end_exchanges(ranks: &dyn Any) -> Result<()> {
         ranks_of(ranks)?.end()
     }
+}
 
+impl Optimiser for Cuda {
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
         let n = in_place(&[p, m, v], g)?;
         let g = g.single()?;
@@ -509,7 +511,7 @@ impl Optimiser for Cuda {
 
 impl Sampling for Cuda {
     fn repeat(
-        kept: &mut Recording,
+        kept: &mut ReplayState,
         inputs: &[&T],
         step: &mut dyn FnMut(&[&T]) -> Result<T>,
     ) -> Result<T> {

@@ -9,7 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
-use retort_engine::backend::Recording;
+use retort_engine::backend::ReplayState;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh};
@@ -40,7 +40,7 @@ impl Drop for Recorded {
 }
 
 /// The backend's `repeat`.
-pub fn repeat(kept: &mut Recording, inputs: &[&Tensor], step: Step<'_>) -> Result<Tensor> {
+pub fn repeat(kept: &mut ReplayState, inputs: &[&Tensor], step: Step<'_>) -> Result<Tensor> {
     let first = inputs
         .first()
         .ok_or_else(|| Error::Internal("repeat: expected at least one input, got none".into()))?;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::dictionary::Dictionary;
 use super::plain::{Cell, Cursor};
-use super::thrift::{Fault, Kind, Reader};
+use super::thrift::{Kind, Reader, ThriftError};
 use super::{Chunk, Codec, Column, Parquet, Values};
 use crate::{Error, Result};
 
@@ -89,13 +89,13 @@ const DICTIONARY_PAGE: i64 = 2;
 const DATA_2: i64 = 3;
 
 impl Header {
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Fault> {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, ThriftError> {
         let mut header = Self {
             is_packed: true,
             ..Self::default()
         };
         let count = |reader: &mut Reader<'_>, kind| {
-            u64::try_from(reader.int(kind)?).map_err(|_| Fault::Malformed("a number below 0"))
+            u64::try_from(reader.int(kind)?).map_err(|_| ThriftError::Malformed("a number below 0"))
         };
         reader.fields(Kind::Struct, |reader, field, kind| {
             match field {
@@ -167,8 +167,8 @@ impl<'a> Pages<'a> {
     /// The next page with cells.
     ///
     /// # Errors
-    /// The file is damaged, or uses what is not read here.
-    #[expect(clippy::should_implement_trait, reason = "it fails")]
+    /// The file is damaged, or uses something that is not supported.
+    #[expect(clippy::should_implement_trait, reason = "it can fail")]
     pub fn next(&mut self) -> Result<Option<Page>> {
         let page = self.find();
         page.map_err(|error| match error {
@@ -222,11 +222,11 @@ impl<'a> Pages<'a> {
                     self.left = self
                         .left
                         .checked_sub(page.count)
-                        .ok_or_else(|| Error::format("its pages have more cells than it says"))?;
+                        .ok_or_else(|| Error::format("its pages have more cells than stated"))?;
                     return Ok(Some(page));
                 }
                 INDEX | DATA | DATA_2 => self.pass(&header, start)?,
-                _ => return Err(Error::format("a page of no known kind")),
+                _ => return Err(Error::format("a page of unknown kind")),
             }
         }
     }
@@ -257,7 +257,7 @@ impl<'a> Pages<'a> {
         }
         // Row groups of a file must not overlap; otherwise all could share one page.
         if chunk.start < self.at {
-            return Err(Error::format("it lies where the row group before it does"));
+            return Err(Error::format("it overlaps the previous row group"));
         }
         if chunk.values != rows {
             return Err(Error::format(format!(
@@ -277,7 +277,7 @@ impl<'a> Pages<'a> {
     /// The header of the next page, and the position after it.
     fn header(&self) -> Result<(Header, u64)> {
         let Some(there) = self.file.end.checked_sub(self.at) else {
-            return Err(Error::format("its pages lie behind the end of the file"));
+            return Err(Error::format("its pages lie beyond the end of the file"));
         };
         let mut most = BEGINNING;
         loop {
@@ -288,11 +288,11 @@ impl<'a> Pages<'a> {
                     let length = bytes.len() - reader.left();
                     return Ok((header, self.at + length as u64));
                 }
-                Err(Fault::Truncated) if most < there.min(HEADER) => most *= 4,
-                Err(Fault::Truncated) => {
+                Err(ThriftError::Truncated) if most < there.min(HEADER) => most *= 4,
+                Err(ThriftError::Truncated) => {
                     return Err(Error::format("a page whose header does not end"));
                 }
-                Err(Fault::Malformed(what)) => {
+                Err(ThriftError::Malformed(what)) => {
                     return Err(Error::format(format!("a page whose header has {what}")));
                 }
             }
@@ -302,17 +302,17 @@ impl<'a> Pages<'a> {
     /// The bytes of a page in the file, and unpacked.
     fn lengths(&self, header: &Header, start: u64) -> Result<(u64, u64)> {
         let (Some(packed), Some(unpacked)) = (header.packed, header.unpacked) else {
-            return Err(Error::format("a page that does not say how long it is"));
+            return Err(Error::format("a page without its length"));
         };
         match packed <= self.file.end.saturating_sub(start) {
             true => Ok((packed, unpacked)),
             false => Err(Error::format(format!(
-                "a page of {packed} bytes begins, which are not there"
+                "a page of {packed} bytes begins, but the file ends first"
             ))),
         }
     }
 
-    /// The bytes of a page, unpacked. The next one begins behind them.
+    /// The bytes of a page, unpacked. The next one begins after them.
     fn unpacked(&mut self, codec: Codec, header: &Header, start: u64) -> Result<Vec<u8>> {
         let (packed, unpacked) = self.lengths(header, start)?;
         let beside = self
@@ -326,7 +326,7 @@ impl<'a> Pages<'a> {
         };
         if held.saturating_add(beside) > self.file.held {
             return Err(Error::format(format!(
-                "a page that takes {} MiB, packed and unpacked, beside {} MiB of its dictionary; no more than {} are held: \
+                "a page that takes {} MiB, packed and unpacked, besides {} MiB for its dictionary; the limit is {} MiB: \
                  write the file again with fewer rows in a group, as in `row_group_size=100`",
                 held >> 20,
                 beside >> 20,
@@ -336,7 +336,7 @@ impl<'a> Pages<'a> {
         self.unpacked = self.unpacked.saturating_add(unpacked);
         if self.unpacked > self.growth() {
             return Err(Error::format(format!(
-                "pages of {} MiB, unpacked, in a file of {} bytes: more than any data set grows",
+                "pages of {} MiB, unpacked, in a file of {} bytes: more than any data set unpacks to",
                 self.unpacked >> 20,
                 self.file.source.len()
             )));
@@ -358,7 +358,7 @@ impl<'a> Pages<'a> {
             return match packed == unpacked {
                 true => Ok(bytes),
                 false => Err(Error::format(
-                    "a page that is shorter or longer than it says",
+                    "a page whose length differs from the stated one",
                 )),
             };
         }
@@ -443,7 +443,7 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
     let damaged = |why: &dyn std::fmt::Display| {
         Error::format(format!("a damaged page, which cannot be unpacked: {why}"))
     };
-    // If all cells are missing, some writers compress nothing to nothing.
+    // If all cells are missing, some writers write no bytes at all.
     if bytes.is_empty() && out.is_empty() {
         return Ok(());
     }
@@ -453,7 +453,7 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
         reader.read_exact(out).map_err(|e| damaged(&e))?;
         match reader.read(&mut [0]) {
             Ok(0) => Ok(()),
-            Ok(_) => Err(damaged(&"it is longer than it says")),
+            Ok(_) => Err(damaged(&"it is longer than stated")),
             Err(e) => Err(damaged(&e)),
         }
     };
@@ -461,7 +461,7 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
         Codec::Snappy => {
             let length = snap::raw::decompress_len(bytes).map_err(|e| damaged(&e))?;
             if length != out.len() {
-                return Err(damaged(&"its length is another than it says"));
+                return Err(damaged(&"its length differs from the stated one"));
             }
             let done = snap::raw::Decoder::new().decompress(bytes, out);
             done.map(drop).map_err(|e| damaged(&e))
@@ -576,7 +576,7 @@ impl Page {
     pub fn cells(&self) -> Result<Cells<'_>> {
         let (levels, values) = (&self.bytes[self.levels.clone()], &self.bytes[self.values..]);
         let values = match &self.encoding {
-            Encoding::Plain(kind) => Found::Plain(
+            Encoding::Plain(kind) => CellSource::Plain(
                 Cursor {
                     left: values,
                     bits: 0,
@@ -590,10 +590,12 @@ impl Page {
                     None => (1, values),
                     Some(_) => return Err(Error::format("numbers of more than 32 bits in a page")),
                 };
-                Found::Entries(Runs::new(numbers, width), dictionary)
+                CellSource::Entries(Runs::new(numbers, width), dictionary)
             }
-            // Behind their length.
-            Encoding::Runs => Found::Booleans(Runs::new(values.get(4..).unwrap_or_default(), 1)),
+            // After their length.
+            Encoding::Runs => {
+                CellSource::Booleans(Runs::new(values.get(4..).unwrap_or_default(), 1))
+            }
         };
         Ok(Cells {
             left: self.count,
@@ -609,10 +611,10 @@ pub struct Cells<'p> {
     left: u64,
     optional: u32,
     levels: Runs<'p>,
-    values: Found<'p>,
+    values: CellSource<'p>,
 }
 
-enum Found<'p> {
+enum CellSource<'p> {
     Plain(Cursor<'p>, Values),
     Entries(Runs<'p>, &'p Dictionary),
     Booleans(Runs<'p>),
@@ -639,7 +641,7 @@ impl<'p> Cells<'p> {
             let level = self
                 .levels
                 .next()
-                .ok_or_else(|| damaged("it says of too few cells whether they are there"))?;
+                .ok_or_else(|| damaged("it has fewer definition levels than cells"))?;
             if level > self.optional {
                 return Err(damaged("a level beyond those of its column"));
             }
@@ -648,12 +650,12 @@ impl<'p> Cells<'p> {
             }
         }
         let found = match &mut self.values {
-            Found::Plain(cursor, kind) => cursor.next(*kind),
-            Found::Entries(runs, dictionary) => match runs.next() {
+            CellSource::Plain(cursor, kind) => cursor.next(*kind),
+            CellSource::Entries(runs, dictionary) => match runs.next() {
                 Some(index) => return dictionary.get(index).map(Some),
                 None => None,
             },
-            Found::Booleans(runs) => runs.next().map(|value| Cell::Int(i64::from(value))),
+            CellSource::Booleans(runs) => runs.next().map(|value| Cell::Int(i64::from(value))),
         };
         found
             .map(Some)

@@ -261,7 +261,7 @@ fn sizes_are_checked_before_anything_is_allocated() {
         "a page of 1099511627776 bytes begins",
     );
     check(file(&good, 3, &[(0, 3, 4)]), "a page whose header");
-    check(file(&good, 1, &[(0, 1, 4)]), "more cells than it says");
+    check(file(&good, 1, &[(0, 1, 4)]), "more cells than stated");
     check(
         file(&good, 1 << 60, &[(0, 2, 4)]),
         "more than 4294967296 rows",
@@ -269,11 +269,11 @@ fn sizes_are_checked_before_anything_is_allocated() {
     check(file(&good, 9, &[(0, 2, 4)]), "2 cells for 9 rows");
     check(
         file(&good, 2, &[(0, 2, 4), (0, 2, 4)]),
-        "where the row group before it does",
+        "it overlaps the previous row group",
     );
     check(
         file(&good, 2, &[(0, 2, 1 << 50)]),
-        "behind the end of the file",
+        "beyond the end of the file",
     );
     let claimed = page(16, 16, 1 << 30, &two);
     check(
@@ -294,10 +294,10 @@ fn sizes_are_checked_before_anything_is_allocated() {
     let one = page(zeros.len() as u64, packed.len() as u64, 1, &packed);
     check(
         file(&one.repeat(12), 12, &[(2, 12, 4)]),
-        "more than any data set grows",
+        "more than any data set unpacks to",
     );
     let wrong = page(zeros.len() as u64 - 1, packed.len() as u64, 1, &packed);
-    check(file(&wrong, 1, &[(2, 1, 4)]), "longer than it says");
+    check(file(&wrong, 1, &[(2, 1, 4)]), "longer than stated");
 }
 
 /// Pages of a dictionary of one entry, and of so many cells that repeat it, in numbers of no bits.

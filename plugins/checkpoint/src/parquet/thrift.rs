@@ -6,14 +6,14 @@
 
 /// Why bytes cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum ThriftError {
     /// They end too early.
     Truncated,
     /// The bytes are not what was expected.
     Malformed(&'static str),
 }
 
-type Result<T> = std::result::Result<T, Fault>;
+type Result<T> = std::result::Result<T, ThriftError>;
 
 /// The deepest nesting of skipped structures.
 const DEEPEST: usize = 32;
@@ -54,7 +54,7 @@ impl Kind {
             11 => Self::Map,
             12 => Self::Struct,
             13 => Self::Uuid,
-            _ => return Err(Fault::Malformed("a field of no known kind")),
+            _ => return Err(ThriftError::Malformed("a field of unknown kind")),
         })
     }
 }
@@ -77,7 +77,10 @@ impl<'a> Reader<'a> {
     }
 
     fn bytes(&mut self, count: usize) -> Result<&'a [u8]> {
-        let (taken, left) = self.left.split_at_checked(count).ok_or(Fault::Truncated)?;
+        let (taken, left) = self
+            .left
+            .split_at_checked(count)
+            .ok_or(ThriftError::Truncated)?;
         self.left = left;
         Ok(taken)
     }
@@ -96,7 +99,7 @@ impl<'a> Reader<'a> {
                 return Ok(value);
             }
         }
-        Err(Fault::Malformed("a number without end"))
+        Err(ThriftError::Malformed("a number without end"))
     }
 
     /// The value of a field that is a whole number.
@@ -106,7 +109,7 @@ impl<'a> Reader<'a> {
                 let value = self.varint()?;
                 Ok((value >> 1) as i64 ^ -((value & 1) as i64))
             }
-            _ => Err(Fault::Malformed("no number where one should be")),
+            _ => Err(ThriftError::Malformed("no number where one should be")),
         }
     }
 
@@ -114,23 +117,23 @@ impl<'a> Reader<'a> {
     pub fn bool(&mut self, kind: Kind) -> Result<bool> {
         match kind {
             Kind::Bool(value) => Ok(value),
-            _ => Err(Fault::Malformed("no truth value where one should be")),
+            _ => Err(ThriftError::Malformed("no truth value where one should be")),
         }
     }
 
     /// The value of a field that is bytes.
     pub fn binary(&mut self, kind: Kind) -> Result<&'a [u8]> {
         if kind != Kind::Binary {
-            return Err(Fault::Malformed("no bytes where some should be"));
+            return Err(ThriftError::Malformed("no bytes where some should be"));
         }
         let count = self.varint()?;
-        self.bytes(usize::try_from(count).map_err(|_| Fault::Truncated)?)
+        self.bytes(usize::try_from(count).map_err(|_| ThriftError::Truncated)?)
     }
 
     /// The value of a field that is a text.
     pub fn text(&mut self, kind: Kind) -> Result<&'a str> {
         let bytes = self.binary(kind)?;
-        std::str::from_utf8(bytes).map_err(|_| Fault::Malformed("a text that is not UTF-8"))
+        std::str::from_utf8(bytes).map_err(|_| ThriftError::Malformed("a text that is not UTF-8"))
     }
 
     /// The fields of a structure. `each` returns whether it has read the value; otherwise the value is skipped.
@@ -140,7 +143,7 @@ impl<'a> Reader<'a> {
         mut each: impl FnMut(&mut Self, i64, Kind) -> Result<bool>,
     ) -> Result<()> {
         if kind != Kind::Struct {
-            return Err(Fault::Malformed("no structure where one should be"));
+            return Err(ThriftError::Malformed("no structure where one should be"));
         }
         let mut number = 0i64;
         loop {
@@ -166,7 +169,7 @@ impl<'a> Reader<'a> {
         mut each: impl FnMut(&mut Self, Kind) -> Result<()>,
     ) -> Result<()> {
         if kind != Kind::List {
-            return Err(Fault::Malformed("no list where one should be"));
+            return Err(ThriftError::Malformed("no list where one should be"));
         }
         let (count, kind) = self.list_head()?;
         for _ in 0..count {
@@ -188,13 +191,13 @@ impl<'a> Reader<'a> {
         };
         match usize::try_from(count) {
             Ok(count) if count <= self.left.len() => Ok((count, Kind::of(head & 0x0f)?)),
-            _ => Err(Fault::Truncated),
+            _ => Err(ThriftError::Truncated),
         }
     }
 
     fn skip(&mut self, kind: Kind, depth: usize) -> Result<()> {
         if depth > DEEPEST {
-            return Err(Fault::Malformed("structures too deep in each other"));
+            return Err(ThriftError::Malformed("structures nested too deeply"));
         }
         match kind {
             Kind::Bool(_) => {}
@@ -212,7 +215,7 @@ impl<'a> Reader<'a> {
             Kind::Map => {
                 let count = self.varint()?;
                 if count > self.left.len() as u64 {
-                    return Err(Fault::Truncated);
+                    return Err(ThriftError::Truncated);
                 }
                 if count > 0 {
                     let kinds = self.byte()?;
@@ -280,7 +283,7 @@ mod tests {
         let skipped = |bytes| Reader::new(bytes).fields(Kind::Struct, |_, _, _| Ok(false));
         assert_eq!(skipped(&bytes), Ok(()));
         for end in 0..bytes.len() {
-            assert_eq!(skipped(&bytes[..end]), Err(Fault::Truncated), "{end}");
+            assert_eq!(skipped(&bytes[..end]), Err(ThriftError::Truncated), "{end}");
         }
     }
 
@@ -291,16 +294,16 @@ mod tests {
         let many = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x10];
         assert_eq!(
             skipped(&[&[0x19, 0xfc], &many[..], &[0]].concat()),
-            Err(Fault::Truncated)
+            Err(ThriftError::Truncated)
         );
         assert_eq!(
             skipped(&[&[0x1b], &many[..], &[0x55]].concat()),
-            Err(Fault::Truncated)
+            Err(ThriftError::Truncated)
         );
         let deep = [0x1c].repeat(100_000);
-        let expected = Fault::Malformed("structures too deep in each other");
+        let expected = ThriftError::Malformed("structures nested too deeply");
         assert_eq!(skipped(&deep), Err(expected));
-        let endless = Fault::Malformed("a number without end");
+        let endless = ThriftError::Malformed("a number without end");
         assert_eq!(skipped(&[&[0x15][..], &[0xff; 20]].concat()), Err(endless));
     }
 }

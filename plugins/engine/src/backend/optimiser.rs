@@ -1,9 +1,7 @@
 //! Steps of optimisers, in place.
 
-use std::any::Any;
-
 use crate::backend::tensor::{Binary, Tensors, Unary};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// One AdamW step's numbers (Loshchilov and Hutter 2019, arXiv 1711.05101), bias corrections already computed.
 #[derive(Debug, Clone, Copy)]
@@ -66,21 +64,6 @@ pub trait Optimiser: Tensors {
         Self::assign_(m, &m1)?;
         Self::assign_(v, &v1)?;
         Self::assign_(p, &p1)
-    }
-
-    /// Begins an exchange in place: a whole f32 tensor becomes the sum over all ranks or, with `root`, that rank's tensor.
-    /// `ranks` is the handle from their collective ([`Collective::on_device`](crate::collective::Collective::on_device)). The
-    /// tensor must live until the end.
-    fn begin_exchange_(x: &Self::Tensor, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
-        let _ = (x, root, ranks);
-        let message = "this backend exchanges nothing in its device's memory";
-        Err(Error::Internal(message.into()))
-    }
-
-    /// Ends all exchanges: later operations see the values of all ranks.
-    fn end_exchanges(ranks: &dyn Any) -> Result<()> {
-        let _ = ranks;
-        Ok(())
     }
 
     /// average <- decay * average + (1 - decay) * x

@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// The state of [`Sampling::repeat`] between calls: private to the backend, initially empty.
 #[derive(Default)]
-pub struct Recording(pub Option<Box<dyn Any>>);
+pub struct ReplayState(pub Option<Box<dyn Any>>);
 
 /// Recorded steps, truncation of logits, drawing codes, and the flow map.
 pub trait Sampling: Layers {
@@ -18,7 +18,7 @@ pub trait Sampling: Layers {
     /// without calling `step` (a CUDA graph). Positions must be inputs, and `step` must not copy between host and device. The
     /// next call overwrites the result.
     fn repeat(
-        _kept: &mut Recording,
+        _kept: &mut ReplayState,
         inputs: &[&Self::Tensor],
         step: &mut dyn FnMut(&[&Self::Tensor]) -> Result<Self::Tensor>,
     ) -> Result<Self::Tensor> {

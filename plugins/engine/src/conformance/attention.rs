@@ -2,7 +2,7 @@
 
 use super::host::{self, Host};
 use super::{LAYOUTS, MemoryLayout, Suite, difference};
-use crate::backend::{Backend, Mask, Recording};
+use crate::backend::{Backend, Mask, ReplayState};
 use crate::error::Result;
 
 impl<B: Backend> Suite<'_, B> {
@@ -168,7 +168,7 @@ impl<B: Backend> Suite<'_, B> {
                 let first = |x: &Host| host::narrow(x, 1, 0, 3);
                 B::write_(&keys, 1, 0, &put(&first(&turned[1]))?)?;
                 B::write_(&values, 1, 0, &put(&first(&vs))?)?;
-                let mut kept = Recording::default();
+                let mut kept = ReplayState::default();
                 (3..n)
                     .map(|at| {
                         let own = |x: &Host| put(&host::narrow(x, 1, at, 1));

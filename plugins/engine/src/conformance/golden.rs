@@ -20,7 +20,7 @@ use serde_json::Value;
 use super::Case;
 use crate::backend::{Backend, FlowSolver};
 use crate::error::{Error, Result};
-use crate::weights::{CheckpointWeights, Floats, Loader, Source, Weights};
+use crate::weights::{CheckpointWeights, Floats, Loader, ParameterSource, Weights};
 
 pub use measures::measures;
 
@@ -277,7 +277,7 @@ impl Parts {
     }
 
     fn loader<'b, B: Backend>(&'b self, backend: &'b B, part: &str) -> Result<Loader<'b, B>> {
-        let source = Source::Host(self.get(part)?);
+        let source = ParameterSource::Host(self.get(part)?);
         Ok(Loader::new(backend, source, false, part.to_owned()))
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use retort_checkpoint::images::promises_image;
 use retort_checkpoint::json;
-use retort_checkpoint::tar::{Archive, Stored};
+use retort_checkpoint::tar::{Archive, EntryKind};
 use serde_json::Value;
 
 use super::content;
@@ -56,10 +56,10 @@ impl ArchivedImages {
             if is_hidden(&entry.name) {
                 continue;
             }
-            if let Some(kind) = cannot_be_read(entry.stored) {
+            if let Some(what) = cannot_be_read(entry.kind) {
                 // Its content is elsewhere.
                 if promises_image(&entry.name) {
-                    let message = format!("{} is {kind}", shown(&entry.name));
+                    let message = format!("{} is {what}", shown(&entry.name));
                     return Err(DataError::content(path, message));
                 }
                 continue;
@@ -154,18 +154,18 @@ impl ArchivedImages {
 
 /// Why a file beside an image cannot be used.
 enum Fault {
-    /// There is too much of all.
+    /// The names and texts exceed their memory budget.
     Full(String),
     /// Its content is not what was expected.
     Content(String),
 }
 
 /// Why the bytes of an entry are not those of the file.
-fn cannot_be_read(stored: Stored) -> Option<&'static str> {
-    match stored {
-        Stored::Whole => None,
-        Stored::Link => Some("a link; pack it with `tar --dereference --hard-dereference`"),
-        Stored::Sparse => Some("a sparse file; pack it without `--sparse`"),
+fn cannot_be_read(kind: EntryKind) -> Option<&'static str> {
+    match kind {
+        EntryKind::Whole => None,
+        EntryKind::Link => Some("a link; pack it with `tar --dereference --hard-dereference`"),
+        EntryKind::Sparse => Some("a sparse file; pack it without `--sparse`"),
     }
 }
 
@@ -378,7 +378,7 @@ pub(super) mod tests {
         assert!(
             list(&huge)
                 .unwrap_err()
-                .contains("bytes begins, which are not there")
+                .contains("bytes begins, but the archive ends first")
         );
     }
 

@@ -14,8 +14,8 @@ use retort_checkpoint::regular;
 use super::error::DataError;
 use super::file;
 use super::item::{Item, ItemLocation};
-use super::parquet::Tables;
-use super::room::{self, Taken};
+use super::memory_pool::{self, MemoryPermit};
+use super::parquet::TableFiles;
 
 /// A file that could not be decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub(super) enum ContentSource {
     /// A folder of files, or archives.
     Files(Vec<PathBuf>),
     /// Tables.
-    Tables(Tables),
+    Tables(TableFiles),
 }
 
 impl ContentSource {
@@ -97,7 +97,7 @@ impl Bytes<'_> {
             Self::Row(Some(bytes)) if bytes.len() as u64 > LONGEST_FILE => Err(too_long(bytes.len() as u64)),
             Self::Row(Some(bytes)) => Ok(Content {
                 bytes: Cow::Borrowed(&bytes[..bytes.len().min(most as usize)]),
-                _room: None,
+                _permit: None,
             }),
         }
     }
@@ -131,12 +131,12 @@ impl<'a> Archives<'a> {
             if part.size > LONGEST_FILE {
                 return Err(too_long(part.size));
             }
-            let room = room::FILES.take(part.size.min(most));
+            let permit = memory_pool::FILES.take(part.size.min(most));
             let mut bytes = vec![0; part.size.min(most) as usize];
             let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
             let content = Content {
                 bytes: bytes.into(),
-                _room: Some(room),
+                _permit: Some(permit),
             };
             return read.map(|()| content).map_err(unreadable);
         }
@@ -146,22 +146,22 @@ impl<'a> Archives<'a> {
         if metadata.len() > LONGEST_FILE {
             return Err(too_long(metadata.len()));
         }
-        let room = room::FILES.take(metadata.len().min(most));
+        let permit = memory_pool::FILES.take(metadata.len().min(most));
         let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
         file.take(most)
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
         Ok(Content {
             bytes: bytes.into(),
-            _room: Some(room),
+            _permit: Some(permit),
         })
     }
 }
 
-/// The bytes of a file. Threads share the room for them.
+/// The bytes of a file. Threads share the memory for them.
 pub(super) struct Content<'a> {
     bytes: Cow<'a, [u8]>,
-    _room: Option<Taken>,
+    _permit: Option<MemoryPermit>,
 }
 
 impl Deref for Content<'_> {

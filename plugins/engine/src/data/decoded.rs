@@ -134,7 +134,7 @@ impl<'a> ChunkWriter<'a> {
     }
 }
 
-/// A chunk that is there.
+/// An existing chunk.
 pub(super) struct DecodedChunk {
     rows: Rows,
     shape: [usize; 3],

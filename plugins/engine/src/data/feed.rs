@@ -13,7 +13,7 @@ use super::{Augment, Images};
 use crate::error::{Error, Result};
 
 /// Images as a step sees them.
-pub struct Batch {
+pub struct ImageBatch {
     /// Values (b, channels, height, width) in [-1, 1].
     pub pixels: Vec<f32>,
     /// Their classes (b).
@@ -29,7 +29,7 @@ const AVERAGED: usize = 10;
 /// Batches by step.
 pub struct Feed {
     wanted: Option<Sender<u64>>,
-    made: Receiver<Result<Batch>>,
+    made: Receiver<Result<ImageBatch>>,
     /// Steps requested from the thread, in order.
     asked: VecDeque<u64>,
     waits: VecDeque<f64>,
@@ -49,7 +49,7 @@ impl Feed {
             for step in steps {
                 let batch = images.gather_augmented(&picks(step), Some(augment(step)));
                 if send
-                    .send(batch.map(|(pixels, labels)| Batch { pixels, labels }))
+                    .send(batch.map(|(pixels, labels)| ImageBatch { pixels, labels }))
                     .is_err()
                 {
                     return;
@@ -66,7 +66,7 @@ impl Feed {
     }
 
     /// The batch of a step.
-    pub fn take(&mut self, step: u64) -> Result<Batch> {
+    pub fn take(&mut self, step: u64) -> Result<ImageBatch> {
         let begun = Instant::now();
         while self.asked.front().is_some_and(|first| *first != step) {
             self.asked.pop_front();
@@ -94,7 +94,7 @@ impl Feed {
         )
     }
 
-    fn receive(&self) -> Result<Result<Batch>> {
+    fn receive(&self) -> Result<Result<ImageBatch>> {
         self.made.recv().map_err(|_| gone())
     }
 }

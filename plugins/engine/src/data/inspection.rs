@@ -276,7 +276,8 @@ impl Inspection {
                 .map(|(format, count)| format!("{format} {count}"))
                 .collect();
             let message = format!(
-                "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
+                "{}: {} images of several formats, {}: the artefacts of lossy compression in some of them will \
+                 affect training and metrics",
                 self.path.display(),
                 self.items.len(),
                 kinds.join(", ")
@@ -285,7 +286,7 @@ impl Inspection {
         }
         if self.skipped.count() > 0 {
             let message = format!(
-                "{}: {} files are no images and were left out: {}",
+                "{}: {} files are not images and were left out: {}",
                 self.path.display(),
                 self.skipped.count(),
                 self.skipped.kinds()
@@ -320,7 +321,7 @@ fn sizes_told(sizes: &BTreeMap<(u32, u32), usize>, damaged: &[Damaged]) -> Strin
         (h, w) => format!("`size: [{h}, {w}]`"),
     };
     let mut text = format!(
-        "images of {} sizes (height x width): {}{more}; say which size they are brought to, as in {wish}",
+        "images of {} sizes (height x width): {}{more}; give the size to bring them to, as in {wish}",
         sizes.len(),
         shown.join(", ")
     );

@@ -1,8 +1,8 @@
 //! What decoding a JPEG costs beyond its pixels: coefficients that are kept, and blocks that are visited again by each scan.
 //!
 //! In: a JPEG, or the beginning of one. Out: its [`Frame`]. Up to the first scan segments are read exactly as the decoder reads
-//! them, and what lies between them is refused: otherwise the decoder could find another frame than is found here. Behind
-//! that every place that may begin a scan counts.
+//! them, and what lies between them is refused: otherwise the decoder could find another frame than is found here. After
+//! that, every place that may begin a scan counts.
 
 /// The most blocks of 8 x 8 pixels that all scans of a frame may visit: 32 times those of a grey image of 2^26
 /// pixels.
@@ -52,7 +52,7 @@ impl Frame {
         let Some(mut frame) = frame else {
             return Err("a damaged JPEG: a scan without a frame; save it again".into());
         };
-        // The number of components of a scan stands behind its length.
+        // The number of components of a scan follows its length.
         let components = |at: usize| content.get(at + 3).copied().map_or(1, |n| n.clamp(1, 4));
         frame.scanned = components(at).into();
         frame.keeps |= frame.scanned < frame.factors.len() as u64;

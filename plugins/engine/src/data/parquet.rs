@@ -27,7 +27,7 @@ const LONGEST_NOTE: usize = 8 << 20;
 
 /// Files that are read in sequence.
 #[derive(Debug)]
-pub(super) struct Tables {
+pub(super) struct TableFiles {
     files: Vec<PathBuf>,
     /// The path of the column of images.
     image: Vec<Arc<str>>,
@@ -36,8 +36,8 @@ pub(super) struct Tables {
 }
 
 /// What the files hold.
-pub(super) struct Rows {
-    pub(super) tables: Tables,
+pub(super) struct ItemRows {
+    pub(super) tables: TableFiles,
     pub(super) items: Vec<Item>,
     pub(super) labels: ClassLabels,
     pub(super) notices: Vec<(LogLevel, String)>,
@@ -52,7 +52,7 @@ pub(super) enum ClassLabels {
 }
 
 /// Columns of a file, by number.
-struct Found {
+struct ColumnIndices {
     image: usize,
     label: Option<usize>,
     caption: Option<usize>,
@@ -64,13 +64,13 @@ pub(super) fn read(
     files: Vec<PathBuf>,
     label: Option<&str>,
     progress: &mut Progress<'_>,
-) -> Result<Rows, DataError> {
+) -> Result<ItemRows, DataError> {
     let notices = splits(path, &files)?;
-    let mut found = FoundRows::default();
+    let mut found = ScannedRows::default();
     for (file, number) in files.iter().zip(0u32..) {
         found.add(file, number, label, progress)?;
     }
-    let FoundRows {
+    let ScannedRows {
         items,
         numbers,
         first,
@@ -106,8 +106,8 @@ pub(super) fn read(
             ClassLabels::Written(written)
         }
     };
-    Ok(Rows {
-        tables: Tables {
+    Ok(ItemRows {
+        tables: TableFiles {
             files,
             image: layout.image,
             held: held.beside(),
@@ -129,7 +129,7 @@ struct Layout {
 
 /// The rows of the examined files.
 #[derive(Default)]
-struct FoundRows {
+struct ScannedRows {
     items: Vec<Item>,
     /// Classes as written, by the numbers that items have.
     numbers: BTreeMap<Arc<str>, u32>,
@@ -138,7 +138,7 @@ struct FoundRows {
     held: MemoryBudget,
 }
 
-impl FoundRows {
+impl ScannedRows {
     /// Adds the rows of the file with this number.
     fn add(
         &mut self,
@@ -154,7 +154,7 @@ impl FoundRows {
             None => None,
         };
         let classes = names.as_ref().map(Vec::len);
-        self.is_alike(
+        self.check_alike(
             file,
             Layout {
                 image: parquet.columns[found.image].path.clone(),
@@ -185,7 +185,7 @@ impl FoundRows {
     }
 
     /// Refuses a file with other columns or classes than the first.
-    fn is_alike(&mut self, file: &Path, layout: Layout) -> Result<(), DataError> {
+    fn check_alike(&mut self, file: &Path, layout: Layout) -> Result<(), DataError> {
         let Some((path, first)) = &self.first else {
             self.first = Some((file.to_owned(), layout));
             return Ok(());
@@ -296,7 +296,11 @@ fn wrong(file: &Path, error: retort_checkpoint::Error) -> DataError {
 }
 
 /// Which columns hold what.
-fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found, DataError> {
+fn columns(
+    file: &Path,
+    parquet: &Parquet,
+    label: Option<&str>,
+) -> Result<ColumnIndices, DataError> {
     let named = |names: &[&str]| names.iter().find_map(|name| parquet.column(&[name]));
     let is_bytes = |at: &usize| parquet.columns[*at].values == Values::Bytes;
     let image = |name: &&str| {
@@ -338,7 +342,7 @@ fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found,
             }
         },
     };
-    Ok(Found {
+    Ok(ColumnIndices {
         image,
         label,
         caption: named(&CAPTION),
@@ -392,7 +396,7 @@ fn names(
         .collect();
     let Some(names) = names.filter(|names| !names.is_empty()) else {
         return fault(format!(
-            "the names of the classes of `{}` are no texts",
+            "the names of the classes of `{}` are not texts",
             shown(&column.path[0])
         ));
     };
@@ -485,7 +489,7 @@ fn text(file: &Path, row: u64, cell: Cell<'_>) -> Result<String, DataError> {
     }
 }
 
-impl Tables {
+impl TableFiles {
     /// Passes the bytes of items, in the order of their rows, to `make` on all threads, this many at a time. `take` gets the
     /// results, with the number of the first: at least once for each page, and none if none of its rows is wanted.
     pub(super) fn each<T: Clone + Send, E: From<DataError>>(

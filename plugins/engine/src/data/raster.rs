@@ -14,8 +14,8 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use retort_checkpoint::images;
 
-use super::room::MOST_MEMORY;
-use super::{decoding_cost, room};
+use super::memory_pool::MOST_MEMORY;
+use super::{decoding_cost, memory_pool};
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,8 +170,8 @@ pub fn header(content: &[u8]) -> Result<Header, String> {
 }
 
 fn header_of(content: &[u8]) -> Result<Header, String> {
-    // What a decoder holds of a header.
-    let _room = room::DECODERS.take(MOST_BESIDE.saturating_add(content.len() as u64));
+    // The memory that a decoder takes to read a header.
+    let _permit = memory_pool::DECODERS.take(MOST_BESIDE.saturating_add(content.len() as u64));
     let Opened {
         decoder, turned, ..
     } = open(content)?;
@@ -193,7 +193,7 @@ pub fn decode(content: &[u8], background: [u8; 3]) -> Result<Raster, String> {
     decode_then(content, background, Ok)
 }
 
-/// The same, and passes the image on, while other threads leave room for it.
+/// The same, and passes the image on while its memory is still reserved.
 pub(super) fn decode_then<T>(
     content: &[u8],
     background: [u8; 3],
@@ -201,7 +201,7 @@ pub(super) fn decode_then<T>(
 ) -> Result<T, String> {
     survived(|| {
         let opened = open(content)?;
-        let _room = room::DECODERS.take(opened.memory);
+        let _permit = memory_pool::DECODERS.take(opened.memory);
         then(pixels_of(opened, background)?)
     })
 }

@@ -243,30 +243,8 @@ impl Source {
             }
             return Self::open_table(o, path, &table, progress);
         }
-        // Archives or tables of images, if there are no images beside them.
-        if folder.folders.is_empty() && !folder.files.iter().any(|f| promises_image(f)) {
-            let of = |promises: fn(&str) -> bool| {
-                let files = folder.files.iter().filter(|file| promises(file));
-                files.map(|file| path.join(file)).collect::<Vec<_>>()
-            };
-            match (of(promises_tar), of(promises_parquet)) {
-                (archives, tables) if !archives.is_empty() && !tables.is_empty() => {
-                    let message = format!(
-                        "{} archives and {} Parquet files; keep one kind, or name a file (`tar:`, `parquet:`)",
-                        archives.len(),
-                        tables.len()
-                    );
-                    return Err(DataError::content(path, message));
-                }
-                (_, tables) if !tables.is_empty() => {
-                    return Self::open_parquet(o, path, tables, progress);
-                }
-                _ if o.label.is_some() => {}
-                (archives, _) if !archives.is_empty() => {
-                    return Self::open_tar(o, path, archives, progress);
-                }
-                _ => {}
-            }
+        if let Some(source) = Self::open_packed(o, &folder, progress)? {
+            return Ok(source);
         }
         if o.label.is_some() {
             let message = "no Parquet files alone in it, whose column `label` could name";
@@ -277,39 +255,79 @@ impl Source {
             true => None,
             false => Some(Classes::new(path, folder.folders.iter().cloned(), true)?),
         };
-        let label = |file: &str| match (&classes, file.split_once('/')) {
-            (Some(classes), Some((class, _))) => classes.of(class),
-            _ => 0,
-        };
-        let mut held = MemoryBudget::default();
-        let items = std::mem::take(&mut folder.files).into_iter().map(|file| {
-            held.file(&file)
-                .map_err(|message| DataError::content(path, message))?;
-            Ok(Item {
-                label: label(&file),
-                name: file.into(),
-                caption: None,
-                location: ItemLocation::File,
-            })
-        });
-        let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
-        // Ordered by class, then by name.
-        items.sort_by_key(|item| item.label);
+        let items = items_by_class(path, std::mem::take(&mut folder.files), classes.as_ref())?;
         let content = ContentSource::Files(Vec::new());
         let inspection = Inspection::over(path, &content, items, false, progress)?;
-        let Some(classes) = classes else {
-            let name = path
-                .file_name()
-                .map_or("images".into(), |name| name.to_string_lossy().into_owned());
-            inspection.each_class_has_images(1, |_| path.to_owned())?;
-            return Ok(Self::of_files(
-                o,
-                path,
-                content,
-                vec![name],
-                inspection.finish(o)?,
-            ));
+        match classes {
+            None => Self::of_one_class(o, path, content, inspection),
+            Some(classes) => Self::of_class_folders(o, &folder, classes, content, inspection),
+        }
+    }
+
+    /// The archives or Parquet files in a folder without images and subfolders; None if it has none.
+    fn open_packed(
+        o: &DataOptions,
+        folder: &Folder,
+        progress: &mut Progress<'_>,
+    ) -> Result<Option<Self>, DataError> {
+        if !folder.folders.is_empty() || folder.files.iter().any(|f| promises_image(f)) {
+            return Ok(None);
+        }
+        let path = &folder.path;
+        let of = |promises: fn(&str) -> bool| {
+            let files = folder.files.iter().filter(|file| promises(file));
+            files.map(|file| path.join(file)).collect::<Vec<_>>()
         };
+        match (of(promises_tar), of(promises_parquet)) {
+            (archives, tables) if !archives.is_empty() && !tables.is_empty() => {
+                let message = format!(
+                    "{} archives and {} Parquet files; keep one kind, or name a file (`tar:`, `parquet:`)",
+                    archives.len(),
+                    tables.len()
+                );
+                Err(DataError::content(path, message))
+            }
+            (_, tables) if !tables.is_empty() => {
+                Self::open_parquet(o, path, tables, progress).map(Some)
+            }
+            // Only Parquet files have the column that `label` names.
+            _ if o.label.is_some() => Ok(None),
+            (archives, _) if !archives.is_empty() => {
+                Self::open_tar(o, path, archives, progress).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Image files of one class, which has the folder's name.
+    fn of_one_class(
+        o: &DataOptions,
+        path: &Path,
+        content: ContentSource,
+        inspection: Inspection,
+    ) -> Result<Self, DataError> {
+        let name = path
+            .file_name()
+            .map_or("images".into(), |name| name.to_string_lossy().into_owned());
+        inspection.each_class_has_images(1, |_| path.to_owned())?;
+        Ok(Self::of_files(
+            o,
+            path,
+            content,
+            vec![name],
+            inspection.finish(o)?,
+        ))
+    }
+
+    /// Image files in a folder for each class.
+    fn of_class_folders(
+        o: &DataOptions,
+        folder: &Folder,
+        classes: Classes,
+        content: ContentSource,
+        inspection: Inspection,
+    ) -> Result<Self, DataError> {
+        let path = &folder.path;
         let beside: Vec<&str> = inspection
             .images()
             .filter(|name| !name.contains('/'))
@@ -438,7 +456,7 @@ impl Source {
         files: Vec<PathBuf>,
         progress: &mut Progress<'_>,
     ) -> Result<Self, DataError> {
-        let parquet::Rows {
+        let parquet::ItemRows {
             tables,
             items,
             labels,
@@ -734,4 +752,30 @@ fn classes_of<'a>(
         )),
         false => Ok((Classes::new(path, ["images".to_owned()], false)?, false)),
     }
+}
+
+/// The files of a folder, ordered by class, then by name. A file's class is that of the subfolder in which it lies.
+fn items_by_class(
+    path: &Path,
+    files: Vec<String>,
+    classes: Option<&Classes>,
+) -> Result<Vec<Item>, DataError> {
+    let label = |file: &str| match (classes, file.split_once('/')) {
+        (Some(classes), Some((class, _))) => classes.of(class),
+        _ => 0,
+    };
+    let mut held = MemoryBudget::default();
+    let items = files.into_iter().map(|file| {
+        held.file(&file)
+            .map_err(|message| DataError::content(path, message))?;
+        Ok(Item {
+            label: label(&file),
+            name: file.into(),
+            caption: None,
+            location: ItemLocation::File,
+        })
+    });
+    let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
+    items.sort_by_key(|item| item.label);
+    Ok(items)
 }

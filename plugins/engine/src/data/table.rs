@@ -40,7 +40,7 @@ pub(super) const CAPTION: [&str; 4] = ["caption", "text", "prompt", "description
 /// The longest line that is read.
 const LONGEST_LINE: u64 = 1 << 20;
 
-/// The longest path that is read: as systems allow.
+/// The longest path that is read: the limit of common systems.
 pub(super) const LONGEST_PATH: usize = 4096;
 
 /// Memory for the names and captions of a source: with temporary data the source stays below half a gigabyte.

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::jpeg::{Frame, MOST_BLOCKS};
-use super::room::MOST_MEMORY;
+use super::memory_pool::MOST_MEMORY;
 
 /// The most strips or tiles: ten times as many as an image of 2^26 pixels has rows, if it is square.
 const MOST_PIECES: u64 = 1 << 16;
@@ -92,7 +92,7 @@ pub(super) fn check(content: &[u8]) -> Result<u64, String> {
         ),
         false => (width, number(tag::ROWS_PER_STRIP, height).min(height)),
     };
-    // Rows are unpacked with the padding of the last tile, and with samples that are no colours.
+    // Rows are unpacked with the padding of the last tile, and with samples that are not colours.
     let row = width.div_ceil(wide.max(1)).saturating_mul(wide);
     let bits = number(tag::BITS, 1).saturating_mul(number(tag::SAMPLES, 1));
     let unpacked = row.saturating_mul(height).saturating_mul(bits) / 8;
@@ -171,7 +171,7 @@ impl<'c> Directory<'c> {
             };
             let of_pieces = tag::LISTS.contains(&tag);
             let is_read = of_pieces || tag::OTHERS.contains(&tag);
-            // In a large directory the decoder finds the entry behind one of no known type elsewhere.
+            // In a large directory the decoder looks for the entry after one of unknown type elsewhere.
             let is_known = matches!(entry.kind, 1..=13 | 16..=18);
             if is_read && entry.size().is_none() || large && !is_known {
                 return Err(format!(
@@ -443,7 +443,7 @@ mod tests {
         refused(&with(&[&fits, &huge], 4), &second);
         let garbage = [&fits[..2], &[0], &fits[2..]].concat();
         refused(&with(&[&garbage], 8), "strip or tile 0: a damaged JPEG");
-        // The frame may stand in the tables.
+        // The frame may be in the tables.
         let bytes = |jpeg: &[u8]| jpeg.iter().map(|byte| u32::from(*byte)).collect::<Vec<_>>();
         let tables = [&huge[..huge.len() - 16], b"\xff\xd9"].concat();
         let entries = [grey(8, 7, 8), vec![(347, 1, bytes(&tables))]].concat();

@@ -261,7 +261,7 @@ impl Line<'_> {
             .and_then(|class| u32::try_from(class).ok());
         class.ok_or_else(|| {
             let expected = match self.options.label {
-                None => "a class (an integer from 0; if it stands in another column, say `label: first` or its name)",
+                None => "a class (an integer from 0; if it is in another column, say `label: first` or its name)",
                 Some(_) => "a class (an integer from 0)",
             };
             self.fault(column, expected)

@@ -9,7 +9,7 @@ use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
 use crate::files::CONFIG_MOST;
 use crate::tape::Variable;
-use crate::weights::{self, Init, Loader, Source};
+use crate::weights::{self, Init, Loader, ParameterSource};
 
 /// Shape of a classifier.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,7 +132,7 @@ impl<B: Backend> Net<B> {
         Self::load(
             &mut Loader::new(
                 backend,
-                Source::Host(&weights),
+                ParameterSource::Host(&weights),
                 false,
                 path.display().to_string(),
             ),

@@ -11,9 +11,9 @@ pub(super) struct Cache<B: Backend> {
 }
 
 impl<B: Backend> Cache<B> {
-    /// One empty cache per block, on the device of `beside`; `shape` (b, l, h, d) for all positions.
-    pub(super) fn blocks(beside: &B::Tensor, depth: usize, shape: [usize; 4]) -> Result<Vec<Self>> {
-        let empty = || B::factor(&B::of(beside).full(&shape, 0.0)?);
+    /// One empty cache per block, on the device of `like`; `shape` (b, l, h, d) for all positions.
+    pub(super) fn blocks(like: &B::Tensor, depth: usize, shape: [usize; 4]) -> Result<Vec<Self>> {
+        let empty = || B::factor(&B::of(like).full(&shape, 0.0)?);
         (0..depth)
             .map(|_| {
                 Ok(Self {

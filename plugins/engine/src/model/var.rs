@@ -439,10 +439,10 @@ fn level_of(steps: &[usize]) -> Vec<u32> {
         .collect()
 }
 
-/// The bias (l, l), on the device of `beside`, that lets position i see position j where
+/// The bias (l, l), on the device of `like`, that lets position i see position j where
 /// `sees(level of i, level of j, i == j)`.
 fn mask<B: Backend>(
-    beside: &B::Tensor,
+    like: &B::Tensor,
     steps: &[usize],
     sees: impl Fn(u32, u32, bool) -> bool,
 ) -> Result<Mask<B::Tensor>> {
@@ -458,7 +458,7 @@ fn mask<B: Backend>(
             }
         })
         .collect();
-    Ok(Mask::Bias(B::of(beside).floats(&bias, &[l, l])?))
+    Ok(Mask::Bias(B::of(like).floats(&bias, &[l, l])?))
 }
 
 #[cfg(test)]

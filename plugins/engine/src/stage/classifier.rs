@@ -21,7 +21,7 @@ use crate::stage::Stage;
 use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::tape::Variable;
 use crate::train::{Decay, HeldOut, StepOutput, TrainOptions, TrainingLoop};
-use crate::weights::{self, Loader, Params, Source, Weights};
+use crate::weights::{self, Loader, ParameterSource, Params, Weights};
 
 /// Options of `classifier`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -80,7 +80,7 @@ pub fn train<B: Backend>(
         memory::free_for(backend),
     )?;
     let (train, held) = images.split(held_out, seed);
-    let mut loader = Loader::new(backend, Source::Init(seed), true, "new classifier");
+    let mut loader = Loader::new(backend, ParameterSource::Init(seed), true, "new classifier");
     let net = Net::load(&mut loader, &config)?;
     let params: Params<B> = loader.into_params();
     let fit = TrainingLoop {
@@ -199,8 +199,7 @@ impl<B: Backend> Stage<B> for Classifier {
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let images = Arc::new(context.images(&o.data)?);
         if images.classes == 1 {
-            let message =
-                "all images are of one class: the features of such a classifier tell nothing apart";
+            let message = "all images are of one class: the features of such a classifier cannot tell images apart";
             context.host.log(LogLevel::Warn, message);
         }
         let with = (context.host, context.backend, context.job.seed);

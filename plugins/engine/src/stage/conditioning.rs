@@ -392,14 +392,14 @@ impl CaptionText {
 
 /// Features in a file, with their mask.
 struct Table {
-    source: Source,
+    source: FeatureFile,
     /// Captions, tokens, width.
     shape: [usize; 3],
     /// Whether each token is one of the caption (n, tokens).
     mask: Option<Vec<bool>>,
 }
 
-enum Source {
+enum FeatureFile {
     Numpy(numpy::Rows),
     Safetensors(CheckpointWeights, String),
 }
@@ -422,13 +422,13 @@ impl Features {
             }
             let rows = numpy::Rows::open(&path)?;
             let shape = rows.shape().to_vec();
-            (Source::Numpy(rows), shape)
+            (FeatureFile::Numpy(rows), shape)
         } else {
             let stored = CheckpointWeights::open(&path, None)?;
             let found = stored.shape(&self.tensor).map(<[usize]>::to_vec);
             let missing = || Error::data(&path, format!("no tensor {}", self.tensor));
             let shape = found.ok_or_else(missing)?;
-            (Source::Safetensors(stored, self.tensor.clone()), shape)
+            (FeatureFile::Safetensors(stored, self.tensor.clone()), shape)
         };
         let shape = match *shape.as_slice() {
             [tokens, width] => [1, tokens, width],
@@ -453,7 +453,7 @@ impl Features {
     fn mask(
         &self,
         base: &Path,
-        source: &Source,
+        source: &FeatureFile,
         [captions, tokens]: [usize; 2],
     ) -> Result<Option<Vec<bool>>> {
         // Before it is read: a file may claim any number of elements.
@@ -473,7 +473,7 @@ impl Features {
             let found = rows.read(0, captions * tokens)?;
             return Ok(Some(found.iter().map(|&x| x != 0.0).collect()));
         }
-        let (Some(name), Source::Safetensors(stored, _)) = (&self.mask, source) else {
+        let (Some(name), FeatureFile::Safetensors(stored, _)) = (&self.mask, source) else {
             return Ok(None);
         };
         if let Some(found) = stored.shape(name) {
@@ -497,11 +497,13 @@ impl Table {
         let [_, tokens, width] = self.shape;
         let row = tokens * width;
         let features = match &mut self.source {
-            Source::Numpy(rows) => rows.read(number * row, row)?,
-            Source::Safetensors(stored, name) => match stored.shape(name).map(<[usize]>::len) {
-                Some(2) => stored.floats(name)?,
-                _ => stored.rows(name, number, 1)?,
-            },
+            FeatureFile::Numpy(rows) => rows.read(number * row, row)?,
+            FeatureFile::Safetensors(stored, name) => {
+                match stored.shape(name).map(<[usize]>::len) {
+                    Some(2) => stored.floats(name)?,
+                    _ => stored.rows(name, number, 1)?,
+                }
+            }
         };
         let counts = match &self.mask {
             Some(mask) => mask[number * tokens..][..tokens].to_vec(),

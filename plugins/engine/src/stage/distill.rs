@@ -35,7 +35,9 @@ use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::stage::{Stage, batch_memory};
 use crate::train::{HeldOut, TrainOptions, TrainingLoop, average, check_parts, one_part, shared};
-use crate::weights::{self, CheckpointWeights, Loader, Params, Source, Weights, write_each};
+use crate::weights::{
+    self, CheckpointWeights, Loader, ParameterSource, Params, Weights, write_each,
+};
 
 use objective::Objective;
 
@@ -321,8 +323,8 @@ impl<B: Backend> Networks<B> {
         let (config, file) = inputs.start(o)?;
         let of_teacher = inputs.teacher.network()?;
         let source = match &inputs.from {
-            Some(_) => Source::Files(std::slice::from_ref(&file)),
-            None => Source::Start {
+            Some(_) => ParameterSource::Files(std::slice::from_ref(&file)),
+            None => ParameterSource::Start {
                 file: &file,
                 of: &|name| of_teacher.start(name),
                 seed: context.job.seed,
@@ -381,7 +383,7 @@ impl<B: Backend> Networks<B> {
         kept.extend(shared(&idle, None));
         let measured = config.student(&mut Loader::new(
             backend,
-            Source::Device(&kept),
+            ParameterSource::Device(&kept),
             false,
             "student",
         ))?;

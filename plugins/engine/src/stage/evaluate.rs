@@ -1,7 +1,7 @@
 //! `evaluate`: how close sets of samples come to real images.
 //!
 //! Images are compared in the features of a network: a classifier trained on the data, or the Inception network of published
-//! figures. Figures: the Frechet distance (Heusel et al. 2017, arXiv 1706.08500: FID with Inception), improved precision and
+//! results. Metrics: the Frechet distance (Heusel et al. 2017, arXiv 1706.08500: FID with Inception), improved precision and
 //! recall (Kynkaanniemi et al. 2019, arXiv 1904.06991); with a classifier, the share of samples that it assigns to their
 //! class; with Inception, its score (Salimans et al. 2016, arXiv 1606.03498) and the Frechet distance of its spatial features
 //! (Nash et al. 2021, arXiv 2103.03841: sFID).
@@ -17,8 +17,8 @@
 
 mod comparison;
 mod feature_memory;
-pub mod figure;
 pub mod measure;
+pub mod metric;
 mod pairs;
 pub mod reference;
 mod shards;
@@ -45,9 +45,9 @@ use crate::picture::{self, Pixels};
 use crate::samples::{Samples, by_class};
 use crate::stage::Stage;
 use crate::stage::classifier::FEATURES_FOR_FIGURES;
-use comparison::{ReferenceMeasurements, figures};
-use figure::{Figure, Row, relate, table};
+use comparison::{ReferenceMeasurements, metrics};
 use measure::{Measurement, Network, SetMeasurements, SetMeasurer};
+use metric::{Metric, SetMetrics, relate, table};
 use pairs::lpips_distances;
 use reference::{ReferenceStatistics, StatisticsFile, save};
 use shards::FeatureShards;
@@ -294,7 +294,7 @@ impl<B: Backend> Stage<B> for Evaluate {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        // Figures are compared with other people's, so they never depend on `dtype`.
+        // Metrics are compared with other people's, so they never depend on `dtype`.
         let context = &Context {
             backend: &context.backend.exact(),
             ..*context
@@ -307,9 +307,9 @@ impl<B: Backend> Stage<B> for Evaluate {
         }
         let (rows, measured) = inputs.measure(context, o, plan)?;
         for row in &rows {
-            for figure in &row.figures {
-                let name = format!("{}/{}", row.name, figure.key);
-                match &figure.value {
+            for metric in &row.metrics {
+                let name = format!("{}/{}", row.name, metric.key);
+                match &metric.value {
                     Ok(value) => context.host.metric(&name, 0, *value),
                     Err(reason) => context.host.log(
                         LogLevel::Warn,
@@ -322,7 +322,7 @@ impl<B: Backend> Stage<B> for Evaluate {
     }
 }
 
-/// What is looked at, and by whom.
+/// What is measured, and by which measurer.
 struct MeasurementPlan<'a, 'b, B: Backend> {
     real: ReferenceImages<'a>,
     /// Whether the real images are measured.
@@ -409,9 +409,9 @@ impl<'o, B: Backend> Inputs<'o, B> {
             let [_, h, w] = set.manifest.image;
             if [h, w] != [height, width] {
                 let message = format!(
-                    "{name}: images of {h} x {w}, real images of {height} x {width}: Inception takes any size, and the \
-                     difference counts as one in quality; use one size, by `resize` in the `sample` stage or by `size` in \
-                     `data`"
+                    "{name}: images of {h} x {w}, real images of {height} x {width}: Inception takes any size, so the \
+                     size difference shows up as a quality difference; use one size, by `resize` in the `sample` stage or by \
+                     `size` in `data`"
                 );
                 context.host.log(LogLevel::Warn, &message);
             }
@@ -445,7 +445,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         })
     }
 
-    /// What is looked at, and by whom.
+    /// What is measured, and by which measurer.
     fn plan<'a, 'b>(
         &'a self,
         context: &'a Context<'b, B>,
@@ -518,7 +518,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
                 measurer.look_at_share(source, preparation)?;
             }
         }
-        let message = format!("looked at {} images", measurer.done);
+        let message = format!("measured {} images", measurer.done);
         context.host.log(LogLevel::Info, &message);
         Ok(())
     }
@@ -543,7 +543,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         context: &Context<'_, B>,
         o: &Options,
         plan: MeasurementPlan<'_, '_, B>,
-    ) -> Result<(Vec<Row>, Option<SetMeasurements>)> {
+    ) -> Result<(Vec<SetMetrics>, Option<SetMeasurements>)> {
         let MeasurementPlan {
             real,
             looks,
@@ -571,13 +571,13 @@ impl<'o, B: Backend> Inputs<'o, B> {
                            passes,
                            seen: &SetMeasurements,
                            lpips: Option<Measurement<f64>>| {
-                let (mut figures, kernel) = figures(context, o, &reference, seen)?;
-                figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
-                own.push(Row {
+                let (mut metrics, kernel) = metrics(context, o, &reference, seen)?;
+                metrics.extend(lpips.map(|value| Metric::new("lpips", "LPIPS", 4, value)));
+                own.push(SetMetrics {
                     name: label(name),
                     count,
                     passes,
-                    figures,
+                    metrics,
                     kernel,
                 });
                 Ok::<_, Error>(())
@@ -602,12 +602,12 @@ impl<'o, B: Backend> Inputs<'o, B> {
         Ok((rows, last))
     }
 
-    /// Writes the artifact: the figures, a picture of the sets, and the statistics of the real images if requested.
+    /// Writes the artifact: the metrics, a picture of the sets, and the statistics of the real images if requested.
     fn publish(
         &self,
         context: &Context<'_, B>,
         o: &Options,
-        rows: &[Row],
+        rows: &[SetMetrics],
         measured: Option<&SetMeasurements>,
     ) -> Result<StageResult> {
         let summary: Map<String, Value> = rows

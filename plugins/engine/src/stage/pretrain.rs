@@ -32,7 +32,9 @@ use crate::tape::Variable;
 use crate::train::{
     HeldOut, Mean, StepOutput, TrainOptions, TrainingLoop, average, check_parts, one_part, shared,
 };
-use crate::weights::{self, CheckpointWeights, InitialValue, Loader, Params, Source, Weights};
+use crate::weights::{
+    self, CheckpointWeights, InitialValue, Loader, ParameterSource, Params, Weights,
+};
 
 /// Options of `pretrain`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -281,7 +283,7 @@ impl<'a> Inputs<'a> {
         loader: &mut Loader<'_, B>,
         o: &Options,
     ) -> Result<Box<dyn Teacher<B>>> {
-        let frozen = Source::Files(std::slice::from_ref(&self.frozen));
+        let frozen = ParameterSource::Files(std::slice::from_ref(&self.frozen));
         let mut tokenizer = Loader::new(loader.backend(), frozen, false, o.tokenizer.as_str());
         let config = &self.source.config.tokenizer;
         self.network.teacher(loader, (config, &mut tokenizer))
@@ -369,12 +371,12 @@ impl<B: Backend> Networks<B> {
             _ => InitialValue::Weight(name.into()),
         };
         let start = match from {
-            Some(from) => Source::Start {
+            Some(from) => ParameterSource::Start {
                 file: &from.file,
                 of: &anew,
                 seed,
             },
-            None => Source::Init(seed),
+            None => ParameterSource::Init(seed),
         };
         let origin = o.from.as_deref().unwrap_or("new teacher");
         let mut loader = Loader::new(backend, start, true, origin);
@@ -387,7 +389,7 @@ impl<B: Backend> Networks<B> {
         let average = average(backend, &o.train, &params)?;
         let mut tensors = shared(&params, average.as_ref());
         tensors.extend(shared(&still, None));
-        let source = Source::Device(&tensors);
+        let source = ParameterSource::Device(&tensors);
         let measured = inputs.build(&mut Loader::new(backend, source, false, "teacher"), o)?;
         Ok(Self {
             model,
@@ -400,7 +402,7 @@ impl<B: Backend> Networks<B> {
 }
 
 /// The data of a training step.
-struct Batch {
+struct TokenBatch {
     /// Classes or numbers of captions (n).
     labels: Vec<u32>,
     /// Which of them are dropped, for guidance.
@@ -411,7 +413,7 @@ struct Batch {
     seen: Vec<u32>,
 }
 
-impl Batch {
+impl TokenBatch {
     /// The batch of a step.
     fn draw(o: &Options, inputs: &Inputs<'_>, seed: u64, step: u64) -> Self {
         let mut choice = Sequence::new(seed, Stream::Step, step);
@@ -467,7 +469,7 @@ fn train<B: Backend>(
         adversary: None,
     };
     let part = |step: u64, part: usize| {
-        let batch = Batch::draw(o, inputs, context.job.seed, step);
+        let batch = TokenBatch::draw(o, inputs, context.job.seed, step);
         // Random choices do not depend on the number of workers.
         let (n, l) = (batch.labels.len(), inputs.shape.count());
         let own = ranks.share(n, part, o.accumulate);
@@ -506,7 +508,7 @@ fn measure<B: Backend>(
     weights: &Weights,
 ) -> Result<f64> {
     let (host, backend) = (context.host, context.backend);
-    let mut loader = Loader::new(backend, Source::Host(weights), false, "teacher");
+    let mut loader = Loader::new(backend, ParameterSource::Host(weights), false, "teacher");
     let kept = inputs.build(&mut loader, o)?;
     let loss = inputs.held_out_loss(backend, o, &*kept)?;
     let message = format!("held-out loss {loss:.4} nats per token");

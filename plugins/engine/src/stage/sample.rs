@@ -32,7 +32,7 @@ use crate::stage::conditioning::{
 };
 use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{
-    self, Division, PartDir, PlannedShard, ShardProgress, WrittenShards, batches, hashed,
+    self, PartDir, PlannedShard, SampleRange, ShardProgress, WrittenShards, batches, hashed,
 };
 use crate::stage::{Stage, batch_memory};
 use drawer::{Drawer, Sampler, SamplerContext, drawer};
@@ -128,8 +128,8 @@ impl Options {
         }
     }
 
-    fn division(&self) -> Division {
-        Division {
+    fn sample_range(&self) -> SampleRange {
+        SampleRange {
             count: self.count,
             range: self.range,
             size: self.shard_size,
@@ -159,7 +159,7 @@ impl<B: Backend> Stage<B> for Sample {
     const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
-        o.division().check()?;
+        o.sample_range().check()?;
         o.conditioning_options().check(base)?;
         if o.tokens && !o.sampler.chooses() {
             let message = "this sampler makes vectors, not codes: there are no tokens to keep; keep `latents`";
@@ -216,7 +216,7 @@ impl<'a> Inputs<'a> {
             decoded,
             &context.job.dtype,
         );
-        batch_memory::check(context, "/batch", o.division().at_once(o.batch), each)?;
+        batch_memory::check(context, "/batch", o.sample_range().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, bundle.config.classes.as_slice());
         let conditioning = o.conditioning_options().resolve(context, model, o.count)?;
@@ -261,7 +261,7 @@ impl<'a> Inputs<'a> {
             let shards = self.manifest.of_part(&dir)?;
             parts.push((dir, shards));
         }
-        o.division().shards(parts)
+        o.sample_range().shards(parts)
     }
 
     /// Class of some samples, or number of their captions.
@@ -325,7 +325,7 @@ impl<'a> Inputs<'a> {
         };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(names, self.labels_of(o.division().samples()), columns),
+            caption: shown(names, self.labels_of(o.sample_range().samples()), columns),
             ..Default::default()
         };
         let manifest = Manifest {
@@ -442,7 +442,7 @@ fn report<B: Backend>(
     written: &WrittenShards,
     times: &SamplingTimes,
 ) -> Value {
-    let (samples, passes) = (o.division().samples(), o.sampler.passes(shape));
+    let (samples, passes) = (o.sample_range().samples(), o.sampler.passes(shape));
     let mut summary = json!({ "images": samples.end - samples.start, "passes": passes });
     if written.samples == 0 {
         return summary;

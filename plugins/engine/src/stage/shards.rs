@@ -25,7 +25,7 @@ use crate::files::replace;
 pub struct PartDir(#[schemars(extend("x-retort-file" = "dir"))] pub String);
 
 /// A stage's options about its samples.
-pub struct Division {
+pub struct SampleRange {
     /// Number of samples.
     pub count: u64,
     /// The samples to make; all, if left out.
@@ -42,7 +42,7 @@ pub struct PlannedShard {
     pub from: Option<PathBuf>,
 }
 
-impl Division {
+impl SampleRange {
     /// Refuses an empty or invalid range.
     pub fn check(&self) -> Result<()> {
         match self.range {

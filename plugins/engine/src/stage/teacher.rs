@@ -22,7 +22,7 @@ use crate::published::{self, NetworkRole, ShapeHints};
 use crate::sampler::check_from_zero;
 use crate::size::{Sides, Size};
 use crate::stage::Stage;
-use crate::weights::{self, CheckpointWeights, Loader, Params, Source};
+use crate::weights::{self, CheckpointWeights, Loader, ParameterSource, Params};
 
 /// The files, and information that they lack. For a network in several files, name the folder or the index (`*.index.json`).
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -275,10 +275,13 @@ fn loader<'a, B: Backend>(
 ) -> Loader<'a, B> {
     let (source, origin) = match file {
         Some(stored) => (
-            Source::Files(std::slice::from_ref(stored)),
+            ParameterSource::Files(std::slice::from_ref(stored)),
             stored.path().display().to_string(),
         ),
-        None => (Source::Init(context.job.seed), "random weights".to_owned()),
+        None => (
+            ParameterSource::Init(context.job.seed),
+            "random weights".to_owned(),
+        ),
     };
     Loader::new(context.backend, source, false, origin)
 }

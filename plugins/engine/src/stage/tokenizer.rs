@@ -30,7 +30,7 @@ use crate::random::{Sequence, Stream};
 use crate::size::Sides;
 use crate::stage::{Stage, batch_memory};
 use crate::train::{TrainOptions, check_parts, one_part};
-use crate::weights::{CheckpointWeights, Loader, Source, Weights};
+use crate::weights::{CheckpointWeights, Loader, ParameterSource, Weights};
 use loss::{Adversarial, PixelLoss};
 use quality::{Quality, look};
 use training::{Networks, train};
@@ -245,8 +245,8 @@ impl<B: Backend> Stage<B> for TokenizerStage {
         if let (Family::Var, Some((pointer, _))) =
             (o.family, of_llamagen.iter().find(|(_, given)| *given))
         {
-            let message = "not for `family: var`: its scales share the codes and smooth them before they add up, so that no \
-                           code can be told from what it was looked up for";
+            let message = "not for `family: var`: its scales share the codes and smooth them before summing, so no vector can \
+                           be attributed to one code";
             return Err(Error::option(*pointer, message));
         }
         match o.family {
@@ -335,7 +335,7 @@ fn measure<B: Backend>(
     trained: &Weights,
 ) -> Result<Quality> {
     let (host, backend) = (context.host, context.backend);
-    let mut loader = Loader::new(backend, Source::Host(trained), false, "tokenizer");
+    let mut loader = Loader::new(backend, ParameterSource::Host(trained), false, "tokenizer");
     let made = inputs.config.build(&mut loader)?;
     let (images, picks) = (&inputs.images, inputs.measured_on());
     let quality = look(backend, &*made, images, picks, o.train.batch)?;

@@ -27,7 +27,7 @@ use crate::stage::conditioning::{
 };
 use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{
-    self, Division, PartDir, PlannedShard, ShardProgress, WrittenShards, batches, hashed,
+    self, PartDir, PlannedShard, SampleRange, ShardProgress, WrittenShards, batches, hashed,
 };
 use crate::stage::{Stage, batch_memory};
 
@@ -92,8 +92,8 @@ fn batch() -> usize {
     500
 }
 impl Options {
-    fn division(&self) -> Division {
-        Division {
+    fn sample_range(&self) -> SampleRange {
+        SampleRange {
             count: self.count,
             range: self.range,
             size: self.shard_size,
@@ -122,7 +122,7 @@ impl<B: Backend> Stage<B> for Trajectories {
     const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
-        o.division().check()?;
+        o.sample_range().check()?;
         o.conditioning_options().check(base)
     }
 
@@ -160,7 +160,7 @@ impl<'a> Inputs<'a> {
         batch_memory::check(
             context,
             "/batch",
-            o.division().at_once(o.batch),
+            o.sample_range().at_once(o.batch),
             batch_memory::generating(network, &o.distribution, &context.job.dtype),
         )?;
         // Before the networks are loaded: a text encoder may need the memory.
@@ -209,7 +209,7 @@ impl<'a> Inputs<'a> {
             Ok((dir, shards))
         };
         let parts = o.parts.iter().map(part).collect::<Result<_>>()?;
-        o.division().shards(parts)
+        o.sample_range().shards(parts)
     }
 
     fn labels_of(&self, shard: &Shard) -> &[u32] {
@@ -304,7 +304,7 @@ impl<'a> Inputs<'a> {
             shards: hashed(work, planned)?,
             ..self.manifest
         };
-        let samples = o.division().samples();
+        let samples = o.sample_range().samples();
         let summary = json!({ "count": samples.end - samples.start });
         let captions =
             matches!(self.conditioning, ConditioningSource::Captions(_)).then_some(captions::FILE);

@@ -314,6 +314,14 @@ mod tests {
         }
     }
 
+    /// A pass adds at most a space to two characters, or a character to U+0130, whose lower case has two.
+    fn check_length(text: &str) {
+        let read: Vec<char> = text.chars().take(LONGEST).collect();
+        let dotted = read.iter().filter(|&&c| c == '\u{130}').count();
+        let (count, most) = (clean(text).chars().count(), (read.len() + dotted) * 9 / 4);
+        assert!(count <= most, "{count} characters, at most {most}");
+    }
+
     #[test]
     fn no_text_is_too_strange() {
         for text in [
@@ -328,9 +336,9 @@ mod tests {
             "<!--",
             "\u{130}",
         ] {
-            clean(text);
+            check_length(text);
         }
         let long = "a.".repeat(50_000) + "com@";
-        clean(&long);
+        check_length(&long);
     }
 }

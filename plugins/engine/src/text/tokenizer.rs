@@ -1,8 +1,8 @@
 //! `tokenizer.json`, checked before it is used: the library that reads it trusts it.
 //!
-//! In: the file. Out: a tokenizer that ends. A few kilobytes of replacements that each double a text would never, so the
-//! growth that its steps allow, taken together, is limited, and a text is cut to what it may grow from. Tokens without common
-//! beginnings would take hundreds of bytes of memory for each of theirs; their number is limited too.
+//! In: the file. Out: a tokenizer that takes bounded time and memory. A few kilobytes of replacements, each of which doubles a
+//! text, would take forever. So the growth that all steps together allow is limited, and a text is cut so that its result has
+//! a limited length. The library takes hundreds of bytes for each different prefix of a token; their number is limited too.
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
@@ -24,18 +24,19 @@ const LONGEST_FILE: u64 = 64 << 20;
 const HEAVIEST: usize = 192 << 20;
 /// The most steps of a normalizer, a pre-tokenizer or a post-processor.
 const MOST_STEPS: usize = 64;
-/// The most times that a text may become as long.
+/// The largest factor by which a text may grow.
 const MOST_GROWTH: usize = 1024;
-/// Bytes of the longest text that may come of one, so that two kilobytes of any text count: models see its first hundred words.
+/// The most bytes to which a text may grow. Even at the largest factor two kilobytes of it are used, and models see only the
+/// first hundred words.
 const LONGEST_TEXT: usize = 2 << 20;
-/// Bytes of all added tokens, as long as they may become.
+/// The most bytes of all added tokens, after their largest growth.
 const LONGEST_ADDED: usize = 16 << 20;
-/// The most times that post-processing may make as many tokens.
+/// The largest factor by which post-processing may increase the number of tokens.
 const MOST_COPIES: usize = 64;
-/// Bytes of the longest token, and the most tokens that one begins with: the time for each place of a text grows with both.
+/// Bytes of the longest token, and the most tokens that are prefixes of one: the time for each place of a text grows with both.
 const LONGEST_TOKEN: usize = 256;
 const MOST_NESTED: usize = 64;
-/// The most different beginnings of tokens, in bytes; the library takes some 350 bytes for each.
+/// The most different prefixes of tokens, counted by bytes; the library takes some 350 bytes for each.
 const MOST_BEGINNINGS: usize = 1 << 20;
 /// The most characters of a word that is compared with all tokens, from each of its places.
 const LONGEST_WORD: u64 = 1000;
@@ -44,7 +45,7 @@ const LONGEST_WORD: u64 = 1000;
 pub struct BoundedTokenizer {
     path: PathBuf,
     tokenizer: Tokenizer,
-    /// The most times that a text can become as long.
+    /// The largest factor by which a text can grow.
     growth: usize,
 }
 
@@ -86,7 +87,7 @@ impl BoundedTokenizer {
     }
 }
 
-/// The library's result; where it did not expect what is in the file, it panics.
+/// The library's result; it panics on content that it does not expect.
 fn survived<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match std::panic::catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|error| error.to_string()),
@@ -155,7 +156,7 @@ impl<'de> Deserialize<'de> for Vocabulary {
     }
 }
 
-/// Checks a file; returns how many times as long a text can become.
+/// Checks a file; returns the largest factor by which a text can grow.
 fn growth_of_file(text: &[u8]) -> Result<usize, String> {
     let document: Document =
         json::parse_within(text, HEAVIEST).map_err(|error| error.to_string())?;
@@ -204,7 +205,7 @@ fn growth_of_file(text: &[u8]) -> Result<usize, String> {
     Ok(growth)
 }
 
-/// A part's steps: those of lists within lists, and the lists themselves, which could be something else too.
+/// A part's steps, those in nested lists too. The lists themselves count, because one may also be a step of another kind.
 fn steps<'v>(name: &str, part: &'v Value) -> Result<Vec<&'v Value>, String> {
     let (mut steps, mut ahead) = (Vec::new(), vec![part]);
     while let Some(step) = ahead.pop() {
@@ -222,7 +223,7 @@ fn steps<'v>(name: &str, part: &'v Value) -> Result<Vec<&'v Value>, String> {
     Ok(steps)
 }
 
-/// How many times as long a step of a normalizer or pre-tokenizer can make a text, in bytes.
+/// The largest factor by which a step of a normalizer or pre-tokenizer can lengthen a text, in bytes.
 fn growth_of(step: &Value) -> Result<usize, String> {
     let text = |name: &str| step.get(name).and_then(Value::as_str);
     let mut growth = match text("type") {
@@ -293,7 +294,7 @@ fn copies_of(step: &Value) -> usize {
 fn check_tokens(mut tokens: Vec<String>) -> Result<(), String> {
     tokens.sort_unstable();
     let (mut beginnings, mut before) = (0, "");
-    // Tokens that the present one begins with, and itself.
+    // The tokens that are prefixes of the current one, and itself.
     let mut nested: Vec<&str> = Vec::new();
     for token in &tokens {
         nested.truncate(nested.partition_point(|start| token.starts_with(start)));

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use retort_checkpoint::regular;
 
-use super::{State, TrainingLoop};
+use super::{TrainingLoop, TrainingState};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::files::replace;
@@ -22,8 +22,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// Writes it before a step.
-    pub(super) fn save(&self, step: u64, state: &State<B>) -> Result<()> {
-        let State {
+    pub(super) fn save(&self, step: u64, state: &TrainingState<B>) -> Result<()> {
+        let TrainingState {
             moments,
             best,
             skipped,
@@ -107,8 +107,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
     }
 
     /// Loads the checkpoint. Returns the next step, and how many ranks made the previous ones.
-    pub(super) fn restore(&self, state: &mut State<B>) -> Result<(u64, usize)> {
-        let State {
+    pub(super) fn restore(&self, state: &mut TrainingState<B>) -> Result<(u64, usize)> {
+        let TrainingState {
             moments,
             best,
             skipped,
@@ -125,7 +125,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let Some(all) = all else {
             return Ok((0, self.ranks.size()));
         };
-        let unfit = |name: &str| damaged(&format!("checkpoint without a fitting {name}"));
+        let unfit = |name: &str| {
+            damaged(&format!(
+                "the checkpoint has no {name} of the expected shape"
+            ))
+        };
         let put = |name: String, t: &B::Tensor| -> Result<()> {
             let shape = B::shape(t);
             let found = all

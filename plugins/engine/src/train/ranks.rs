@@ -84,7 +84,7 @@ fn reduce_buckets(
 /// The sums for all parameters; all must have arrived.
 fn all_of<T>(sums: Vec<Option<T>>) -> Result<Vec<T>> {
     let all: Option<Vec<T>> = sums.into_iter().collect();
-    all.ok_or_else(|| Error::Internal("a gradient was not added up".into()))
+    all.ok_or_else(|| Error::Internal("a gradient is missing from the sums".into()))
 }
 
 impl<B: Backend> TrainingLoop<'_, B> {
@@ -195,7 +195,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
     /// Checks that all ranks hold the same weights, bit for bit; all ranks call it at the same time.
     ///
     /// # Errors
-    /// They do not: arithmetic differs between their machines, or a memory is at fault.
+    /// They do not: arithmetic differs between their machines, or memory is faulty.
     pub(super) fn are_alike(&self, step: u64) -> Result<()> {
         if !self.ranks.is_shared() {
             return Ok(());
@@ -215,8 +215,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
         match unlike[0] {
             0.0 => Ok(()),
             count => Err(Error::RanksDiffer(format!(
-                "before step {step} {count} of {} workers hold other weights than the first: do all run on processors or GPUs of \
-                 the same kind? What they have learnt since the last checkpoint is dropped",
+                "before step {step}, {count} of {} workers have different weights from the first: do all run on processors or \
+                 GPUs of the same kind? Work since the last checkpoint is discarded",
                 self.ranks.size()
             ))),
         }

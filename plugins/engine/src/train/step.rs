@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::ranks::communication_figures;
-use super::{AdamwMoments, Adversary, StepDecision, StepOutput, TrainOptions, TrainingLoop};
+use super::{AdamwMoments, SecondOptimiser, StepDecision, StepOutput, TrainOptions, TrainingLoop};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::model::decays;
@@ -70,7 +70,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 }
             }
         }
-        if let Some(Adversary { options, from, .. }) = &self.adversary {
+        if let Some(SecondOptimiser { options, from, .. }) = &self.adversary {
             for (((name, p), state), g) in all.skip(self.own()) {
                 let Some(state) = state else { continue };
                 let mut numbers = adamw(options, step - from, norms[1]);
@@ -161,7 +161,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 },
             });
         }
-        let mut sums = sums.ok_or_else(|| Error::Internal("a step of no part".into()))?;
+        let mut sums = sums.ok_or_else(|| Error::Internal("a step without parts".into()))?;
         if let Some(took) = communication {
             let share = (self.ranks.size() as f64).recip();
             let own = sums.figures.len();

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use retort_engine::backend::{
-    Attention, Binary, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
+    Attention, Binary, Exchange, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
 };
 use retort_engine::error::{Error, Result};
 
@@ -510,4 +510,5 @@ impl Layers for Loops {}
 impl Norms for Loops {}
 impl Attention for Loops {}
 impl Optimiser for Loops {}
+impl Exchange for Loops {}
 impl Sampling for Loops {}

@@ -198,7 +198,7 @@ fn pictures(site: &Site) {
         .saying(&[
             "of 2 elements",
             "pictures: part 2 of 2: decoded 1000 image files",
-            "judged: part 2 of 2: looked at ",
+            "judged: part 2 of 2: measured ",
         ]);
     assert_eq!(hashes(), alone);
     assert_eq!(ends(site, &lab), ["succeeded"; 6], "two stages in parts");

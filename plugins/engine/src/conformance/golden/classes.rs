@@ -14,7 +14,7 @@ use crate::model::{
 use crate::sampler::{Assistant, Choice, Distribution, StudentSampler, autoregressive, choices};
 use crate::size::Sides;
 use crate::tape::Variable;
-use crate::weights::{self, Loader, Source};
+use crate::weights::{self, Loader, ParameterSource};
 
 /// The networks of a family.
 struct Networks<'a, B: Backend> {
@@ -148,14 +148,14 @@ pub(super) fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         vocabulary: own.vocabulary,
         ..published
     };
-    let teacher = |config: &var::Config, source: Source<'_, B>| {
-        let mut loader = Loader::new(backend, Source::Init(1), false, "quantiser");
+    let teacher = |config: &var::Config, source: ParameterSource<'_, B>| {
+        let mut loader = Loader::new(backend, ParameterSource::Init(1), false, "quantiser");
         let quantiser = msvq::Quantiser::load(&mut loader, &tokenizer)?;
         let mut loader = Loader::new(backend, source, false, "variant");
         let teacher = var::Transformer::load(&mut loader, config, quantiser)?;
         Ok::<_, Error>((teacher, weights::from_params(&loader.into_params())?))
     };
-    let (shared_teacher, mut weights) = teacher(&shared, Source::Init(2))?;
+    let (shared_teacher, mut weights) = teacher(&shared, ParameterSource::Init(2))?;
     for i in 0..own.depth {
         let offset = weights[&format!("blocks.{i}.ada_gss")].data.clone();
         for part in ["weight", "bias"] {
@@ -167,7 +167,7 @@ pub(super) fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
             weights.insert(format!("blocks.{i}.ada_lin.1.{part}"), common);
         }
     }
-    let (own_teacher, _) = teacher(&own, Source::Host(&weights))?;
+    let (own_teacher, _) = teacher(&own, ParameterSource::Host(&weights))?;
 
     let shape = own.token_shape();
     let (n, l) = (2, shape.count());

@@ -10,7 +10,7 @@ use crate::conformance::Case;
 use crate::error::Result;
 use crate::model::{BatchConditioning, PrefixMask, Teacher, msvq, var};
 use crate::sampler::{Choice, Distribution, Prefix, autoregressive, choices};
-use crate::weights::{Loader, Source};
+use crate::weights::{Loader, ParameterSource};
 
 /// Compares the tokens that follow.
 pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
@@ -25,7 +25,7 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
             }
         }
         let quantiser = msvq::Quantiser::load(&mut parts.loader(backend, "vae")?, &tokenizer)?;
-        let source = Source::Host(parts.get("var")?);
+        let source = ParameterSource::Host(parts.get("var")?);
         let mut loader = Loader::new(backend, source, false, name);
         let teacher = var::Transformer::load(&mut loader, &network, quantiser)?;
         let file = dir.join(format!("var-prefix/expected-{name}.safetensors"));

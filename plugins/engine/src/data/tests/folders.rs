@@ -29,7 +29,7 @@ fn a_folder_is_read_by_class() {
     let error = read(&folder("rgb"), dir).unwrap_err();
     assert_eq!(
         error,
-        "rgb: images of 2 sizes (height x width): 2 x 3 (2), 2 x 1 (1); say which size they are brought to, as in \
+        "rgb: images of 2 sizes (height x width): 2 x 3 (2), 2 x 1 (1); give the size to bring them to, as in \
          `size: [2, 3]`"
     );
     std::fs::remove_dir_all(dir.join("rgb/elk")).unwrap();
@@ -69,7 +69,7 @@ fn a_folder_without_classes_is_one_class() {
     assert!(
         source.notices[0]
             .1
-            .ends_with("1 files are no images and were left out: .txt 1")
+            .ends_with("1 files are not images and were left out: .txt 1")
     );
     let images = read(&folder("00"), dir).unwrap();
     assert_eq!(

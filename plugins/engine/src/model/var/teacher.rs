@@ -12,8 +12,8 @@ use crate::tape::Variable;
 use crate::weights::Loader;
 
 /// The teacher's mask: positions see their own scale and the coarser ones.
-fn teachers_mask<B: Backend>(beside: &B::Tensor, steps: &[usize]) -> Result<Mask<B::Tensor>> {
-    mask::<B>(beside, steps, |own, other, _| other <= own)
+fn teachers_mask<B: Backend>(like: &B::Tensor, steps: &[usize]) -> Result<Mask<B::Tensor>> {
+    mask::<B>(like, steps, |own, other, _| other <= own)
 }
 
 /// The AR teacher, with the tokenizer's quantiser, whose feature maps are its input.
@@ -126,7 +126,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let (c, stack, guidance) = (&self.config, &self.stack, guiding(guidance));
-        let beside = stack.start.value();
+        let like = stack.start.value();
         let rows = self.rows(conditioning, guidance)?;
         let condition = stack.condition(&rows)?;
         let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
@@ -142,7 +142,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
             condition,
             places: stack.places()?,
             guidance,
-            caches: Cache::blocks(beside, c.depth, shape)?,
+            caches: Cache::blocks(like, c.depth, shape)?,
             map: None,
             step: 0,
             after: 0,

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::vq::nearest;
 use crate::model::{BatchConditioning, Student};
 use crate::perceptual;
-use crate::splice::State;
+use crate::splice::TrajectoryState;
 use crate::tape::{Variable, scalar};
 use crate::train::StepOutput;
 
@@ -37,8 +37,8 @@ pub struct Objective<'a, B: Backend> {
 }
 
 /// X_t of some samples, on the device, with their targets.
-struct Batch<B: Backend> {
-    state: State<B>,
+struct SplicedBatch<B: Backend> {
+    state: TrajectoryState<B>,
     conditioning: BatchConditioning<B>,
     /// Tokens (b L).
     tokens: B::Tensor,
@@ -93,7 +93,7 @@ impl<'a, B: Backend> Objective<'a, B> {
         })
     }
 
-    fn batch(&self, samples: &[usize], timesteps: &[usize]) -> Result<Batch<B>> {
+    fn batch(&self, samples: &[usize], timesteps: &[usize]) -> Result<SplicedBatch<B>> {
         let (n, l, d) = (
             samples.len(),
             self.inputs.shape.count(),
@@ -125,8 +125,8 @@ impl<'a, B: Backend> Objective<'a, B> {
             .iter()
             .map(|&s| self.inputs.dataset.labels[s])
             .collect();
-        Ok(Batch {
-            state: State {
+        Ok(SplicedBatch {
+            state: TrajectoryState {
                 x: self.backend.floats(&x, &[n, l, d])?,
                 known,
             },
@@ -195,7 +195,7 @@ impl<'a, B: Backend> Objective<'a, B> {
     fn terms(
         &self,
         student: &dyn Student<B>,
-        b: &Batch<B>,
+        b: &SplicedBatch<B>,
         share: &BatchFraction,
     ) -> Result<Vec<Term<B>>> {
         let (o, shape) = (self.options, &self.inputs.shape);

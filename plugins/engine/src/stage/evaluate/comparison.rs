@@ -1,10 +1,10 @@
-//! The figures of a set: its measurements compared with the reference.
+//! The metrics of a set: its measurements compared with the reference.
 
 use retort_abi::Cancel;
 
 use super::Options;
-use super::figure::{Figure, KernelSubsets};
 use super::measure::{Measurement, SetMeasurements, had};
+use super::metric::{KernelSubsets, Metric};
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::Result;
@@ -23,13 +23,13 @@ pub struct ReferenceMeasurements<'a> {
     pub images: Option<&'a SetMeasurements>,
 }
 
-/// The figures of a set, and the subsets of its kernel distance.
-pub fn figures<B: Backend>(
+/// The metrics of a set, and the subsets of its kernel distance.
+pub fn metrics<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
     real: &ReferenceMeasurements<'_>,
     set: &SetMeasurements,
-) -> Result<(Vec<Figure>, Option<KernelSubsets>)> {
+) -> Result<(Vec<Metric>, Option<KernelSubsets>)> {
     let go_on = &mut || context.host.cancelled() == Cancel::Run;
     let distance =
         |real: &Measurement<&Moments>, own: &Measurement<Moments>| -> Result<Measurement<f64>> {
@@ -39,20 +39,20 @@ pub fn figures<B: Backend>(
             }
         };
     let value = distance(&real.moments, &set.moments)?;
-    let mut figures = vec![Figure::new(
+    let mut metrics = vec![Metric::new(
         "frechet_distance",
         "Frechet distance",
         3,
         value,
     )];
-    let mut add = |key, title, digits, value| figures.push(Figure::new(key, title, digits, value));
+    let mut add = |key, title, digits, value| metrics.push(Metric::new(key, title, digits, value));
     if let Some(own) = &set.spatial {
         let value = distance(&real.spatial, own)?;
         add("spatial_frechet_distance", "spatial", 3, value);
     }
     if let Some(score) = &set.score {
-        let of = |figure: fn(&InceptionScore) -> f64| match score {
-            Ok(score) => Ok(figure(score)),
+        let of = |metric: fn(&InceptionScore) -> f64| match score {
+            Ok(score) => Ok(metric(score)),
             Err(reason) => Err(reason.clone()),
         };
         add("inception_score", "inception score", 3, of(|s| s.mean));
@@ -75,8 +75,8 @@ pub fn figures<B: Backend>(
             Ok((real, own)) => had(precision_recall(real, own, dim, o.neighbours, go_on))?,
             Err(reason) => Err(reason.clone()),
         };
-        let of = |figure: fn(&PrecisionRecall) -> f64| match &both {
-            Ok(both) => Ok(figure(both)),
+        let of = |metric: fn(&PrecisionRecall) -> f64| match &both {
+            Ok(both) => Ok(metric(both)),
             Err(reason) => Err(reason.clone()),
         };
         add("precision", "precision", 4, of(|both| both.precision));
@@ -84,7 +84,7 @@ pub fn figures<B: Backend>(
     }
     let mut subsets = None;
     if let Some(kernel) = &o.kernel {
-        // The same subsets for every seed, so that figures of several runs are comparable.
+        // The same subsets for every seed, so that metrics of several runs are comparable.
         let mut sequence = Sequence::new(0, Stream::Subset, 0);
         let below = &mut |n| sequence.below(n);
         let sizes = (kernel.subsets, kernel.size);
@@ -103,7 +103,7 @@ pub fn figures<B: Backend>(
             size: found.size,
         });
     }
-    Ok((figures, subsets))
+    Ok((metrics, subsets))
 }
 
 /// The spread of the estimates, if there are several.
@@ -117,7 +117,7 @@ fn deviation(found: &KernelDistance) -> Measurement<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stage::evaluate::figure::Row;
+    use crate::stage::evaluate::metric::SetMetrics;
 
     #[test]
     fn a_single_estimate_has_no_deviation() {
@@ -131,11 +131,11 @@ mod tests {
         let reason = deviation(&found(1, None)).unwrap_err();
         assert!(reason.contains("a single estimate, from all 24 samples"));
         // A row reports the actual number and size of subsets, not the requested ones.
-        let row = Row {
+        let row = SetMetrics {
             name: "drawn".into(),
             count: 24,
             passes: None,
-            figures: vec![Figure::new(
+            metrics: vec![Metric::new(
                 "kernel_distance_deviation",
                 "+-",
                 5,

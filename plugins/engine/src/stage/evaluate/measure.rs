@@ -23,7 +23,7 @@ use crate::statistics::{
     is_sorted_by_class,
 };
 use crate::tape::Variable;
-use crate::weights::{self, CheckpointWeights, Loader, Source as Weights};
+use crate::weights::{self, CheckpointWeights, Loader, ParameterSource};
 
 /// The network in whose features images are compared.
 pub struct Network<B: Backend> {
@@ -117,7 +117,7 @@ impl<B: Backend> Network<B> {
                 let origin = path.display().to_string();
                 let mut loader = Loader::new(
                     backend,
-                    Weights::Files(std::slice::from_ref(&weights)),
+                    ParameterSource::Files(std::slice::from_ref(&weights)),
                     false,
                     origin,
                 );
@@ -138,7 +138,7 @@ impl<B: Backend> Network<B> {
                     let work = Some(context.work_dir()?);
                     let (config, weights, _) =
                         classifier::train_for_figures(context, work, images)?;
-                    let source = Weights::Host(&weights);
+                    let source = ParameterSource::Host(&weights);
                     let mut loader = Loader::new(backend, source, false, "classifier");
                     Self {
                         kind: NetworkKind::Classifier(Net::load(&mut loader, &config)?),
@@ -265,7 +265,7 @@ pub struct SetMeasurements {
 }
 
 /// Images to measure, read in order a batch at a time.
-pub struct Source<'a> {
+pub struct ImageReader<'a> {
     /// Its name, for people.
     pub name: String,
     /// Number of images.
@@ -302,7 +302,7 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
     /// Measures this part's share of a set's images, for Inception after a preparation.
     pub fn look_at_share(
         &mut self,
-        mut source: Source<'_>,
+        mut source: ImageReader<'_>,
         preparation: Preparation,
     ) -> Result<()> {
         for shard in self.shards.next(source.count) {
@@ -324,7 +324,7 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
     /// Measures a set, for Inception after a preparation.
     pub fn measure(
         &mut self,
-        mut source: Source<'_>,
+        mut source: ImageReader<'_>,
         preparation: Preparation,
     ) -> Result<SetMeasurements> {
         let (dim, host, labels) = (self.network.dim(), self.context.host, source.labels);
@@ -392,7 +392,7 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
     /// The network's outputs for some images of a set.
     fn look(
         &self,
-        source: &mut Source<'_>,
+        source: &mut ImageReader<'_>,
         images: Range<usize>,
         preparation: Preparation,
     ) -> Result<ImageFeatures> {

@@ -18,7 +18,7 @@ use crate::model::lpips::{self, Lpips};
 use crate::samples::{Manifest, Samples};
 use crate::stage::sample::drawer::Sampler;
 use crate::tape::Variable;
-use crate::weights::{CheckpointWeights, Loader, Source};
+use crate::weights::{CheckpointWeights, Loader, ParameterSource};
 
 /// Mean LPIPS of each set's images to those of the set that `lpips` names. A part of the stage measures only its share.
 pub fn lpips_distances<B: Backend>(
@@ -37,7 +37,7 @@ pub fn lpips_distances<B: Backend>(
     );
     let loader = |weights, path: &Path| {
         let origin = path.display().to_string();
-        let source = Source::Files(std::slice::from_ref(weights));
+        let source = ParameterSource::Files(std::slice::from_ref(weights));
         Loader::new(context.backend, source, false, origin)
     };
     let lpips = Lpips::load(&mut loader(&trunk, &vgg), &mut loader(&layers, &linear))?;

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Options;
-use super::measure::{Network, SetMeasurements, Source};
+use super::measure::{ImageReader, Network, SetMeasurements};
 use crate::arrays::{Arrays, is_archive};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -250,7 +250,7 @@ fn images(path: &Path) -> Result<Option<ImageShape>> {
 }
 
 /// The images of such a file, to be measured.
-pub fn of_archive(path: &Path, (count, image): ImageShape) -> Result<Source<'static>> {
+pub fn of_archive(path: &Path, (count, image): ImageShape) -> Result<ImageReader<'static>> {
     let (mut rows, path) = (numpy::Archive::open(path)?.stream(IMAGES)?, path.to_owned());
     let [c, h, w] = image;
     let read = move |_: usize, n: usize| {
@@ -269,7 +269,7 @@ pub fn of_archive(path: &Path, (count, image): ImageShape) -> Result<Source<'sta
         }
         Ok(out)
     };
-    Ok(Source {
+    Ok(ImageReader {
         name: "real images".into(),
         count,
         image,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::measure::{Network, Source};
+use super::measure::{ImageReader, Network};
 use super::reference::{ImageShape, of_archive};
 use crate::backend::Backend;
 use crate::context::Context;
@@ -57,10 +57,10 @@ impl ReferenceImages<'_> {
         }
     }
 
-    /// Them as images to be measured.
-    pub fn source(&self) -> Result<Source<'_>> {
+    /// A reader of them, for measuring.
+    pub fn source(&self) -> Result<ImageReader<'_>> {
         match self {
-            Self::Data(images) => Ok(Source {
+            Self::Data(images) => Ok(ImageReader {
                 name: "real images".into(),
                 count: images.len(),
                 image: images.shape(),
@@ -70,7 +70,7 @@ impl ReferenceImages<'_> {
                     Ok(images.gather(&picks)?.0)
                 }),
             }),
-            Self::Samples(set) => Ok(Source {
+            Self::Samples(set) => Ok(ImageReader {
                 labels: None,
                 ..samples_source("real images", set)
             }),
@@ -104,8 +104,8 @@ pub fn sizing(name: &str, set: &Samples) -> Option<String> {
 }
 
 /// The images of a set of samples.
-pub fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
-    Source {
+pub fn samples_source<'a>(name: &str, set: &'a Samples) -> ImageReader<'a> {
+    ImageReader {
         name: name.to_owned(),
         count: set.len(),
         image: set.manifest.image,
@@ -124,8 +124,8 @@ pub fn reconstructions<'a, B: Backend>(
     tokenizer: &'a dyn Tokenizer<B>,
     images: &'a Images,
     name: &str,
-) -> Source<'a> {
-    Source {
+) -> ImageReader<'a> {
+    ImageReader {
         name: name.to_owned(),
         count: images.len(),
         image: images.shape(),

@@ -21,7 +21,7 @@ use crate::model::discriminator::Discriminator;
 use crate::perceptual::PerceptualMetric;
 use crate::tape::{Variable, backward, scalar};
 use crate::train::{TrainOptions, shared};
-use crate::weights::{Loader, Params, Source};
+use crate::weights::{Loader, ParameterSource, Params};
 
 /// The part of a batch computed at a time: this rank's share, or a piece of it.
 #[derive(Clone, Copy)]
@@ -148,11 +148,21 @@ impl<B: Backend> Adversary<B> {
         options: &Adversarial,
     ) -> Result<(Self, Params<B>)> {
         let shape = (options.channels, options.layers);
-        let mut loader = Loader::new(backend, Source::Init(seed), true, "new discriminator");
+        let mut loader = Loader::new(
+            backend,
+            ParameterSource::Init(seed),
+            true,
+            "new discriminator",
+        );
         let learning = Discriminator::load(&mut loader, PREFIX, channels, shape)?;
         let params = loader.into_params();
         let tensors = shared(&params, None);
-        let mut loader = Loader::new(backend, Source::Device(&tensors), false, "discriminator");
+        let mut loader = Loader::new(
+            backend,
+            ParameterSource::Device(&tensors),
+            false,
+            "discriminator",
+        );
         let judging = Discriminator::load(&mut loader, PREFIX, channels, shape)?;
         let own = Self {
             options: options.clone(),

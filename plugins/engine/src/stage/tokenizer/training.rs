@@ -16,7 +16,7 @@ use crate::model::{CODEBOOK, Reconstruction, Tokenizer, discriminator};
 use crate::perceptual::PIXELS_AT_ONCE;
 use crate::tape::{Variable, scalar};
 use crate::train::{self, HeldOut, Mean, StepOutput, TrainingLoop, average, shared};
-use crate::weights::{self, Loader, Params, Source, Weights};
+use crate::weights::{self, Loader, ParameterSource, Params, Weights};
 
 /// The tokenizer in training.
 pub struct Networks<'a, B: Backend> {
@@ -38,8 +38,8 @@ impl<'a, B: Backend> Networks<'a, B> {
     pub fn load(context: &Context<'a, B>, o: &Options, inputs: &'a Inputs<B>) -> Result<Self> {
         let (backend, seed) = (context.backend, context.job.seed);
         let start = match &inputs.from {
-            Some(file) => Source::Files(std::slice::from_ref(file)),
-            None => Source::Init(seed),
+            Some(file) => ParameterSource::Files(std::slice::from_ref(file)),
+            None => ParameterSource::Init(seed),
         };
         let origin = o.from.as_deref().unwrap_or("new tokenizer");
         let mut loader = Loader::new(backend, start, true, origin);
@@ -57,7 +57,7 @@ impl<'a, B: Backend> Networks<'a, B> {
         let average = average(backend, &o.train, &params)?;
         let mut tensors = shared(&params, average.as_ref());
         tensors.extend(shared(&still, None));
-        let source = Source::Device(&tensors);
+        let source = ParameterSource::Device(&tensors);
         let mut loader = Loader::new(backend, source, false, "tokenizer");
         let measured = inputs.config.build(&mut loader)?;
 
@@ -204,7 +204,7 @@ pub fn train<B: Backend>(
         params: &networks.params,
         ema: networks.average.as_ref(),
         kept: Some(&codebook.kept),
-        adversary: against.map(|(own, options)| train::Adversary {
+        adversary: against.map(|(own, options)| train::SecondOptimiser {
             prefix: loss::PREFIX,
             options,
             from: own.start,

@@ -1,4 +1,4 @@
-//! The figures of sets of samples as a table and as values in a file. A missing figure is shown as `n/a` with the reason; the
+//! The metrics of sets of samples as a table and as values in a file. A missing metric is shown as `n/a` with the reason; the
 //! others are not affected.
 
 use retort_abi::Table;
@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::measure::Measurement;
 
-/// A figure of a set.
-pub struct Figure {
+/// A metric of a set.
+pub struct Metric {
     /// Name in metrics and files.
     pub key: &'static str,
     /// Head of its column.
@@ -19,8 +19,8 @@ pub struct Figure {
     pub value: Measurement<f64>,
 }
 
-impl Figure {
-    /// A figure.
+impl Metric {
+    /// A metric.
     pub fn new(
         key: &'static str,
         title: &'static str,
@@ -46,16 +46,16 @@ impl Figure {
     }
 }
 
-/// The figures of a set, the Frechet distance first.
-pub struct Row {
-    /// The set's name in figures and metrics.
+/// The metrics of a set, the Frechet distance first.
+pub struct SetMetrics {
+    /// The set's name in the table and in series.
     pub name: String,
     /// Number of samples.
     pub count: usize,
     /// Network passes per sample, if known.
     pub passes: Option<usize>,
-    /// Its figures, the same ones in every row.
-    pub figures: Vec<Figure>,
+    /// Its metrics, the same ones in every row.
+    pub metrics: Vec<Metric>,
     /// The subsets of its kernel distance, if it has one.
     pub kernel: Option<KernelSubsets>,
 }
@@ -69,7 +69,7 @@ pub struct KernelSubsets {
     pub size: usize,
 }
 
-impl Row {
+impl SetMetrics {
     /// Values by key; reasons under `not_available`.
     pub fn summary(&self) -> Value {
         let mut values = Map::from_iter([("samples".to_owned(), json!(self.count))]);
@@ -80,15 +80,15 @@ impl Row {
             values.insert("kernel".to_owned(), json!(kernel));
         }
         let mut reasons = Map::new();
-        for figure in &self.figures {
-            let value = match &figure.value {
+        for metric in &self.metrics {
+            let value = match &metric.value {
                 Ok(value) => json!(value),
                 Err(reason) => {
-                    reasons.insert(figure.key.to_owned(), json!(reason));
+                    reasons.insert(metric.key.to_owned(), json!(reason));
                     Value::Null
                 }
             };
-            values.insert(figure.key.to_owned(), value);
+            values.insert(metric.key.to_owned(), value);
         }
         if !reasons.is_empty() {
             values.insert("not_available".to_owned(), reasons.into());
@@ -98,38 +98,38 @@ impl Row {
 }
 
 /// Adds the ratio of each Frechet distance to that of the set `reference`, if there is such a set among these.
-pub fn relate(rows: &mut [Row], reference: &str) {
+pub fn relate(rows: &mut [SetMetrics], reference: &str) {
     let base = rows.iter().find(|row| row.name == reference);
-    let Some(base) = base.map(|row| row.figures[0].value.clone()) else {
+    let Some(base) = base.map(|row| row.metrics[0].value.clone()) else {
         return;
     };
     for row in rows {
-        let ratio = match (&row.figures[0].value, &base) {
+        let ratio = match (&row.metrics[0].value, &base) {
             (Ok(own), Ok(base)) => Ok(own / base),
             (Err(reason), _) => Err(reason.clone()),
             (_, Err(reason)) => Err(format!("{reference}: {reason}")),
         };
-        row.figures
-            .insert(1, Figure::new("frechet_ratio", RATIO, 2, ratio));
+        row.metrics
+            .insert(1, Metric::new("frechet_ratio", RATIO, 2, ratio));
     }
 }
 
 /// Head of the column of ratios; the table names the set.
 const RATIO: &str = "x";
 
-/// The figures of all sets.
-pub fn table(title: String, rows: &[Row], reference: &str) -> Table {
-    let head = |figure: &Figure| match figure.title {
+/// The metrics of all sets.
+pub fn table(title: String, rows: &[SetMetrics], reference: &str) -> Table {
+    let head = |metric: &Metric| match metric.title {
         RATIO => format!("x {reference}"),
         title => title.to_owned(),
     };
-    let figures = rows.first().map_or(&[][..], |row| &row.figures);
+    let metrics = rows.first().map_or(&[][..], |row| &row.metrics);
     Table {
         title,
         columns: ["set", "samples", "passes"]
             .map(str::to_owned)
             .into_iter()
-            .chain(figures.iter().map(head))
+            .chain(metrics.iter().map(head))
             .collect(),
         rows: rows
             .iter()
@@ -137,7 +137,7 @@ pub fn table(title: String, rows: &[Row], reference: &str) -> Table {
                 let passes = row.passes.map_or(json!("n/a"), |passes| json!(passes));
                 [json!(row.name), json!(row.count), passes]
                     .into_iter()
-                    .chain(row.figures.iter().map(Figure::cell))
+                    .chain(row.metrics.iter().map(Metric::cell))
                     .collect()
             })
             .collect(),
