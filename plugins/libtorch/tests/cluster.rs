@@ -90,7 +90,7 @@ const STAGES: &str = "
 
 #[test]
 fn two_nodes_train_as_one_machine_does() {
-    let Some(site) = Site::start() else { return };
+    let Some(site) = Site::start(300) else { return };
     let lab = Lab {
         dir: tempfile::tempdir().expect("a directory"),
     };
