@@ -175,7 +175,7 @@ pub enum Command {
     Dataset(dataset::Args),
     /// List what no run needs; with --remove, remove it.
     Gc(gc::Args),
-    /// List, create, install, examine and lock plugins.
+    /// List, create, install, test and lock plugins.
     Plugin(plugin::Args),
     /// Allow a project's retort.toml to run commands in your jobs (prologue, sbatch), until it changes.
     Trust(trust::Args),

@@ -25,10 +25,10 @@ mod describe;
 pub mod end;
 mod error;
 pub(crate) mod event;
-pub mod gauge;
 pub mod handle;
 mod options;
 pub mod pause;
+pub mod progress_file;
 pub(crate) mod recorder;
 mod report;
 mod scheduler;
@@ -124,9 +124,9 @@ async fn carry_out(
     let paused = control.pauses.total();
     let outcome = async {
         let staging = layout.open_staging(&run.0)?;
-        let gauge = gauge::Gauge::new(&layout.staging(&run.0));
+        let progress_file = progress_file::ProgressFile::new(&layout.staging(&run.0));
         let listener: Listener = Arc::new(move |event| {
-            gauge.hear(&event);
+            progress_file.hear(&event);
             listener(event);
         });
         let grace = options.grace;
@@ -141,7 +141,7 @@ async fn carry_out(
             judged: Mutex::new(None),
             reached: Notify::new(),
             cluster: options.cluster.clone(),
-            posted_jobs: options.posted_jobs.clone(),
+            training_board: options.training_board.clone(),
         });
         let mut scheduler = Scheduler::open(plan, roles, sources, &run, context, options).await?;
         (scheduler.context.listener)(Event::RunBegan { run: run.clone() });

@@ -58,8 +58,8 @@ pub use browse::{Group, LogQuery};
 pub use error::StoreError;
 pub use file::HashTrust;
 pub use history::{
-    ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
-    StageCounts, StageDetail, Success,
+    ArtifactRow, AttemptDetail, LastExecution, ReusableAttempt, RunDetail, RunFilter, RunSummary,
+    SourceStage, StageCounts, StageDetail,
 };
 pub use jobs::{DetachedJobs, ElementUpdate, JobKey, JobRow, OpenJob};
 pub use lineage::{Lineage, LineageArtifact, StageRecord};
@@ -85,7 +85,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum Access {
     /// For recording runs; the store is created if missing, and migrated if older.
     ReadWrite,
-    /// For queries; works in a read-only directory, and beside a writer on the same machine.
+    /// For queries; works in a read-only directory, and concurrently with a writer on the same machine.
     ReadOnly,
 }
 
@@ -133,7 +133,7 @@ pub struct Store {
     /// The series of current attempts: their keys, and the points of their open blocks.
     series: Mutex<HashMap<AttemptId, HashMap<String, series::OpenSeries>>>,
     /// Facts about runs that could not be recorded because the store is not writable, by run id.
-    unrecorded: Mutex<HashMap<String, unrecorded::Unrecorded>>,
+    unrecorded: Mutex<HashMap<String, unrecorded::PendingRunState>>,
     /// This machine's right to write.
     host_lock: Option<host::HostLock>,
     /// Whether another machine has taken the store.
@@ -193,8 +193,8 @@ impl Store {
         &self.pool
     }
 
-    /// Closes the store, folding the write-ahead log into the database if nobody else uses it. Without this nothing is lost,
-    /// but the next opening has a little more to read.
+    /// Closes the store, and folds the write-ahead log into the database if no other process uses it. Without this call nothing
+    /// is lost, but the next process that opens the store has a little more to read.
     pub async fn close(&self) {
         self.pool.close().await;
     }
@@ -233,7 +233,7 @@ impl Store {
         });
         match &checked {
             Err(StoreError::Elsewhere { .. }) => self.taken.store(true, Ordering::Relaxed),
-            // These connections' view of the log dates from before another machine wrote to it.
+            // These connections have seen the log before another machine wrote to it.
             Ok(()) if self.taken.swap(false, Ordering::Relaxed) => {
                 while let Some(connection) = self.pool.try_acquire() {
                     let _ = connection.close().await;

@@ -40,7 +40,7 @@ pub use guard::Guard;
 pub use server::serve;
 
 /// What to serve.
-pub struct Site {
+pub struct ServerState {
     /// The stores, in the order in which they were named; there is at least one.
     stores: Vec<ServedStore>,
     /// Whether tags, notes and runs may be changed.
@@ -58,7 +58,7 @@ struct ServedStore {
     layout: Layout,
 }
 
-impl Site {
+impl ServerState {
     /// Opens stores to be looked at; with `write`, also to be changed.
     ///
     /// # Errors
@@ -112,7 +112,7 @@ struct NamedRuns<'s> {
     settled: Option<request::Fields>,
 }
 
-impl Site {
+impl ServerState {
     /// The runs that a query names, at most so many. A baseline that is gone, or another server's, is none.
     async fn named_runs(
         &self,
@@ -159,7 +159,7 @@ impl Site {
 
 impl ServedStore {
     /// The number of the store among those that are served, as URLs have it.
-    fn number(&self, site: &Site) -> usize {
+    fn number(&self, site: &ServerState) -> usize {
         let place = site
             .stores
             .iter()

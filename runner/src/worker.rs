@@ -1,7 +1,7 @@
 //! The worker: the process that loads one plugin, makes one call and leaves.
 //!
 //! In: a [`Task`] over a socket that arrives as standard input. Out: frames over the same socket, then `_exit`. Whatever a
-//! plugin does to its process, it does here. Deliberately absent: the history, and any decisions: a worker only follows
+//! plugin does to its process happens here. Deliberately absent: the history, and any decisions: a worker only follows
 //! requests ([`process`] is the runner's end of the socket).
 //!
 //! No worker outlives its runner: when the runner's end of the socket closes, or its process dies, the whole process
@@ -37,10 +37,10 @@ pub use outbox::{LONGEST_LINE, shortened};
 /// Why the process cannot be a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// Somebody typed the command.
+    /// The command was typed by hand.
     #[error("this command is started by retort itself, with a socket as its standard input")]
     NotAWorker,
-    /// The operating system refuses.
+    /// An error of the operating system.
     #[error("the worker cannot be set up: {0}")]
     Setup(std::io::Error),
 }
@@ -138,7 +138,7 @@ fn work(task: Task, outbox: &Arc<Outbox>, stop: Arc<AtomicU32>) {
     });
 }
 
-/// Moves the socket that arrived as standard input out of the plugin's way, and puts nothing in its place.
+/// Moves the socket that arrived as standard input out of the plugin's way, and leaves an empty input in its place.
 fn take_socket() -> Result<UnixStream, WorkerError> {
     let stdin = std::io::stdin();
     // SAFETY: plain system calls on a descriptor that is open as long as the process lives.
@@ -161,7 +161,7 @@ fn take_socket() -> Result<UnixStream, WorkerError> {
     if moved < 0 {
         return Err(WorkerError::Setup(std::io::Error::last_os_error()));
     }
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(moved) };
     let null = std::fs::File::open("/dev/null").map_err(WorkerError::Setup)?;
     // SAFETY: both descriptors are open.
@@ -239,7 +239,7 @@ fn kill_own_group() -> ! {
     }
 }
 
-/// Ends the process without the destructors of anything: a plugin's may crash or hang.
+/// Ends the process without running destructors: a plugin's may crash or hang.
 fn leave() -> ! {
     let _ = std::io::stdout().flush();
     // SAFETY: ends the process.

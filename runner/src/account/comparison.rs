@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use crate::store::{RunDetail, RunId, SeriesSummary};
 
-/// A fact about a run.
+/// What a row of a comparison is about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Fact {
+pub struct ComparedValue {
     /// `run`, `parameter`, `environment`, `metric`, `picture`.
     pub about: &'static str,
     /// Its name: a path, a series, a stage.
@@ -17,9 +17,13 @@ pub struct Fact {
 }
 
 /// All facts about a run; pictures as paths in the store at `dir`.
-pub fn facts(detail: &RunDetail, metrics: &[SeriesSummary], dir: &Path) -> Vec<(Fact, Value)> {
+pub fn facts(
+    detail: &RunDetail,
+    metrics: &[SeriesSummary],
+    dir: &Path,
+) -> Vec<(ComparedValue, Value)> {
     let mut facts = Vec::new();
-    let mut add = |about, name: String, value| facts.push((Fact { about, name }, value));
+    let mut add = |about, name: String, value| facts.push((ComparedValue { about, name }, value));
     add(
         "run",
         "recipe".into(),
@@ -66,7 +70,7 @@ pub fn facts(detail: &RunDetail, metrics: &[SeriesSummary], dir: &Path) -> Vec<(
 }
 
 /// The indices of the best values of a metric; none if it is not known which is better, or if all are equal.
-pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
+pub fn best(fact: &ComparedValue, values: &[Option<&Value>]) -> Vec<usize> {
     const LOWER: [&str; 10] = [
         "loss",
         "fd",
@@ -118,10 +122,10 @@ pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
 
 /// The facts about any of the runs, in order of first occurrence; without `all` only those that differ.
 pub fn side_by_side(
-    runs: &[(RunId, Vec<(Fact, Value)>)],
+    runs: &[(RunId, Vec<(ComparedValue, Value)>)],
     all: bool,
-) -> Vec<(&Fact, Vec<Option<&Value>>)> {
-    let by_fact: Vec<HashMap<&Fact, &Value>> = runs
+) -> Vec<(&ComparedValue, Vec<Option<&Value>>)> {
+    let by_fact: Vec<HashMap<&ComparedValue, &Value>> = runs
         .iter()
         .map(|(_, facts)| facts.iter().map(|(fact, value)| (fact, value)).collect())
         .collect();
@@ -141,7 +145,7 @@ pub fn side_by_side(
         })
         .filter(|(_, values)| all || values.iter().any(|value| *value != values[0]))
         .collect();
-    let place = |fact: &Fact| {
+    let place = |fact: &ComparedValue| {
         ["run", "parameter", "environment", "metric", "picture"]
             .iter()
             .position(|about| *about == fact.about)
@@ -156,10 +160,13 @@ mod tests {
 
     use super::*;
 
-    fn run(id: &str, facts: &[(&'static str, &str, Value)]) -> (RunId, Vec<(Fact, Value)>) {
+    fn run(
+        id: &str,
+        facts: &[(&'static str, &str, Value)],
+    ) -> (RunId, Vec<(ComparedValue, Value)>) {
         let fact = |(about, name, value): &(&'static str, &str, Value)| {
             (
-                Fact {
+                ComparedValue {
                     about,
                     name: (*name).to_owned(),
                 },
@@ -172,7 +179,7 @@ mod tests {
     #[test]
     fn the_best_is_marked_where_it_is_known_which_is_better() {
         let check = |name: &str, values: &[Value], expected: &[usize]| {
-            let fact = Fact {
+            let fact = ComparedValue {
                 about: "metric",
                 name: name.into(),
             };

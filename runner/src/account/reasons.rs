@@ -56,10 +56,10 @@ pub async fn of_turn(
     run: &RunId,
     stage: &str,
 ) -> Result<Option<(StageReason, Vec<String>)>, StoreError> {
-    let Some(record) = store.turn(run, stage).await? else {
+    let Some(record) = store.stage_record(run, stage).await? else {
         return Ok(None);
     };
-    let before = store.turn_before(run, stage).await?;
+    let before = store.earlier_stage_record(run, stage).await?;
     let changed = changed_inputs(&record, before.as_ref());
     let reason = StageReason {
         stage: stage.to_owned(),

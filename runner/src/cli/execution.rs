@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use crate::artifact::Layout;
 use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::{Context, Error, Exit, output};
-use crate::cluster::torchrun::{LaunchedRank, PostedJobs};
+use crate::cluster::torchrun::{LaunchedRank, TrainingBoard};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::environment;
 use crate::executor::Cluster;
@@ -165,7 +165,7 @@ pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
 }
 
 /// A plan about to be run.
-pub(super) struct Job {
+pub(super) struct PlannedRun {
     /// The plan.
     pub plan: Plan,
     /// The role of each of its stages.
@@ -178,7 +178,7 @@ pub(super) struct Job {
     pub sweep: Option<SweepPlace>,
 }
 
-impl Job {
+impl PlannedRun {
     /// Runs the plan and prints its results; the run.
     pub fn carry_out(
         self,
@@ -197,16 +197,16 @@ impl Job {
             fits_one_machine(&self.plan)?;
         }
         let open = |place| {
-            PostedJobs::open(store.dir(), place).map_err(|error| {
-                let message = "ranks cannot be told what to do: the store's `torchrun` folder";
+            TrainingBoard::open(store.dir(), place).map_err(|error| {
+                let message = "work cannot be sent to the other ranks: the store's `torchrun` folder is not usable";
                 Error::new(Exit::Internal, message).cause(&error)
             })
         };
-        let posted_jobs = place.map(open).transpose()?.map(Arc::new);
+        let training_board = place.map(open).transpose()?.map(Arc::new);
         let options = Options {
             jobs,
             cluster,
-            posted_jobs: posted_jobs.clone(),
+            training_board: training_board.clone(),
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
                 (true, _) => DetachPolicy::WhenSubmitted,
                 (false, true) => DetachPolicy::Ask(Arc::new(ask_how_to_leave)),
@@ -232,9 +232,9 @@ impl Job {
         ));
         output::attach(None);
         drop(options);
-        if let Some(posted_jobs) = posted_jobs.and_then(Arc::into_inner) {
+        if let Some(training_board) = training_board.and_then(Arc::into_inner) {
             let good = |report: &RunReport| report.state == RunState::Succeeded;
-            posted_jobs.close(outcome.as_ref().is_ok_and(good));
+            training_board.close(outcome.as_ref().is_ok_and(good));
         }
         let report = outcome?;
         let artifacts = runtime.block_on(store.list_artifacts(Some(&report.run)))?;
@@ -416,7 +416,7 @@ impl<'a> RunOutput<'a> {
         if !pictures.is_empty() {
             text.push('\n');
         }
-        for Picture {
+        for PreviewFile {
             stage,
             path,
             caption,
@@ -501,11 +501,11 @@ impl<'a> RunOutput<'a> {
     }
 
     /// Images worth looking at.
-    fn pictures(&self) -> Vec<Picture<'a>> {
+    fn pictures(&self) -> Vec<PreviewFile<'a>> {
         let picture = |row: &'a ArtifactRow| {
             let meta = &row.artifact.meta;
             let directory = self.layout.artifact(&row.artifact.hash);
-            Some(Picture {
+            Some(PreviewFile {
                 stage: &row.stage,
                 path: directory.join(meta.preview.as_ref()?),
                 caption: meta.caption.as_deref(),
@@ -600,7 +600,7 @@ fn ask_how_to_leave() -> DetachAnswer {
 }
 
 /// An image worth looking at.
-struct Picture<'a> {
+struct PreviewFile<'a> {
     stage: &'a str,
     path: PathBuf,
     caption: Option<&'a str>,

@@ -20,7 +20,7 @@ pub struct Args {
 }
 
 /// An unneeded file or folder.
-struct Leftover {
+struct UnneededPath {
     what: &'static str,
     name: String,
     path: PathBuf,
@@ -87,7 +87,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 }
 
 /// Unneeded entries in the store's directory.
-fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
+fn leftovers(store: &Store, garbage: &Garbage) -> Vec<UnneededPath> {
     let dir = store.dir();
     let mut found = Vec::new();
     for path in store.abandoned() {
@@ -107,9 +107,9 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
             found.push((what, name, path));
         }
     }
-    let mut leftovers: Vec<Leftover> = found
+    let mut leftovers: Vec<UnneededPath> = found
         .into_iter()
-        .map(|(what, name, path)| Leftover {
+        .map(|(what, name, path)| UnneededPath {
             what,
             size: size(&path),
             name,
@@ -163,7 +163,7 @@ fn size(path: &Path) -> u64 {
 }
 
 /// Removes it; returns whether it is gone. Failures are reported.
-fn remove(one: &Leftover) -> bool {
+fn remove(one: &UnneededPath) -> bool {
     let removed = if one.path.is_dir() {
         std::fs::remove_dir_all(&one.path)
     } else {

@@ -6,7 +6,7 @@ use crate::environment;
 use crate::plan::{Origin, Plan};
 use crate::plugin::Plugins;
 
-/// Follows the jobs posted by rank 0 until it ends.
+/// Runs its part of the trainings that rank 0 posts, until rank 0 ends.
 pub fn follow(place: &LaunchedRank, context: &Context) -> Result<(), Error> {
     // Ctrl-C in a terminal reaches all ranks; rank 0 handles it. SAFETY: ignores a signal, from here on.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::execution::{ExecutionArgs, Job, known_results, open_store};
+use crate::cli::execution::{ExecutionArgs, PlannedRun, known_results, open_store};
 use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, ranks, sweep};
 use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
@@ -122,7 +122,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if !context.quiet {
         output::say(&format!("resuming run {run} of {}", plan.name));
     }
-    let job = Job {
+    let planned = PlannedRun {
         roles,
         shown_path: plan.path.clone(),
         plan,
@@ -130,12 +130,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         sweep: detail.summary.sweep.clone(),
     };
     let known = &mut known_results(&runtime, &store, args.rehash.trust())?;
-    job.check(&mut plugins, known, context)?;
+    planned.check(&mut plugins, known, context)?;
     // Running jobs are taken over unchanged.
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
     }
-    job.carry_out(&runtime, &store, &execution, context)
+    planned
+        .carry_out(&runtime, &store, &execution, context)
         .map(drop)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
+use crate::cli::execution::{ExecutionArgs, PlannedRun, store_if_there};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, RecipeArgs, SelectionArgs, ranks};
 use crate::cluster::devices;
@@ -57,7 +57,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         ranks::spread(&mut plan, &mut plugins, place)?;
     }
     let roles = args.selection.roles(&plan)?;
-    let job = Job {
+    let planned = PlannedRun {
         plan,
         roles,
         shown_path: args.recipe.recipe.clone(),
@@ -65,7 +65,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         sweep: None,
     };
     let trust = args.selection.rehash.trust();
-    let store = job.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
-    job.carry_out(&runtime, &store, &args.execution, context)
+    let store = planned.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
+    planned
+        .carry_out(&runtime, &store, &args.execution, context)
         .map(drop)
 }

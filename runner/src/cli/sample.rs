@@ -10,7 +10,7 @@ use clap::ValueHint;
 use serde_json::{Value, json};
 
 use crate::artifact::{self, Layout};
-use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
+use crate::cli::execution::{ExecutionArgs, PlannedRun, store_if_there};
 use crate::cli::{Context, Error, Exit, SelectionArgs, output, show};
 use crate::cluster::devices;
 use crate::plan::Descriptions;
@@ -121,7 +121,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let settings = args.execution.settings(&recipe.source.base_dir, context)?;
     let plan = devices::plan(&recipe, &mut plugins, &settings)?;
     let roles = SelectionArgs::default().roles(&plan)?;
-    let job = Job {
+    let planned = PlannedRun {
         plan,
         roles,
         shown_path,
@@ -129,8 +129,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         sweep: None,
     };
     let trust = HashTrust::Trusted;
-    let store = job.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
-    let run = job.carry_out(&runtime, &store, &args.execution, context)?;
+    let store = planned.prepare(&runtime, known.as_ref(), trust, &mut plugins, context)?;
+    let run = planned.carry_out(&runtime, &store, &args.execution, context)?;
     let Some(dir) = &args.output else {
         return Ok(());
     };

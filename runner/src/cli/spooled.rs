@@ -43,10 +43,10 @@ impl Spools {
                 Entry::Vacant(new) => {
                     let dir = layout.work(&digest).join(spool::FOLDER).join(new.key());
                     // A spool that cannot be read now is read later; the runner that collects it reports its errors.
-                    let Ok(order) = spool::read_order(&dir) else {
+                    let Ok(spec) = spool::read_job_spec(&dir) else {
                         continue;
                     };
-                    let parts = order.elements.iter().enumerate();
+                    let parts = spec.elements.iter().enumerate();
                     let element = |(number, part): (usize, &Option<Part>)| Element {
                         stage: stage.clone(),
                         title: title(*part),

@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{Context, Error, Exit, output};
-use crate::ui::{self, Guard, Site};
+use crate::ui::{self, Guard, ServerState};
 
 /// The port, unless another is named.
 const PORT: u16 = 6116;
@@ -22,7 +22,7 @@ const PORT: u16 = 6116;
     Examples:\n  \
     retort ui --open                              the store in .retort, in a browser\n  \
     retort ui --store a/.retort --store b/.retort  two stores\n  \
-    ssh -L 6116:localhost:6116 host               and then open http://localhost:6116 here, for `retort ui` on another machine"
+    ssh -L 6116:localhost:6116 host retort ui     on another machine; then open http://localhost:6116 here"
 )]
 pub struct Args {
     /// Listen on this port. Without it, 6116, or any free one when that is taken; 0 takes any free one.
@@ -61,7 +61,7 @@ async fn serve(args: &Args, context: &Context) -> Result<(), Error> {
         Error::new(Exit::Internal, "there are no random numbers for a token").cause(&error)
     })?;
     let token = guard.token().map(str::to_owned);
-    let site = Site::open(&context.stores, args.write, guard).await?;
+    let site = ServerState::open(&context.stores, args.write, guard).await?;
     let listener = listen(args).await?;
     let place = listener.local_addr()?;
     let address = address(place, token.as_deref());

@@ -26,7 +26,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let (run, reasons) = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
-        if store.turn(&run, &args.stage).await?.is_none() {
+        if store.stage_record(&run, &args.stage).await?.is_none() {
             return Err(no_such_stage(&store, &run, &args.stage).await?);
         }
         let reasons = reasons::of_stage(&store, &run, &args.stage).await?;

@@ -23,10 +23,10 @@ use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
 use crate::worker::death::ExitStatus;
-use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::process::{WorkerEvent, WorkerExit};
 use crate::worker::remote::ClusterEnd;
 
-mod lost_life;
+mod lost_start;
 mod script;
 mod slot;
 mod submission;
@@ -34,8 +34,8 @@ mod watch;
 
 /// How long tasks are collected before they are submitted together.
 const GATHER: Duration = Duration::from_millis(50);
-/// The shortest time between two reads of spools, and how many elements are read per second: as many as write per second
-/// (`JobSpec::interval`).
+/// The shortest time between two reads of spools, and how many elements are read per second, which is how many write per
+/// second (`JobSpec::interval`).
 const LOOK: Duration = Duration::from_millis(250);
 const LOOKS_PER_SECOND: usize = 200;
 /// How soon Slurm is asked again about elements that it reports as over.
@@ -45,7 +45,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 
 /// What a dispatcher reports while jobs run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Notice {
+pub enum DispatchEvent {
     /// Slurm has accepted a job.
     Submitted {
         /// The job's id in Slurm.
@@ -53,18 +53,18 @@ pub enum Notice {
         /// Number of elements, for an array.
         elements: Option<usize>,
     },
-    /// Something is odd.
+    /// Something unexpected.
     Warning(String),
 }
 
-/// What a dispatcher needs to know about a stage.
-pub struct Assignment {
+/// A stage to be submitted.
+pub struct StageSubmission {
     /// The store.
     pub store: Arc<Store>,
     /// Slurm.
     pub slurm: Arc<Slurm>,
-    /// Receives notices.
-    pub listener: Box<dyn Fn(Notice) + Send + Sync>,
+    /// Receives its events.
+    pub listener: Box<dyn Fn(DispatchEvent) + Send + Sync>,
     /// The stage's name.
     pub stage: String,
     /// The attempt.
@@ -102,7 +102,7 @@ pub struct Element {
     part: Option<Part>,
     commands: mpsc::UnboundedSender<Command>,
     heard: mpsc::Receiver<WorkerEvent>,
-    /// The other end of `heard`, until its task is sent: then only the dispatcher has it, so that its end is noticed.
+    /// The other end of `heard`, until the task is sent. Then only the dispatcher has it, so that its end is noticed.
     tell: Option<mpsc::Sender<WorkerEvent>>,
 }
 
@@ -156,11 +156,14 @@ impl Element {
 
     /// Its next event. Cancel-safe.
     pub async fn next(&mut self) -> WorkerEvent {
-        self.heard.recv().await.unwrap_or(WorkerEvent::Exited(Exit {
-            status: ExitStatus::Code(-1),
-            usage: Usage::default(),
-            out_of_memory: None,
-        }))
+        self.heard
+            .recv()
+            .await
+            .unwrap_or(WorkerEvent::Exited(WorkerExit {
+                status: ExitStatus::Code(-1),
+                usage: Usage::default(),
+                out_of_memory: None,
+            }))
     }
 }
 
@@ -169,9 +172,9 @@ impl Dispatcher {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn open(assignment: Assignment) -> Result<Self, StoreError> {
-        let (commands, orders) = mpsc::unbounded_channel();
-        let mut dispatch = DispatchLoop::new(assignment);
+    pub async fn open(submission: StageSubmission) -> Result<Self, StoreError> {
+        let (commands, requests) = mpsc::unbounded_channel();
+        let mut dispatch = DispatchLoop::new(submission);
         let waiting = dispatch.waiting.as_deref();
         dispatch
             .to
@@ -179,7 +182,7 @@ impl Dispatcher {
             .attempt_waits(dispatch.to.attempt, waiting)
             .await?;
         dispatch.recall().await?;
-        let task = tokio::spawn(dispatch.run(orders));
+        let task = tokio::spawn(dispatch.run(requests));
         Ok(Self { commands, task })
     }
 
@@ -214,7 +217,7 @@ struct Job {
     layout: Layout,
     /// The slots of those elements that this runner manages.
     slots: Vec<Option<usize>>,
-    /// Lives that earlier jobs have wasted, per element.
+    /// The number of starts that earlier jobs have wasted, per element.
     wasted: Vec<u32>,
     /// How far another runner has read each element's records.
     marks: Vec<u64>,
@@ -226,7 +229,7 @@ struct Job {
 }
 
 struct DispatchLoop {
-    to: Assignment,
+    to: StageSubmission,
     jobs: Vec<Job>,
     slots: Vec<Slot>,
     /// Events for the history, written together.
@@ -250,7 +253,7 @@ struct DispatchLoop {
 }
 
 impl DispatchLoop {
-    fn new(to: Assignment) -> Self {
+    fn new(to: StageSubmission) -> Self {
         let now = Instant::now();
         Self {
             to,
@@ -274,26 +277,26 @@ impl DispatchLoop {
     }
 
     fn warn(&self, text: impl Into<String>) {
-        (self.to.listener)(Notice::Warning(text.into()));
+        (self.to.listener)(DispatchEvent::Warning(text.into()));
     }
 
     /// Finds the jobs that another runner left behind.
     async fn recall(&mut self) -> Result<(), StoreError> {
         for open in self.to.store.open_jobs(&self.to.digest).await? {
             let dir = self.spools().join(&open.name);
-            let order = match spool::read_order(&dir) {
-                Ok(order) => Some(order),
+            let spec = match spool::read_job_spec(&dir) {
+                Ok(spec) => Some(spec),
                 Err(SpoolError::Damaged { .. }) => None,
                 Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => None,
-                // A job whose order cannot be read now may be running.
+                // A job whose specification cannot be read now may be running.
                 Err(error) => return Err(unknown(&dir, error)),
             };
             let id = match open.job {
                 Some(id) => Some(id),
                 // The runner ended after submitting it and before recording its id.
-                None => self.id_of(&open.name, &dir, order.as_ref()).await?,
+                None => self.id_of(&open.name, &dir, spec.as_ref()).await?,
             };
-            let (Some(id), Some(order)) = (id, order) else {
+            let (Some(id), Some(spec)) = (id, spec) else {
                 match id {
                     Some(id) => {
                         let _ = self.to.slurm.cancel(id, &[None], false).await;
@@ -309,7 +312,7 @@ impl DispatchLoop {
                 let store = &self.to.store;
                 store.job_submitted(open.key, id, &cluster).await?;
             }
-            let slots = order.elements.len();
+            let slots = spec.elements.len();
             let mut marks = vec![0; slots];
             for (element, mark) in open.imported {
                 if let Some(place) = marks.get_mut(element) {
@@ -321,11 +324,11 @@ impl DispatchLoop {
                 id,
                 dir,
                 slots: vec![None; slots],
-                layout: order.layout(),
+                layout: spec.layout(),
                 wasted: (0..slots)
-                    .map(|element| order.wasted_before(element))
+                    .map(|element| spec.wasted_before(element))
                     .collect(),
-                elements: order.elements,
+                elements: spec.elements,
                 marks,
                 given_up: vec![false; slots],
                 stopping: false,
@@ -341,14 +344,14 @@ impl DispatchLoop {
         &self,
         name: &str,
         dir: &Path,
-        order: Option<&JobSpec>,
+        spec: Option<&JobSpec>,
     ) -> Result<Option<u64>, StoreError> {
         let found = submission::found(&self.to.slurm, name).await;
         if let Some(id) = found.map_err(|error| unknown(dir, error))? {
             return Ok(Some(id));
         }
-        let Some(order) = order else { return Ok(None) };
-        let (spool, elements) = (dir.to_owned(), order.elements.len());
+        let Some(spec) = spec else { return Ok(None) };
+        let (spool, elements) = (dir.to_owned(), spec.elements.len());
         let began = tokio::task::spawn_blocking(move || slot::job_of(&spool, elements)).await;
         match began.map_err(|error| unknown(dir, error))? {
             Ok(Some(id)) => Ok(Some(id)),
@@ -357,11 +360,11 @@ impl DispatchLoop {
         }
     }
 
-    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Command>) {
+    async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Command>) {
         loop {
-            let tick = self.next_look();
+            let due = self.next_look();
             tokio::select! {
-                command = orders.recv() => match command {
+                command = requests.recv() => match command {
                     Some(Command::Close(done)) => {
                         if let Err(error) = self.close().await {
                             tracing::debug!("jobs: {error}");
@@ -372,8 +375,8 @@ impl DispatchLoop {
                     Some(command) => self.take(command),
                     None => return,
                 },
-                () = tokio::time::sleep_until(tick) => {
-                    if let Err(error) = self.turn().await {
+                () = tokio::time::sleep_until(due) => {
+                    if let Err(error) = self.tick().await {
                         self.fail(&error).await;
                     }
                 }
@@ -427,7 +430,7 @@ impl DispatchLoop {
     }
 
     /// A round: stop, submit, read, poll.
-    async fn turn(&mut self) -> Result<(), StoreError> {
+    async fn tick(&mut self) -> Result<(), StoreError> {
         self.stop().await;
         if Instant::now() >= self.submit_at {
             self.adopt().await?;
@@ -467,7 +470,7 @@ impl DispatchLoop {
         let ended = ClusterEnd {
             reason: "no nodes".into(),
             message: format!(
-                "its job waits since {} s to be started again",
+                "its job has been waiting {} s to be restarted",
                 since.elapsed().as_secs()
             ),
             hint: None,
@@ -519,7 +522,7 @@ impl DispatchLoop {
         Ok(())
     }
 
-    /// The store cannot be written to, so no report would be true any more.
+    /// Fails all elements: the store cannot be written to, so reports could no longer be trusted.
     async fn fail(&mut self, error: &StoreError) {
         let ended = ClusterEnd {
             reason: "history not written".into(),
@@ -701,6 +704,7 @@ impl DispatchLoop {
 
 /// A job that another runner left behind can neither be taken over nor given up.
 fn unknown(dir: &Path, error: impl std::fmt::Display) -> StoreError {
-    let message = format!("what became of the job of this spool is not known now: {error}");
+    let message =
+        format!("the state of this spool's job cannot be determined at the moment: {error}");
     StoreError::refused(dir, std::io::Error::other(message))
 }

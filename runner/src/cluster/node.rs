@@ -2,7 +2,7 @@
 //!
 //! In: the directory of a job's spool, and Slurm's environment variables. Out: records in the spool. The worker is the same as
 //! on the runner's machine and sends the same events; they are recorded here instead of handled. When Slurm signals ahead of
-//! the time limit, the worker is asked to stop at its next checkpoint, and Slurm is asked for another life.
+//! the time limit, the worker is asked to stop at its next checkpoint, and Slurm is asked to restart the element.
 //! Deliberately absent: the store, which no compute node opens, and the runner's machine, which may be down.
 
 use std::collections::HashMap;
@@ -15,11 +15,11 @@ use retort_abi::{FailureCode, Part};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
-use crate::cluster::spool::{self, JobSpec, LifeEnd, SpoolError, SpoolEvent, Writer};
+use crate::cluster::spool::{self, JobSpec, SpoolError, SpoolEvent, StartEnd, Writer};
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
 use crate::worker::heartbeat::{self, Heartbeat};
-use crate::worker::process::{Exit, Worker, WorkerEvent};
+use crate::worker::process::{Worker, WorkerEvent, WorkerExit};
 
 /// How often to look for the file that stops a job.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);
@@ -39,7 +39,7 @@ pub struct ElementIdentity {
     pub element: usize,
     /// This element's id in Slurm.
     pub job: String,
-    /// The same id as people know it: the array's id, and the element's number in it.
+    /// The same id as users know it: the array's id and the element's number.
     pub shown_job: String,
     /// The name of the node.
     pub node: String,
@@ -75,7 +75,7 @@ pub enum NodeError {
         /// The element.
         element: usize,
     },
-    /// The operating system refused.
+    /// An error of the operating system.
     #[error("{what}: {source}")]
     System {
         /// What was tried.
@@ -90,18 +90,18 @@ pub enum NodeError {
 /// # Errors
 /// [`NodeError`]: nothing was started, or the events could not be written.
 pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
-    let order = spool::read_order(&place.spool)?;
+    let spec = spool::read_job_spec(&place.spool)?;
     let system = |what: &str| {
         let what = what.to_owned();
         move |source| NodeError::System { what, source }
     };
-    let Some(&part) = order.elements.get(place.element) else {
+    let Some(&part) = spec.elements.get(place.element) else {
         return Err(NodeError::NoElement {
             spool: place.spool.clone(),
             element: place.element,
         });
     };
-    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
+    let mut signals = SlurmSignals::listen().map_err(system("signals cannot be received"))?;
     let dir = spool::element_dir(&place.spool, place.element);
     let shown = dir.display().to_string();
     let mut writer = Writer::open(&dir).map_err(system(&format!("cannot write to {shown}")))?;
@@ -110,23 +110,23 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         node: place.node.clone(),
         pid: std::process::id(),
     });
-    // Two lives would write the same files, so a life that Slurm presumed dead gets time to notice.
+    // Two starts must not write the same files, so a previous start that Slurm presumed dead gets time to notice this one.
     if writer.supersede() {
         let began = Instant::now();
         while writer.is_followed_too_soon() && began.elapsed() < 5 * STOP_INTERVAL {
             tokio::time::sleep(STOP_INTERVAL / 4).await;
         }
     }
-    let wasted = order
+    let wasted = spec
         .wasted_before(place.element)
-        .saturating_add(spool::wasted_lives(&dir, writer.life()));
+        .saturating_add(spool::wasted_starts(&dir, writer.start()));
     let over = if spool::is_to_stop(&place.spool) {
-        LifeEnd::Stopped
-    } else if wasted > order.requeue {
-        LifeEnd::GaveUp
+        StartEnd::Stopped
+    } else if wasted > spec.requeue {
+        StartEnd::GaveUp
     } else {
-        let mut task = order.task.clone();
-        let staging = dir.join(format!("staging-{}", writer.life()));
+        let mut task = spec.task.clone();
+        let staging = dir.join(format!("staging-{}", writer.start()));
         if let Call::Run {
             job, staging: at, ..
         } = &mut task.call
@@ -137,9 +137,9 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
             }
             *at = staging.clone();
         }
-        let mut watch = WatchedWorker {
+        let mut watch = SupervisedWorker {
             place,
-            order: &order,
+            spec: &spec,
             writer: &mut writer,
             lost: 0,
             series: HashMap::new(),
@@ -155,13 +155,13 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         let _ = std::fs::remove_dir_all(staging);
         over
     };
-    let again = matches!(over, LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. });
+    let again = matches!(over, StartEnd::TimeLimit { .. } | StartEnd::Again { .. });
     let good = match &over {
-        LifeEnd::TimeLimit { at_checkpoint } | LifeEnd::Terminated { at_checkpoint } => {
+        StartEnd::TimeLimit { at_checkpoint } | StartEnd::Terminated { at_checkpoint } => {
             *at_checkpoint
         }
-        LifeEnd::Again { .. } | LifeEnd::OutOfTries { .. } | LifeEnd::GaveUp => false,
-        LifeEnd::Done | LifeEnd::Stopped => true,
+        StartEnd::Again { .. } | StartEnd::OutOfTries { .. } | StartEnd::GaveUp => false,
+        StartEnd::Done | StartEnd::Stopped => true,
     };
     writer.push(SpoolEvent::Over(over));
     let began = Instant::now();
@@ -176,12 +176,12 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    if again && order.again {
-        if order.ranks && place.element > 0 && first_rank_ends(place, writer.life()).await {
+    if again && spec.again {
+        if spec.ranks && place.element > 0 && first_rank_ends(place, writer.start()).await {
             return Ok(good);
         }
-        if order.ranks {
-            // They leave at the same step, and record it.
+        if spec.ranks {
+            // Ranks stop at the same step. The others get time to record that.
             tokio::time::sleep(STOP_INTERVAL).await;
         }
         requeue(&place.job).await;
@@ -189,15 +189,15 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     Ok(good)
 }
 
-/// Whether the first rank's life ends soon. The first rank asks for the next life, because it saves the work of all, and the
-/// others would interrupt that. If it hangs it does not ask, and another rank has to. The ranks wait for different times,
-/// because the first request ends them all.
-async fn first_rank_ends(place: &ElementIdentity, life: u32) -> bool {
+/// Waits for the end of the first rank's start; false if it does not come in time. The first rank saves the work of all, so
+/// only it should ask for the next start: a request of another rank would interrupt it. If the first rank hangs, another one
+/// has to ask. The ranks wait for different times, because the first request ends them all.
+async fn first_rank_ends(place: &ElementIdentity, start: u32) -> bool {
     let first = spool::element_dir(&place.spool, 0);
     let turns = u32::try_from(place.element).unwrap_or(u32::MAX);
     let until = Instant::now() + LAST_MOMENTS + STOP_INTERVAL * 4 * turns.min(1 << 16);
     while Instant::now() < until {
-        if spool::is_over(&first, life) {
+        if spool::is_over(&first, start) {
             return true;
         }
         tokio::time::sleep(STOP_INTERVAL).await;
@@ -212,7 +212,7 @@ async fn requeue(job: &str) {
         .stdin(Stdio::null())
         .status();
     match tokio::time::timeout(Duration::from_secs(60), asked).await {
-        // Gives Slurm time to end this process: exiting first would count as a different end.
+        // Gives Slurm time to end this process. If it exited by itself, Slurm would count that as the job's end.
         Ok(Ok(status)) if status.success() => tokio::time::sleep(Duration::from_secs(60)).await,
         _ => {}
     }
@@ -220,24 +220,24 @@ async fn requeue(job: &str) {
 
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum NodeStopReason {
+enum StopCause {
     User,
     TimeLimit,
     Terminated,
 }
 
 /// A supervised worker.
-struct WatchedWorker<'a> {
+struct SupervisedWorker<'a> {
     place: &'a ElementIdentity,
-    order: &'a JobSpec,
+    spec: &'a JobSpec,
     writer: &'a mut Writer,
-    /// Frames that did not fit.
+    /// The number of dropped frames.
     lost: u64,
     /// Points since the last write, and the last progress, which are written together.
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
     answer: Option<WorkerAnswer>,
-    cause: Option<NodeStopReason>,
+    cause: Option<StopCause>,
     /// Whether it was killed for missing heartbeats.
     is_silent: bool,
 }
@@ -251,30 +251,30 @@ enum WorkerAnswer {
     Final,
 }
 
-impl WatchedWorker<'_> {
-    /// Runs the task, and returns why this life is over.
+impl SupervisedWorker<'_> {
+    /// Runs the task, and returns why this start is over.
     async fn over(
         &mut self,
         task: Task,
-        signals: &mut Signals,
+        signals: &mut SlurmSignals,
         wasted: u32,
-    ) -> std::io::Result<LifeEnd> {
+    ) -> std::io::Result<StartEnd> {
         let kills = kills_for_memory();
         let mut variables = Vec::new();
-        if self.order.ranks
-            && let Some(part) = self.order.elements[self.place.element]
+        if self.spec.ranks
+            && let Some(part) = self.spec.elements[self.place.element]
         {
             // The rendezvous address comes from the environment.
             variables.extend(rank_variables(part, self.place.local_rank));
-            variables.push((MEETING, self.order.meeting.clone().into()));
+            variables.push((MEETING, self.spec.meeting.clone().into()));
         }
         // Slurm signals every process of a job. The worker ignores that; it is stopped from here, through its socket.
-        let mut worker = Worker::spawn_in_job(self.order.threads, &variables)?;
+        let mut worker = Worker::spawn_in_job(self.spec.threads, &variables)?;
         if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
             return Err(std::io::Error::other(error));
         }
         let mut stop = tokio::time::interval(STOP_INTERVAL);
-        let mut write = tokio::time::interval(self.order.interval);
+        let mut write = tokio::time::interval(self.spec.interval);
         write.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut kill_at = None::<Instant>;
         let (mut heartbeat, mut look) = (Heartbeat::default(), heartbeat::looks());
@@ -288,7 +288,7 @@ impl WatchedWorker<'_> {
                         self.hear(event, &worker);
                     }
                 },
-                _ = look.tick(), if self.order.ranks && self.cause.is_none() && self.answer.is_none() && !self.is_silent => {
+                _ = look.tick(), if self.spec.ranks && self.cause.is_none() && self.answer.is_none() && !self.is_silent => {
                     if heartbeat.look() {
                         self.is_silent = true;
                         let seconds = heartbeat.silence().as_secs();
@@ -299,20 +299,20 @@ impl WatchedWorker<'_> {
                 cause = signals.next() => {
                     self.ask(cause, &mut worker).await;
                     // The second signal, or the last: no more time is given.
-                    if cause == NodeStopReason::Terminated {
+                    if cause == StopCause::Terminated {
                         let at = Instant::now() + LAST_MOMENTS;
                         kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
                     }
                 }
                 _ = stop.tick() => {
                     if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
-                        self.ask(NodeStopReason::User, &mut worker).await;
+                        self.ask(StopCause::User, &mut worker).await;
                     }
                     if self.cause.is_some() && spool::is_to_end(&self.place.spool) {
                         worker.signal(libc::SIGKILL);
                     }
                     if self.writer.is_superseded() {
-                        self.cause = Some(NodeStopReason::Terminated);
+                        self.cause = Some(StopCause::Terminated);
                         worker.signal(libc::SIGKILL);
                     }
                 }
@@ -324,9 +324,8 @@ impl WatchedWorker<'_> {
             }
         };
         let out_of_memory = kills_for_memory() > kills;
-        if self.order.ranks && self.cause.is_none() && self.answer == Some(WorkerAnswer::Cancelled)
-        {
-            // Another rank got the signal before this one, which learns the reason now.
+        if self.spec.ranks && self.cause.is_none() && self.answer == Some(WorkerAnswer::Cancelled) {
+            // Another rank got Slurm's signal first. This rank gets it now, and with it the cause.
             let heard = tokio::time::timeout(2 * STOP_INTERVAL, signals.next()).await;
             self.cause = heard.ok();
         }
@@ -339,23 +338,23 @@ impl WatchedWorker<'_> {
         Ok(self.judge(exit, out_of_memory, wasted))
     }
 
-    fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> LifeEnd {
+    fn judge(&self, exit: WorkerExit, out_of_memory: bool, wasted: u32) -> StartEnd {
         let at_checkpoint = self.answer == Some(WorkerAnswer::Cancelled);
         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
-        // The worker's own answer counts, whatever was asked of it meanwhile.
+        // The worker's own answer counts, even if it was asked to stop in the meantime.
         if matches!(
             self.answer,
             Some(WorkerAnswer::Result | WorkerAnswer::Final)
         ) {
-            return LifeEnd::Done;
+            return StartEnd::Done;
         }
         match self.cause {
-            Some(NodeStopReason::User) => return LifeEnd::Stopped,
-            Some(NodeStopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
-            Some(NodeStopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
-            // Ranks stop together: another one was asked to, for a reason that Slurm knows.
-            None if self.order.ranks && self.order.again && at_checkpoint => {
-                return LifeEnd::Terminated { at_checkpoint };
+            Some(StopCause::User) => return StartEnd::Stopped,
+            Some(StopCause::TimeLimit) => return StartEnd::TimeLimit { at_checkpoint },
+            Some(StopCause::Terminated) => return StartEnd::Terminated { at_checkpoint },
+            // Ranks stop together: another rank was asked to stop, for a reason that Slurm knows.
+            None if self.spec.ranks && self.spec.again && at_checkpoint => {
+                return StartEnd::Terminated { at_checkpoint };
             }
             None => {}
         }
@@ -363,20 +362,20 @@ impl WatchedWorker<'_> {
             Some(WorkerAnswer::Retryable) => "failed in a way that may pass",
             None if self.is_silent => "its worker hangs",
             None if killed && !out_of_memory => "its worker was killed by SIGKILL",
-            _ => return LifeEnd::Done,
+            _ => return StartEnd::Done,
         };
         let reason = reason.to_owned();
-        match (wasted < self.order.requeue, self.answer) {
-            (true, _) => LifeEnd::Again { reason },
-            // It has reported why it failed; and without restarts, the way it ended is the reason.
-            (false, Some(_)) => LifeEnd::Done,
-            (false, None) if self.order.requeue == 0 => LifeEnd::Done,
-            (false, None) => LifeEnd::OutOfTries { reason },
+        match (wasted < self.spec.requeue, self.answer) {
+            (true, _) => StartEnd::Again { reason },
+            // It has reported why it failed. Without restarts, the way it ended is the reason.
+            (false, Some(_)) => StartEnd::Done,
+            (false, None) if self.spec.requeue == 0 => StartEnd::Done,
+            (false, None) => StartEnd::OutOfTries { reason },
         }
     }
 
-    async fn ask(&mut self, cause: NodeStopReason, worker: &mut Worker) {
-        // The first event is the reason; that Slurm then ends the rest follows from it.
+    async fn ask(&mut self, cause: StopCause, worker: &mut Worker) {
+        // The first event is the cause. That Slurm then ends everything is its consequence.
         self.cause.get_or_insert(cause);
         // A message without paths can always be encoded.
         let _ = worker.send(&ToWorker::StopAtCheckpoint).await;
@@ -472,7 +471,7 @@ impl WatchedWorker<'_> {
 
     fn write(&mut self) {
         self.join();
-        // What cannot be written now is written the next time.
+        // After an error, the records are written the next time.
         if self.writer.flush().is_ok() && self.lost > 0 {
             let text = format!(
                 "{} frames came while the spool could not be written, and are lost",
@@ -494,12 +493,12 @@ async fn until(moment: Option<Instant>) {
 }
 
 /// Slurm's signals.
-struct Signals {
+struct SlurmSignals {
     ahead: Signal,
     terminate: Signal,
 }
 
-impl Signals {
+impl SlurmSignals {
     fn listen() -> std::io::Result<Self> {
         Ok(Self {
             ahead: signal(SignalKind::user_defined1())?,
@@ -507,10 +506,10 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> NodeStopReason {
+    async fn next(&mut self) -> StopCause {
         tokio::select! {
-            _ = self.ahead.recv() => NodeStopReason::TimeLimit,
-            _ = self.terminate.recv() => NodeStopReason::Terminated,
+            _ = self.ahead.recv() => StopCause::TimeLimit,
+            _ = self.terminate.recv() => StopCause::Terminated,
         }
     }
 }

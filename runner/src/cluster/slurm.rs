@@ -29,7 +29,7 @@ const MOST_WORDS: u64 = 64 << 10;
 /// A job to submit.
 #[derive(Debug)]
 pub struct NewJob<'a> {
-    /// The name by which to find it again.
+    /// The name by which it can be found again.
     pub name: &'a str,
     /// Its script, in its spool.
     pub script: &'a Path,
@@ -94,7 +94,7 @@ pub enum State {
     Completed,
     /// Its script has exited with an error.
     Failed,
-    /// Somebody has cancelled it.
+    /// It was cancelled.
     Cancelled,
     /// It reached its time limit.
     Timeout,
@@ -217,7 +217,7 @@ impl Default for ClusterConfig {
 
 /// A finished start of an element, from the accounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PastLife {
+pub struct PastStart {
     /// The element.
     pub place: Key,
     /// How it ended.
@@ -293,13 +293,13 @@ impl Slurm {
     ///
     /// # Errors
     /// [`SlurmError`].
-    pub async fn past_lives(&self, jobs: &[u64]) -> Result<Vec<PastLife>, SlurmError> {
+    pub async fn past_starts(&self, jobs: &[u64]) -> Result<Vec<PastStart>, SlurmError> {
         if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
             return Ok(Vec::new());
         }
         let words = ["--duplicates", "--format=JobID,State,NodeList,End"];
         let said = self.sacct(jobs, &words).await?;
-        Ok(said.lines().filter_map(past_life).collect())
+        Ok(said.lines().filter_map(past_start).collect())
     }
 
     /// `sacct`'s lines about jobs; empty without accounting.
@@ -510,11 +510,11 @@ fn account(line: &str) -> Option<(Key, ElementStatus)> {
 }
 
 /// A line of `sacct` about a finished start.
-fn past_life(line: &str) -> Option<PastLife> {
+fn past_start(line: &str) -> Option<PastStart> {
     let (place, said) = account(line)?;
     let ended = line.split('|').nth(3)?.trim().parse().ok()?;
     let state = said.state;
-    Some(PastLife {
+    Some(PastStart {
         place,
         state,
         ended,
@@ -688,7 +688,7 @@ async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, Slur
             match heard {
                 Ok(_) => child.wait().await.ok(),
                 // It is killed when its handle is dropped.
-                Err(WillRetry) => None,
+                Err(QueueFull) => None,
             }
         };
         tokio::time::timeout(LIMIT, exchange).await.ok().flatten()
@@ -703,15 +703,15 @@ async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, Slur
     })
 }
 
-/// `sbatch` found no room, and would retry by itself for two minutes.
-struct WillRetry;
+/// The queue is full: `sbatch` found no room, and would itself retry for two minutes.
+struct QueueFull;
 
 /// Reads a pipe to its end, and keeps a limited part.
 async fn read(
     pipe: Option<impl AsyncRead + Unpin>,
     most: u64,
     kept: &mut Vec<u8>,
-) -> Result<(), WillRetry> {
+) -> Result<(), QueueFull> {
     const WORDS: &[u8] = b"sleeping and retrying";
     let Some(mut pipe) = pipe else { return Ok(()) };
     let mut bytes = [0; 16 << 10];
@@ -719,7 +719,7 @@ async fn read(
         let room = usize::try_from(most).unwrap_or(usize::MAX) - kept.len();
         kept.extend_from_slice(&bytes[..count.min(room)]);
         if kept.len() < 4096 && kept.windows(WORDS.len()).any(|some| some == WORDS) {
-            return Err(WillRetry);
+            return Err(QueueFull);
         }
     }
     Ok(())

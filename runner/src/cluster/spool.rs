@@ -1,15 +1,16 @@
 //! The spool: a remote worker's events, as files in a directory that both machines see.
 //!
-//! A job has a directory, an element of it one inside. Every time that the element is started is a *life*: its records
-//! are appended to `<life>.<piece>.open`, synced, and a piece that is full or the last gets the name `.sealed`, which no
-//! file had before. A record is a length, a checksum and JSON; a reader takes whole ones only, so a torn end is
-//! ignored. Records are numbered: a reader that starts again knows what it has read.
+//! Each job has a directory, and each of its elements has a directory inside. An element may be started several times; the
+//! *starts* are numbered from 0. A start appends its records to `<start>.<piece>.open` and syncs them. A piece that is full,
+//! and the last one, is renamed to `<start>.<piece>.sealed`, a name that no file had before. A record is a length, a checksum
+//! and JSON. Readers take only whole records, so they ignore a torn end. Records are numbered, so that a restarted reader
+//! knows what it has read.
 //!
-//! A spool may lie in a store that others can write to, and on a disk that loses what it was given: only regular files are
-//! opened, no link in a spool is followed, and what is read has bounds.
+//! A spool may be in a store that others can write to, or on a disk that loses data. So only regular files are opened, no
+//! link in a spool is followed, and everything that is read has a size limit.
 //!
-//! Nothing relies on locks, on times of files, or on a name being moved over another: shared file systems keep few
-//! promises. Errors about stale handles are retried.
+//! Nothing relies on locks, on files' times, or on renaming over an existing file, because shared file systems guarantee
+//! little. Errors about stale handles are retried.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -23,21 +24,21 @@ use crate::frame::{self, FromWorker};
 use crate::store::{LogSource, Time, Usage};
 use crate::worker::death::ExitStatus;
 
-mod order;
+mod job_spec;
 
-pub use order::{JobSpec, read_order, write_order};
+pub use job_spec::{JobSpec, read_job_spec, write_job_spec};
 
-/// The layout of these files; a worker and a runner of other layouts do not understand each other.
+/// The version of these files' layout; a worker and a runner with different versions cannot work together.
 pub const FORMAT: u32 = 2;
-/// Bytes after which a piece is sealed.
+/// The size at which a piece is sealed, in bytes.
 const PIECE: u64 = 8 << 20;
-/// Bytes read at a time, unless a record is longer.
+/// How many bytes are read at a time, unless a record is longer.
 const CHUNK: usize = 1 << 20;
-/// How often a sealed piece is looked at whose last record is cut off: on a shared file system the rest may be on its way.
+/// How often a sealed piece is read again if its last record is cut off: a shared file system may show the rest later.
 const TORN_LOOKS: u32 = 20;
-/// What a look at a piece costs, at least.
+/// The least cost of a look at a piece.
 const A_PIECE: u64 = 4096;
-/// Pieces that are looked at without a pause.
+/// How many pieces one look reads.
 const PIECES_AT_ONCE: u32 = 256;
 
 /// The directory of spools in a work directory.
@@ -49,11 +50,11 @@ const STOP: &str = "stop";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpoolEvent {
-    /// A life begins.
+    /// The element was started.
     Began {
-        /// Slurm's id of it, as `squeue` shows it: `17`, of an array `17_3`.
+        /// Slurm's id of the job, as `squeue` shows it: `17`, or `17_3` in an array.
         job: String,
-        /// Where.
+        /// The node.
         node: String,
         /// The process that writes this.
         pid: u32,
@@ -62,7 +63,7 @@ pub enum SpoolEvent {
     Frame(FromWorker),
     /// The worker, or something in it, wrote a line.
     Line {
-        /// Where to.
+        /// The stream.
         source: LogSource,
         /// The line.
         text: String,
@@ -71,49 +72,49 @@ pub enum SpoolEvent {
     Exited {
         /// How.
         status: ExitStatus,
-        /// What it took.
+        /// The resources it used.
         usage: Usage,
         /// Whether memory ran out at that time.
         out_of_memory: bool,
     },
-    /// The life is over: the last record of it.
-    Over(LifeEnd),
+    /// The start is over; always its last record.
+    Over(StartEnd),
 }
 
-/// Why a life is over.
+/// Why a start is over.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum LifeEnd {
+pub enum StartEnd {
     /// The worker succeeded or failed: nothing is retried.
     Done,
-    /// The user wanted it to stop.
+    /// The user stopped it.
     Stopped,
-    /// The time that Slurm gives was over.
+    /// The job reached its time limit in Slurm.
     TimeLimit {
         /// Whether the worker had saved what it did.
         at_checkpoint: bool,
     },
-    /// Slurm ended it, for a reason that Slurm knows: preemption, `scancel`, a node that is needed.
+    /// Slurm ended it, for a reason that only Slurm knows: preemption, `scancel`, a node that is drained.
     Terminated {
         /// Whether the worker had saved what it did.
         at_checkpoint: bool,
     },
-    /// It failed in a way that another try may not.
+    /// It failed, but another try may succeed.
     Again {
         /// How.
         reason: String,
     },
-    /// The same, after all the tries that there are.
+    /// The same, after the last allowed try.
     OutOfTries {
         /// How.
         reason: String,
     },
-    /// It has been started too often, and does nothing more.
+    /// It was started too often and did nothing.
     GaveUp,
 }
 
-impl LifeEnd {
-    /// Why it is followed by another life, in words; none where it is not, or where Slurm knows why.
+impl StartEnd {
+    /// Why another start follows, in words; None if none follows, or if only Slurm knows why.
     pub fn why_again(&self) -> Option<&str> {
         match self {
             Self::TimeLimit {
@@ -126,12 +127,12 @@ impl LifeEnd {
     }
 }
 
-/// What the log says of a life that begins.
+/// The log line for the beginning of a start.
 pub fn begins(job: &str, node: &str, pid: u32) -> String {
     format!("job {job} began on {node} (process {pid})")
 }
 
-/// What the log says of a life that is followed by another.
+/// The log line for the end of a start that is followed by another.
 pub fn goes_on(reason: &str) -> String {
     format!("{reason}; it is started again")
 }
@@ -139,9 +140,9 @@ pub fn goes_on(reason: &str) -> String {
 /// A record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its number: grows with every record of an element, through all its lives.
+    /// Its number, which grows from record to record of an element, across all its starts.
     pub number: u64,
-    /// When: milliseconds since 1970, by the clock of the machine that wrote it.
+    /// The time, in milliseconds since 1970, by the clock of the machine that wrote it.
     pub at: i64,
     /// What.
     pub word: SpoolEvent,
@@ -150,7 +151,7 @@ pub struct Record {
 /// Why a spool cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// The file system refuses.
+    /// An error of the file system.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
         /// What was tried.
@@ -160,7 +161,7 @@ pub enum SpoolError {
         /// Why not.
         source: io::Error,
     },
-    /// A sealed piece, or an order, makes no sense.
+    /// A sealed piece, or a job's specification, is invalid.
     #[error("{} is damaged: {message}", path.display())]
     Damaged {
         /// The file.
@@ -173,7 +174,7 @@ pub enum SpoolError {
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
     let path = path.to_owned();
     move |source| match source.kind() {
-        // What is not a file now will not become one.
+        // Not a regular file: trying again would not help.
         io::ErrorKind::InvalidInput => SpoolError::Damaged {
             path,
             message: source.to_string(),
@@ -186,7 +187,7 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolE
     }
 }
 
-/// Makes a directory of a spool, which nobody else may write to.
+/// Makes a directory of a spool, which no other user may write to.
 ///
 /// # Errors
 /// What the file system says.
@@ -205,7 +206,7 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
     check_folders(&dir.join(STOP))
 }
 
-/// Refuses a file to which a link leads within its spool, or where others could put another in its place.
+/// Refuses a file that is reached through a link in its spool, or that other users could replace.
 fn check_folders(path: &Path) -> io::Result<()> {
     let is_top = |folder: &Path| folder.file_name().is_some_and(|name| name == FOLDER);
     let folders = || path.ancestors().skip(1).take(3);
@@ -221,7 +222,7 @@ fn check_folders(path: &Path) -> io::Result<()> {
         let user = unsafe { libc::geteuid() };
         if is_inside && (found.uid() != user || found.mode() & 0o022 != 0) {
             let message = format!(
-                "{} belongs to somebody else, or others may write to it: jobs run what it says",
+                "{} belongs to another user or is writable by others, and jobs execute its contents",
                 folder.display()
             );
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
@@ -239,7 +240,7 @@ fn open_own(path: &Path) -> io::Result<File> {
     regular::open_itself(path)
 }
 
-/// The end of what a job printed.
+/// The end of a job's output.
 ///
 /// # Errors
 /// It cannot be read.
@@ -247,7 +248,7 @@ pub fn printed(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     regular::end_of(open_own(path)?, limit)
 }
 
-/// Writes a new file and makes sure that it is there for others.
+/// Writes a new file and syncs it and its directory, so that other machines see it.
 ///
 /// # Errors
 /// What the file system says.
@@ -262,8 +263,9 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Asks the elements of a job to stop at their next checkpoint, or makes the file in which that will be asked: what is
-/// in a file is asked of the server whenever it is opened, that a file is not there is remembered for a while.
+/// Asks the elements of a job to stop at their next checkpoint (`stop`), or only creates the empty file in which they will
+/// be asked. It has to exist early: clients of a network file system may cache for a while that a file does not exist, but
+/// they check a file's content with the server whenever it is opened.
 ///
 /// # Errors
 /// [`SpoolError::Io`].
@@ -282,17 +284,17 @@ pub fn ask_to_end(dir: &Path) -> Result<(), SpoolError> {
     put(&path, b"end").map_err(failed("write", &path))
 }
 
-/// Whether somebody has asked the elements of a job to stop, or told them to end.
+/// Whether the elements of a job have been asked to stop, or told to end.
 pub fn is_to_stop(dir: &Path) -> bool {
     !word(&dir.join(STOP)).is_empty()
 }
 
-/// Whether somebody has told the elements of a job to end at once.
+/// Whether the elements of a job have been told to end at once.
 pub fn is_to_end(dir: &Path) -> bool {
     word(&dir.join(STOP)) == "end"
 }
 
-/// What stands in a small file; nothing where it cannot be read.
+/// The content of a small file; empty if it cannot be read.
 fn word(path: &Path) -> String {
     let read = patiently(|| regular::whole(open_own(path)?, 64)).unwrap_or_default();
     String::from_utf8_lossy(&read).into_owned()
@@ -303,47 +305,47 @@ pub fn element_dir(spool: &Path, element: usize) -> PathBuf {
     spool.join(element.to_string())
 }
 
-fn piece_path(dir: &Path, life: u32, piece: u32, sealed: bool) -> PathBuf {
+fn piece_path(dir: &Path, start: u32, piece: u32, sealed: bool) -> PathBuf {
     let end = if sealed { "sealed" } else { "open" };
-    dir.join(format!("{life}.{piece}.{end}"))
+    dir.join(format!("{start}.{piece}.{end}"))
 }
 
-/// A number that grows with lives and with records in them.
-fn number(life: u32, record: u32) -> u64 {
-    u64::from(life) << 32 | u64::from(record)
+/// A record's number, which grows with the start and with the record's position in it.
+fn number(start: u32, record: u32) -> u64 {
+    u64::from(start) << 32 | u64::from(record)
 }
 
-/// Writes the records of one life.
+/// Writes the records of one start.
 #[derive(Debug)]
 pub struct Writer {
     dir: PathBuf,
-    life: u32,
+    start: u32,
     piece: u32,
     file: File,
-    /// Bytes of the file that are known to be whole records.
+    /// The size of the file's whole records, in bytes.
     written: u64,
     records: u32,
     pending: Vec<u8>,
 }
 
 impl Writer {
-    /// Begins the next life of an element.
+    /// Begins the next start of an element.
     ///
     /// # Errors
     /// What the file system says.
     pub fn open(dir: &Path) -> io::Result<Self> {
         patiently(|| make_dir(dir))?;
-        let life = (0..u32::MAX)
-            .find_map(|life| match File::create_new(mark(dir, life)) {
-                Ok(_) => Some(Ok(life)),
+        let start = (0..u32::MAX)
+            .find_map(|start| match File::create_new(mark(dir, start)) {
+                Ok(_) => Some(Ok(start)),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => None,
                 Err(error) => Some(Err(error)),
             })
             .unwrap_or(Err(io::ErrorKind::AlreadyExists.into()))?;
         Ok(Self {
-            file: File::create_new(piece_path(dir, life, 0, false))?,
+            file: File::create_new(piece_path(dir, start, 0, false))?,
             dir: dir.to_owned(),
-            life,
+            start,
             piece: 0,
             written: 0,
             records: 0,
@@ -351,19 +353,19 @@ impl Writer {
         })
     }
 
-    /// Which life this is, from 0.
-    pub fn life(&self) -> u32 {
-        self.life
+    /// Which start this is, from 0.
+    pub fn start(&self) -> u32 {
+        self.start
     }
 
-    /// Adds a record to what is to be written.
+    /// Adds a record, to be written by the next flush.
     pub fn push(&mut self, word: SpoolEvent) {
         let record = Record {
-            number: number(self.life, self.records),
+            number: number(self.start, self.records),
             at: Time::now().0,
             word,
         };
-        // What a worker sent was shorter than a frame may be; the little around it is not counted.
+        // Frames have a size limit, so the record is short enough; the few bytes around the frame do not matter.
         let Ok(text) = serde_json::to_vec(&record) else {
             return;
         };
@@ -373,12 +375,12 @@ impl Writer {
         self.pending.extend(text);
     }
 
-    /// Bytes that are not yet written.
+    /// The number of bytes not yet written.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// Writes and syncs what is pending. After an error it can be tried again: nothing is written twice.
+    /// Writes and syncs all pending records. After an error it can be tried again: nothing is written twice.
     ///
     /// # Errors
     /// What the file system says.
@@ -392,8 +394,8 @@ impl Writer {
             file.sync_data()
         };
         if put(&self.file).is_err() {
-            // A handle that the file's server has forgotten stays stale: the name leads to the file again.
-            let path = piece_path(&self.dir, self.life, self.piece, false);
+            // A stale handle stays stale; opening the file by name gives a new one.
+            let path = piece_path(&self.dir, self.start, self.piece, false);
             let anew = patiently(|| File::options().write(true).open(&path))?;
             put(&anew)?;
             self.file = anew;
@@ -403,12 +405,12 @@ impl Writer {
         self.begin_piece_if_full()
     }
 
-    /// Seals a full piece. Until the next is there nothing more is written: readers leave a sealed piece for good.
+    /// Seals a full piece, once the next one exists: readers that have read a sealed piece never return to it.
     fn begin_piece_if_full(&mut self) -> io::Result<()> {
         if self.written < PIECE {
             return Ok(());
         }
-        let next = new_piece(&piece_path(&self.dir, self.life, self.piece + 1, false))?;
+        let next = new_piece(&piece_path(&self.dir, self.start, self.piece + 1, false))?;
         self.seal_piece()?;
         self.piece += 1;
         self.file = next;
@@ -416,42 +418,50 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the last records, seals the piece, and notes how the life ended for those that follow. After an error it
-    /// can be tried again.
+    /// Writes the last records, seals the piece, and notes for later starts how this one ended. After an error it can be
+    /// tried again.
     ///
     /// # Errors
     /// What the file system says.
     pub fn close(&mut self, good: bool) -> io::Result<()> {
         self.flush()?;
         let word = if good { GOOD } else { BAD };
-        put(&mark(&self.dir, self.life), word.as_bytes())?;
+        put(&mark(&self.dir, self.start), word.as_bytes())?;
         self.seal_piece()
     }
 
-    /// Whether another life has begun: Slurm took this one for dead, and it must not go on.
+    /// Whether another start has begun: Slurm presumed this one dead, and it must not go on.
     pub fn is_superseded(&self) -> bool {
-        word(&mark(&self.dir, self.life)) == SUPERSEDED
+        word(&mark(&self.dir, self.start)) == SUPERSEDED
     }
 
-    /// Tells the life before this one, should it still be at work, that its time is over. Returns whether it may be.
+    /// Marks the previous start as superseded unless it has recorded its end: it may still be running and has to stop then.
+    /// Returns whether that was necessary.
     pub fn supersede(&self) -> bool {
-        let Some(before) = self.life.checked_sub(1).map(|life| mark(&self.dir, life)) else {
+        let Some(before) = self
+            .start
+            .checked_sub(1)
+            .map(|start| mark(&self.dir, start))
+        else {
             return false;
         };
         word(&before).is_empty() && put(&before, SUPERSEDED.as_bytes()).is_ok()
     }
 
-    /// Whether the life before this one may still be at work.
+    /// Whether the previous start may still be running.
     pub fn is_followed_too_soon(&self) -> bool {
-        let before = self.life.checked_sub(1).map(|life| mark(&self.dir, life));
+        let before = self
+            .start
+            .checked_sub(1)
+            .map(|start| mark(&self.dir, start));
         before.is_some_and(|before| word(&before) == SUPERSEDED)
     }
 
     fn seal_piece(&self) -> io::Result<()> {
         let [from, to] =
-            [false, true].map(|sealed| piece_path(&self.dir, self.life, self.piece, sealed));
+            [false, true].map(|sealed| piece_path(&self.dir, self.start, self.piece, sealed));
         match fs::rename(&from, &to) {
-            // Done by an earlier try.
+            // An earlier try has done it.
             Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => {}
             moved => moved?,
         }
@@ -459,7 +469,7 @@ impl Writer {
     }
 }
 
-/// A new file, or the empty one that an earlier try has made: a file server may answer a repeated request with `exists`.
+/// A new file, or an empty one from an earlier try: a file server may answer a repeated request with `exists`.
 fn new_piece(path: &Path) -> io::Result<File> {
     match File::create_new(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -478,35 +488,35 @@ fn new_piece(path: &Path) -> io::Result<File> {
     }
 }
 
-/// What stands in the file of a life that has come to a good end, or to a checkpoint.
+/// The mark of a start that succeeded or stopped at a checkpoint.
 const GOOD: &str = "good";
-/// It ended in another way.
+/// The mark of a start that ended in any other way.
 const BAD: &str = "bad";
-/// That the next has begun although it had not ended.
+/// The mark of a start that had not recorded its end when the next one began.
 const SUPERSEDED: &str = "superseded";
 
-/// The file that a life takes for itself, empty while it lasts.
-fn mark(dir: &Path, life: u32) -> PathBuf {
-    dir.join(format!("life-{life}"))
+/// A start's mark: the file that it creates when it begins. The file is empty until the start ends.
+fn mark(dir: &Path, start: u32) -> PathBuf {
+    dir.join(format!("life-{start}"))
 }
 
-/// Whether this life of an element has begun, and it and all later ones are over.
-pub fn is_over(dir: &Path, life: u32) -> bool {
-    let lives = (life..u32::MAX).map(|life| mark(dir, life));
-    let last = lives.take_while(|mark| mark.exists()).last();
+/// Whether this start of an element has begun, and the latest one is over.
+pub fn is_over(dir: &Path, start: u32) -> bool {
+    let starts = (start..u32::MAX).map(|start| mark(dir, start));
+    let last = starts.take_while(|mark| mark.exists()).last();
     last.is_some_and(|mark| !word(&mark).is_empty())
 }
 
-/// How many lives before this one came to no good end.
-pub fn wasted_lives(dir: &Path, before: u32) -> u32 {
-    let wasted = |life: &u32| word(&mark(dir, *life)) != GOOD;
+/// How many starts before this one did not end well.
+pub fn wasted_starts(dir: &Path, before: u32) -> u32 {
+    let wasted = |start: &u32| word(&mark(dir, *start)) != GOOD;
     u32::try_from((0..before).filter(wasted).count()).unwrap_or(u32::MAX)
 }
 
-/// How many of all lives that have begun came to no good end.
-pub fn all_wasted_lives(dir: &Path) -> u32 {
-    let begun = (0..u32::MAX).find(|life| !mark(dir, *life).exists());
-    wasted_lives(dir, begun.unwrap_or(u32::MAX))
+/// How many of all starts so far did not end well.
+pub fn all_wasted_starts(dir: &Path) -> u32 {
+    let begun = (0..u32::MAX).find(|start| !mark(dir, *start).exists());
+    wasted_starts(dir, begun.unwrap_or(u32::MAX))
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
@@ -514,22 +524,22 @@ fn checksum(bytes: &[u8]) -> u32 {
     CRC.checksum(bytes)
 }
 
-/// Reads the records of an element, from its first life on.
+/// Reads the records of an element, from its first start on.
 #[derive(Debug, Clone)]
 pub struct Reader {
     dir: PathBuf,
-    life: u32,
+    start: u32,
     piece: u32,
     offset: u64,
-    /// Whether the next life has begun: what the present one has left is all that it will.
+    /// Whether the next start has begun, so that the present one writes nothing more.
     is_final: bool,
-    /// Bytes that were read.
+    /// The number of bytes read so far.
     read: u64,
-    /// How often the present piece was found cut off although it is sealed.
+    /// How often the present piece, although sealed, was found cut off.
     torn: u32,
 }
 
-/// What a look at a spool gave.
+/// The result of a look at a spool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpoolReading {
     /// Nothing new.
@@ -541,11 +551,11 @@ pub enum SpoolReading {
 }
 
 impl Reader {
-    /// Of an element that may not have begun.
+    /// The reader of an element, which may not have begun.
     pub fn new(dir: PathBuf) -> Self {
         Self {
             dir,
-            life: 0,
+            start: 0,
             piece: 0,
             offset: 0,
             is_final: false,
@@ -554,35 +564,35 @@ impl Reader {
         }
     }
 
-    /// Bytes that have been read so far: what a look costs.
+    /// The number of bytes read so far, a measure of the cost of looks.
     pub fn cost(&self) -> u64 {
         self.read
     }
 
-    /// The life that is being read.
-    pub fn life(&self) -> u32 {
-        self.life
+    /// The start that is being read.
+    pub fn start(&self) -> u32 {
+        self.start
     }
 
-    /// Whether the next life has begun. If so, the next look takes what the present one has left, of a piece that was never
-    /// sealed its whole records, and goes on with the next.
-    pub fn turn(&mut self) -> bool {
-        let next = self.life + 1;
+    /// Advances to the next start, if that has begun; returns whether it has. The next look first reads the rest of the
+    /// present start: whole records only, in case its last piece was never sealed.
+    pub fn advance(&mut self) -> bool {
+        let next = self.start + 1;
         self.is_final |= [false, true]
             .into_iter()
             .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists());
         self.is_final
     }
 
-    /// As [`Reader::look`], through all lives. Returns whether there may be more now.
+    /// Like [`Reader::look`], but goes on to the next start. Returns whether there may be more to read now.
     ///
     /// # Errors
     /// [`SpoolError`].
     pub fn look_on(&mut self, records: &mut Vec<Record>) -> Result<bool, SpoolError> {
-        Ok(self.look(records)? == SpoolReading::More || self.turn())
+        Ok(self.look(records)? == SpoolReading::More || self.advance())
     }
 
-    /// Adds the records that have come since the last look.
+    /// Adds the records written since the last look.
     ///
     /// # Errors
     /// [`SpoolError`].
@@ -595,7 +605,7 @@ impl Reader {
                     self.read += A_PIECE + taken.looked_at as u64;
                     (taken.bytes, taken, sealed)
                 }
-                None => (0, Taken::default(), false),
+                None => (0, PieceRead::default(), false),
             };
             any |= taken > 0;
             match (taken, sealed) {
@@ -603,16 +613,16 @@ impl Reader {
                     self.torn += 1;
                     if self.torn >= TORN_LOOKS {
                         return Err(SpoolError::Damaged {
-                            path: piece_path(&self.dir, self.life, self.piece, true),
+                            path: piece_path(&self.dir, self.start, self.piece, true),
                             message: "its last record is cut off".into(),
                         });
                     }
                     return Ok(self.seen(any));
                 }
-                // A sealed piece without more has been read to its end.
+                // A sealed piece has been read to its end.
                 (0, true) => (self.piece, self.offset, self.torn) = (self.piece + 1, 0, 0),
                 (0, false) if std::mem::take(&mut self.is_final) => {
-                    (self.life, self.piece, self.offset) = (self.life + 1, 0, 0);
+                    (self.start, self.piece, self.offset) = (self.start + 1, 0, 0);
                 }
                 (0, false) => return Ok(self.seen(any)),
                 (taken, _) => {
@@ -633,11 +643,11 @@ impl Reader {
         }
     }
 
-    /// The present piece. It may get its other name at any time.
+    /// Opens the present piece. It may be renamed at any time.
     fn open(&self) -> Result<Option<(PathBuf, File, bool)>, SpoolError> {
         for sealed in [true, false, true] {
-            let path = piece_path(&self.dir, self.life, self.piece, sealed);
-            // The first is a look: most pieces that are read are open.
+            let path = piece_path(&self.dir, self.start, self.piece, sealed);
+            // Most pieces are still open. Looking is cheaper than a failed attempt to open.
             if sealed && fs::symlink_metadata(&path).is_err() {
                 continue;
             }
@@ -650,14 +660,14 @@ impl Reader {
         Ok(None)
     }
 
-    /// Takes whole records.
+    /// Reads whole records of a piece.
     fn take(
         &self,
         path: &Path,
         mut file: File,
         sealed: bool,
         records: &mut Vec<Record>,
-    ) -> Result<Taken, SpoolError> {
+    ) -> Result<PieceRead, SpoolError> {
         let damaged = |message: &str| SpoolError::Damaged {
             path: path.to_owned(),
             message: message.to_owned(),
@@ -691,31 +701,31 @@ impl Reader {
                 if sealed {
                     return Err(damaged("a record is not what its checksum says"));
                 }
-                // Not all of it has come over the network.
+                // Part of it is not visible yet: the file system is shared.
                 break;
             }
             let mut record: Record = frame::decode(text)
                 .map_err(|error| damaged(&format!("unknown type of record: {error}")))?;
-            if record.number >> 32 != u64::from(self.life) {
-                return Err(damaged("a record belongs to another life"));
+            if record.number >> 32 != u64::from(self.start) {
+                return Err(damaged("a record belongs to another start"));
             }
             record.at = Time(record.at).or_now().0;
             records.push(record);
             taken += 8 + length;
         }
-        Ok(Taken {
+        Ok(PieceRead {
             bytes: taken,
             looked_at: bytes.len(),
         })
     }
 }
 
-/// What was taken of a piece.
+/// How much of a piece was read.
 #[derive(Debug, Clone, Copy, Default)]
-struct Taken {
-    /// Bytes of whole records.
+struct PieceRead {
+    /// The size of the whole records, in bytes.
     bytes: usize,
-    /// Bytes that were read.
+    /// The number of bytes read.
     looked_at: usize,
 }
 

@@ -1,9 +1,9 @@
 //! Ranks that `torchrun` has started, or a script that sets the same environment variables.
 //!
 //! In: a process's [`LaunchedRank`], from torchrun's environment variables, and the directory of a store that all processes
-//! see. Rank 0 runs the recipe and posts trainings as [`PostedJobs`]; the other ranks [`follow`] it: each supervises a worker,
-//! and never opens the history. Their events come back through [spools](super::spool), as on a cluster. Each posting is a new
-//! file with a greater number, so nothing relies on clocks, on locks or on replacing an open file.
+//! see. Rank 0 runs the recipe and posts trainings on its [`TrainingBoard`]. The other ranks [`follow`] it: each supervises a
+//! worker and never opens the history. Their events come back through [spools](super::spool), as on a cluster. Each message is
+//! a new file with a greater number, so nothing relies on clocks, on locks or on replacing an open file.
 
 use std::fs;
 use std::io;
@@ -21,7 +21,7 @@ use crate::cluster::spool;
 
 mod rank;
 
-pub use rank::{PostedJob, RemoteRank};
+pub use rank::{PostedTraining, RemoteRank};
 
 /// The first rank's heartbeat interval, and how often the others look.
 const BEAT: Duration = Duration::from_secs(1);
@@ -31,9 +31,9 @@ const UNSEEN: Duration = Duration::from_secs(1800);
 const SILENT: Duration = Duration::from_secs(60);
 /// How long the first rank waits, before it exits, for others that have not seen it yet.
 const FAREWELL: Duration = Duration::from_secs(20);
-/// How many of the last postings are kept, for ranks that are about to read them.
+/// How many of the last messages are kept, for ranks that are about to read them.
 const KEPT: u64 = 8;
-/// The most bytes of a posting.
+/// The most bytes of a message.
 const LONGEST: u64 = 1 << 20;
 
 /// A rank's place among the processes that were started together.
@@ -102,8 +102,8 @@ impl LaunchedRank {
         })
     }
 
-    /// The directory in a store for the postings of processes that were started together.
-    fn postings_dir(&self, store: &Path) -> PathBuf {
+    /// The directory in a store for the messages of processes that were started together.
+    fn messages_dir(&self, store: &Path) -> PathBuf {
         let plain = |letter: char| match letter.is_ascii_alphanumeric() || letter == '.' {
             true => letter,
             false => '_',
@@ -138,7 +138,7 @@ fn tasks_of_node(variable: impl Fn(&str) -> Option<String>, size: usize) -> Opti
 
 /// A message from the first rank to the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Posting {
+struct LaunchMessage {
     /// Distinguishes this start of the processes from earlier ones at the same address.
     launch: String,
     /// Grows while the first rank is alive.
@@ -149,22 +149,22 @@ struct Posting {
     over: Option<bool>,
 }
 
-/// The first rank's postings of work for the others.
+/// Where the first rank posts trainings for the others.
 #[derive(Debug)]
-pub struct PostedJobs {
+pub struct TrainingBoard {
     dir: PathBuf,
     place: LaunchedRank,
-    posting: Arc<Mutex<Posting>>,
+    message: Arc<Mutex<LaunchMessage>>,
     beats: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
-impl PostedJobs {
-    /// Opens the postings in a store, and replaces older ones at the same address.
+impl TrainingBoard {
+    /// Opens the board in a store, and replaces an older one at the same address.
     ///
     /// # Errors
     /// Errors of the file system.
     pub fn open(store: &Path, place: LaunchedRank) -> io::Result<Self> {
-        let dir = std::path::absolute(place.postings_dir(store))?;
+        let dir = std::path::absolute(place.messages_dir(store))?;
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -172,16 +172,16 @@ impl PostedJobs {
         spool::make_dir(&dir)?;
         let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let begun = begun.unwrap_or_default().as_nanos();
-        let posting = Posting {
+        let message = LaunchMessage {
             launch: format!("{}-{begun}", std::process::id()),
             beat: 0,
             jobs: Vec::new(),
             over: None,
         };
-        post(&dir, &posting)?;
-        let posting = Arc::new(Mutex::new(posting));
+        post(&dir, &message)?;
+        let message = Arc::new(Mutex::new(message));
         let (stop, stopped) = channel();
-        let (shared, at) = (Arc::clone(&posting), dir.clone());
+        let (shared, at) = (Arc::clone(&message), dir.clone());
         let beat = move || {
             while stopped.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
                 // A heartbeat that cannot be written is made up for by the next.
@@ -192,7 +192,7 @@ impl PostedJobs {
         Ok(Self {
             dir,
             place,
-            posting,
+            message,
             beats,
         })
     }
@@ -204,20 +204,20 @@ impl PostedJobs {
 
     /// A name that no other training has, here or in another launch.
     fn name_of_next(&self) -> String {
-        let posting = lock(&self.posting);
-        format!("torchrun-{}-{}", posting.launch, posting.jobs.len())
+        let message = lock(&self.message);
+        format!("torchrun-{}-{}", message.launch, message.jobs.len())
     }
 
-    /// Posts the job in a spool for the others.
+    /// Posts the training with this spool for the others.
     fn assign(&self, spool: &Path) -> io::Result<()> {
-        amend(&self.dir, &self.posting, |posting| {
-            posting.jobs.push(spool.to_owned())
+        amend(&self.dir, &self.message, |message| {
+            message.jobs.push(spool.to_owned())
         })
     }
 
     /// Lets the others exit, once each has seen a heartbeat.
     pub fn close(mut self, good: bool) {
-        let launch = lock(&self.posting).launch.clone();
+        let launch = lock(&self.message).launch.clone();
         let seen = |rank: usize| self.dir.join(greeting(&launch, rank)).exists();
         let began = Instant::now();
         while !(1..self.place.size).all(seen) && began.elapsed() < FAREWELL {
@@ -230,49 +230,49 @@ impl PostedJobs {
         if let Some((stop, thread)) = self.beats.take() {
             drop(stop);
             let _ = thread.join();
-            let _ = amend(&self.dir, &self.posting, |posting| {
-                posting.over = Some(good)
+            let _ = amend(&self.dir, &self.message, |message| {
+                message.over = Some(good)
             });
         }
     }
 }
 
-impl Drop for PostedJobs {
+impl Drop for TrainingBoard {
     fn drop(&mut self) {
         self.end(false);
     }
 }
 
-fn lock(posting: &Mutex<Posting>) -> MutexGuard<'_, Posting> {
-    posting.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(message: &Mutex<LaunchMessage>) -> MutexGuard<'_, LaunchMessage> {
+    message.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Posts a change.
 fn amend(
     dir: &Path,
-    posting: &Mutex<Posting>,
-    change: impl FnOnce(&mut Posting),
+    message: &Mutex<LaunchMessage>,
+    change: impl FnOnce(&mut LaunchMessage),
 ) -> io::Result<()> {
-    let mut posting = lock(posting);
-    change(&mut posting);
-    posting.beat += 1;
-    post(dir, &posting)
+    let mut message = lock(message);
+    change(&mut message);
+    message.beat += 1;
+    post(dir, &message)
 }
 
-fn post(dir: &Path, posting: &Posting) -> io::Result<()> {
-    let text = serde_json::to_vec(posting).map_err(io::Error::other)?;
-    let unfinished = dir.join(format!("{}.new", posting.beat));
+fn post(dir: &Path, message: &LaunchMessage) -> io::Result<()> {
+    let text = serde_json::to_vec(message).map_err(io::Error::other)?;
+    let unfinished = dir.join(format!("{}.new", message.beat));
     spool::put(&unfinished, &text)?;
-    // Under a new name, so that nobody reads an incomplete posting.
-    fs::rename(&unfinished, dir.join(posting.beat.to_string()))?;
-    if let Some(old) = posting.beat.checked_sub(KEPT) {
+    // Under a new name, so that nobody reads an incomplete message.
+    fs::rename(&unfinished, dir.join(message.beat.to_string()))?;
+    if let Some(old) = message.beat.checked_sub(KEPT) {
         let _ = fs::remove_file(dir.join(old.to_string()));
     }
     Ok(())
 }
 
-/// The newest readable posting, if any.
-fn newest(dir: &Path) -> Option<Posting> {
+/// The newest readable message, if any.
+fn newest(dir: &Path) -> Option<LaunchMessage> {
     let entries = fs::read_dir(dir).ok()?.flatten();
     let mut numbers: Vec<u64> = entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -315,28 +315,28 @@ pub enum FollowError {
 /// # Errors
 /// [`FollowError`].
 pub async fn follow(store: &Path, place: &LaunchedRank, node: &str) -> Result<bool, FollowError> {
-    let dir = std::path::absolute(place.postings_dir(store))?;
-    let mut first: Option<Posting> = None;
+    let dir = std::path::absolute(place.messages_dir(store))?;
+    let mut first: Option<LaunchMessage> = None;
     let (mut alive, mut beat, mut done, mut heard) = (false, 0, 0, Instant::now());
     loop {
-        if let Some(posting) = newest(&dir) {
-            // Postings may be left over from an earlier launch, until their heartbeat changes.
+        if let Some(message) = newest(&dir) {
+            // Until its heartbeat changes, a message may be left over from an earlier launch.
             match &first {
-                Some(known) if known.launch == posting.launch => {
-                    if posting.beat > beat {
-                        (beat, heard) = (posting.beat, Instant::now());
+                Some(known) if known.launch == message.launch => {
+                    if message.beat > beat {
+                        (beat, heard) = (message.beat, Instant::now());
                         if !std::mem::replace(&mut alive, true) {
                             let _ =
-                                spool::put(&dir.join(greeting(&posting.launch, place.rank)), b"");
+                                spool::put(&dir.join(greeting(&message.launch, place.rank)), b"");
                         }
                     }
                 }
                 _ => {
-                    (beat, alive, done) = (posting.beat, false, 0);
-                    first = Some(posting.clone());
+                    (beat, alive, done) = (message.beat, false, 0);
+                    first = Some(message.clone());
                 }
             }
-            if alive && let Some(job) = posting.jobs.get(done) {
+            if alive && let Some(job) = message.jobs.get(done) {
                 done += 1;
                 let identity = ElementIdentity {
                     spool: job.clone(),
@@ -351,7 +351,7 @@ pub async fn follow(store: &Path, place: &LaunchedRank, node: &str) -> Result<bo
                 heard = Instant::now();
                 continue;
             }
-            if alive && let Some(good) = posting.over {
+            if alive && let Some(good) = message.over {
                 return Ok(good);
             }
         }
@@ -435,14 +435,14 @@ mod tests {
             ..first.clone()
         };
         // Left over from a failed launch.
-        drop(PostedJobs::open(store.path(), first.clone()).unwrap());
-        let dir = second.postings_dir(store.path());
+        drop(TrainingBoard::open(store.path(), first.clone()).unwrap());
+        let dir = second.messages_dir(store.path());
         assert_eq!(newest(&dir).unwrap().over, Some(false));
         let following = follow(store.path(), &second, "here");
         let running = async {
             tokio::time::sleep(3 * LOOK).await;
-            let posted_jobs = PostedJobs::open(store.path(), first).unwrap();
-            tokio::task::spawn_blocking(move || posted_jobs.close(true))
+            let board = TrainingBoard::open(store.path(), first).unwrap();
+            tokio::task::spawn_blocking(move || board.close(true))
                 .await
                 .unwrap();
         };

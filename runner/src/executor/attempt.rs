@@ -103,7 +103,7 @@ pub async fn run(
         None => shrink::tried_again(spec, end),
         Some(_) => end,
     };
-    let end = match (&context.posted_jobs, &end) {
+    let end = match (&context.training_board, &end) {
         // Whoever started the processes decides their number.
         (Some(_), _) | (_, End::LostWorkers { .. }) => end,
         _ => shrink::lost_workers(spec, end, &lost),

@@ -56,7 +56,7 @@ pub(super) fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun 
         plan: plan.clone(),
         roles: names.zip(roles.iter().copied()).collect(),
         forced: Vec::new(),
-        executor: match (on_slurm, &options.posted_jobs) {
+        executor: match (on_slurm, &options.training_board) {
             (true, _) => Some(Executor::Slurm),
             (false, Some(_)) => Some(Executor::Torchrun),
             (false, None) => None,

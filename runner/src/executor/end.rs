@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::artifact;
 use crate::store::{ArtifactRecord, AttemptState};
-use crate::worker::death::{Death, signal_name};
+use crate::worker::death::{UnexpectedExit, signal_name};
 use crate::worker::remote::ClusterEnd;
 
 /// How an attempt ended: each variant is a separate reason in the history.
@@ -32,7 +32,7 @@ pub enum End {
         hint: Option<String>,
     },
     /// The process ended without a result, or through a signal that we did not send.
-    Died(Death),
+    Died(UnexpectedExit),
     /// A worker of a training hung while the others waited for it.
     Hung(Hang),
     /// A file that the stage reads changed.

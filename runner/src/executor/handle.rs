@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use retort_abi::{Failure, FailureCode, Part};
 
-use crate::cluster::dispatch::{Assignment, Dispatcher, Element, Notice};
+use crate::cluster::dispatch::{DispatchEvent, Dispatcher, Element, StageSubmission};
 use crate::cluster::node::{MEETING, rank_variables};
-use crate::cluster::torchrun::{PostedJob, RemoteRank};
+use crate::cluster::torchrun::{PostedTraining, RemoteRank};
 use crate::executor::end::End;
 use crate::executor::event::Event;
 use crate::executor::options::Cluster;
@@ -128,13 +128,16 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
             profile,
         })));
     }
-    let posted_jobs = context.posted_jobs.as_ref().filter(|_| spec.stage.together);
-    let posted = posted_jobs.map(|posted_jobs| {
+    let training_board = context
+        .training_board
+        .as_ref()
+        .filter(|_| spec.stage.together);
+    let posted = training_board.map(|training_board| {
         let threads = spec.threads_of(Some(Part {
             index: 0,
             of: spec.stage.workers.len(),
         }));
-        PostedJob::new(posted_jobs, &spec.work_dir, threads)
+        PostedTraining::new(training_board, &spec.work_dir, threads)
     });
     let start = || {
         let port = match spec.stage.together && posted.is_none() {
@@ -192,16 +195,16 @@ fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-/// Converts a notice about a stage's jobs to an event of the run.
-fn event(stage: &str, notice: Notice) -> Event {
+/// Converts an event of a stage's jobs to one of the run.
+fn event(stage: &str, dispatched: DispatchEvent) -> Event {
     let stage = stage.to_owned();
-    match notice {
-        Notice::Submitted { job, elements } => Event::Submitted {
+    match dispatched {
+        DispatchEvent::Submitted { job, elements } => Event::Submitted {
             stage,
             job,
             elements,
         },
-        Notice::Warning(text) => Event::Warning {
+        DispatchEvent::Warning(text) => Event::Warning {
             stage: Some(stage),
             text,
         },
@@ -220,10 +223,10 @@ impl ClusterPlacement {
         attempt: AttemptId,
     ) -> Result<(Dispatcher, WorkerHandle, Vec<(Part, WorkerHandle)>), StoreError> {
         let (listener, stage) = (Arc::clone(&context.listener), spec.stage.name.clone());
-        let dispatcher = Dispatcher::open(Assignment {
+        let dispatcher = Dispatcher::open(StageSubmission {
             store: Arc::clone(&context.store),
             slurm: self.cluster.slurm,
-            listener: Box::new(move |notice| listener(event(&stage, notice))),
+            listener: Box::new(move |dispatched| listener(event(&stage, dispatched))),
             stage: spec.stage.name.clone(),
             attempt,
             digest: spec.digest.hex.clone(),

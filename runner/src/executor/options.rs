@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cluster::slurm::Slurm;
-use crate::cluster::torchrun::PostedJobs;
+use crate::cluster::torchrun::TrainingBoard;
 use crate::settings::Settings;
 use crate::store::{RunId, SweepPlace};
 
@@ -41,8 +41,8 @@ pub struct Options {
     pub rung: Option<Rung>,
     /// The cluster whose jobs do the work; None for local processes.
     pub cluster: Option<Cluster>,
-    /// Jobs posted for the other ranks, if `torchrun` started them.
-    pub posted_jobs: Option<Arc<PostedJobs>>,
+    /// The trainings for the other ranks, if `torchrun` started them.
+    pub training_board: Option<Arc<TrainingBoard>>,
     /// How its jobs are left.
     pub leave: DetachPolicy,
     /// Their settings from flags, for the record.

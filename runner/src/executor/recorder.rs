@@ -38,13 +38,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Takes points and lines of one attempt.
 #[derive(Debug)]
 pub struct Recorder {
-    shared: Arc<Shared>,
+    shared: Arc<RecorderState>,
     task: JoinHandle<()>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
-    waiting: Mutex<Waiting>,
+struct RecorderState {
+    waiting: Mutex<Queue>,
     wake: Notify,
     hurry: Notify,
     /// Notified when there may be room again.
@@ -61,7 +61,7 @@ struct Backlog {
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
+struct Queue {
     points: HashMap<String, Vec<MetricPoint>>,
     lines: Vec<LogLine>,
     lines_taken: usize,
@@ -104,9 +104,9 @@ impl Recorder {
         attempt: AttemptId,
         warn: impl Fn(String) + Send + Sync + 'static,
     ) -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(RecorderState {
             most,
-            ..Shared::default()
+            ..RecorderState::default()
         });
         let task = tokio::spawn(write_rows(store, attempt, Arc::clone(&shared), warn));
         Self { shared, task }
@@ -179,7 +179,7 @@ impl Drop for Recorder {
     }
 }
 
-impl Waiting {
+impl Queue {
     fn take_points(&mut self, batch: Points, most: usize) {
         if !self.admits(&batch.series) {
             return;
@@ -253,9 +253,9 @@ impl Waiting {
     }
 }
 
-impl Shared {
+impl RecorderState {
     /// No holder of this lock panics midway.
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, Queue> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -270,10 +270,10 @@ impl Shared {
     }
 
     /// Takes out the queue for writing.
-    fn take(&self) -> Waiting {
+    fn take(&self) -> Queue {
         let mut waiting = self.waiting();
         waiting.writing = std::mem::take(&mut waiting.amount);
-        Waiting {
+        Queue {
             points: std::mem::take(&mut waiting.points),
             lines: std::mem::take(&mut waiting.lines),
             amount: waiting.writing,
@@ -282,7 +282,7 @@ impl Shared {
             marks: std::mem::take(&mut waiting.marks),
             lines_taken: waiting.lines_taken,
             closing: waiting.closing,
-            ..Waiting::default()
+            ..Queue::default()
         }
     }
 
@@ -304,7 +304,7 @@ fn size(line: &LogLine) -> usize {
 async fn write_rows(
     store: Arc<Store>,
     attempt: AttemptId,
-    shared: Arc<Shared>,
+    shared: Arc<RecorderState>,
     warn: impl Fn(String) + Send + Sync,
 ) {
     let mut warned = false;
@@ -411,7 +411,7 @@ fn marks(marks: HashMap<(JobKey, usize), u64>) -> Vec<ReadMark> {
 }
 
 /// Unwritten marks are written with the next batch, unless there are newer ones.
-fn give_back_marks(shared: &Shared, marks: &[ReadMark]) {
+fn give_back_marks(shared: &RecorderState, marks: &[ReadMark]) {
     let mut waiting = shared.waiting();
     for mark in marks {
         let place = waiting.marks.entry((mark.job, mark.element));
@@ -425,7 +425,7 @@ fn is_for_a_moment(error: &StoreError) -> bool {
 }
 
 /// Unwritten points are written with the next batch, if there is room.
-fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize) {
+fn give_back(shared: &RecorderState, batches: Vec<Batch>, count: usize) {
     let mut waiting = shared.waiting();
     if waiting.amount.points + count > shared.most.points {
         waiting.lost_points += count;
@@ -440,7 +440,7 @@ fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize) {
 }
 
 /// The same for lines.
-fn give_back_lines(shared: &Shared, lines: Vec<LogLine>) {
+fn give_back_lines(shared: &RecorderState, lines: Vec<LogLine>) {
     let mut waiting = shared.waiting();
     let bytes: usize = lines.iter().map(size).sum();
     if waiting.amount.bytes + bytes > shared.most.bytes {
@@ -640,9 +640,9 @@ mod tests {
 
     #[test]
     fn what_was_not_written_comes_first_again_or_is_counted() {
-        let shared = Shared {
+        let shared = RecorderState {
             most: MOST,
-            ..Shared::default()
+            ..RecorderState::default()
         };
         let batch = |step: u64| Batch {
             series: "loss".into(),

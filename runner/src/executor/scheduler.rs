@@ -21,7 +21,7 @@ use crate::executor::source::SourceFile;
 use crate::executor::spec::{AttemptSpec, RunContext, Stop};
 use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
-use crate::store::{ArtifactRecord, RunId, StageId, StoreError, Success};
+use crate::store::{ArtifactRecord, ReusableAttempt, RunId, StageId, StoreError};
 
 /// How often the run writes a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -98,7 +98,7 @@ pub(super) enum StageEnd {
     /// A worker had it.
     Attempted(AttemptOutcome),
     /// Another process has made it meanwhile.
-    Reused(Success),
+    Reused(ReusableAttempt),
     /// The run was stopped while it waited.
     Stopped,
 }
@@ -291,7 +291,7 @@ impl<'p> Scheduler<'p> {
         &self,
         index: usize,
         digest: &Digest,
-        success: Success,
+        success: ReusableAttempt,
     ) -> Result<State, ExecutorError> {
         let entry = &self.entries[index];
         if let Some(id) = entry.id {
@@ -375,9 +375,9 @@ impl<'p> Scheduler<'p> {
         let stage = self.entries[index].stage;
         let threads = stage.threads.count(stages * runs);
         // Workers share these threads; externally started ones may be on other machines.
-        match &self.options.posted_jobs {
-            Some(posted_jobs) if stage.together => {
-                threads * stage.workers.len() / posted_jobs.place().local_size
+        match &self.options.training_board {
+            Some(training_board) if stage.together => {
+                threads * stage.workers.len() / training_board.place().local_size
             }
             _ => threads,
         }
@@ -522,7 +522,10 @@ enum Resolution {
 }
 
 /// A successful attempt with this digest whose output still exists.
-async fn find_success(context: &RunContext, digest: &str) -> Result<Option<Success>, StoreError> {
+async fn find_success(
+    context: &RunContext,
+    digest: &str,
+) -> Result<Option<ReusableAttempt>, StoreError> {
     let found = context.store.find_success(digest).await?;
     Ok(found.filter(|success| context.layout.holds(&success.output)))
 }

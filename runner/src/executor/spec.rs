@@ -9,7 +9,7 @@ use retort_abi::{Input, Part};
 use tokio::sync::Notify;
 
 use crate::artifact::{Layout, Staging};
-use crate::cluster::torchrun::PostedJobs;
+use crate::cluster::torchrun::TrainingBoard;
 use crate::executor::event::Listener;
 use crate::executor::options::{Cluster, Rung};
 use crate::executor::pause::PauseClock;
@@ -40,8 +40,8 @@ pub struct RunContext {
     pub reached: Notify,
     /// The cluster whose jobs do the work; None for local processes.
     pub cluster: Option<Cluster>,
-    /// Jobs posted for ranks that `torchrun` started.
-    pub posted_jobs: Option<Arc<PostedJobs>>,
+    /// The trainings for ranks that `torchrun` started.
+    pub training_board: Option<Arc<TrainingBoard>>,
 }
 
 impl RunContext {

@@ -2,7 +2,7 @@
 //!
 //! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`CheckOutcome`] per check. A stage is run up to
 //! four times: to its end, again with the same seed, until a request to stop, and resumed from there; and in parts, if its
-//! kind is divisible. Whatever the plugin does in its process is an outcome and never ends the examination. Deliberately
+//! kind is divisible. Whatever the plugin does in its process is an outcome and never ends the run. Deliberately
 //! absent: the presentation of outcomes, and reference values of backends (the engine's, reached through the stage kind
 //! `conformance`).
 
@@ -74,24 +74,24 @@ impl Verdict {
 }
 
 /// A check's result: a detail, or why it failed or was skipped.
-type CheckResult = Result<String, NotPassed>;
+type CheckResult = Result<String, CheckFailure>;
 
-enum NotPassed {
+enum CheckFailure {
     Failed(String),
     Skipped(String),
 }
 
-fn failed<T>(text: impl Into<String>) -> Result<T, NotPassed> {
-    Err(NotPassed::Failed(text.into()))
+fn failed<T>(text: impl Into<String>) -> Result<T, CheckFailure> {
+    Err(CheckFailure::Failed(text.into()))
 }
 
-fn skipped<T>(text: impl Into<String>) -> Result<T, NotPassed> {
-    Err(NotPassed::Skipped(text.into()))
+fn skipped<T>(text: impl Into<String>) -> Result<T, CheckFailure> {
+    Err(CheckFailure::Skipped(text.into()))
 }
 
-/// An examination's parameters.
+/// The parameters of a conformance run.
 #[derive(Debug, Clone)]
-pub struct ExaminationOptions {
+pub struct ConformanceRunOptions {
     /// How long a stage may take to stop.
     pub grace: Duration,
     /// How long a stage may run.
@@ -100,21 +100,21 @@ pub struct ExaminationOptions {
     pub golden: Option<PathBuf>,
 }
 
-/// A running examination.
-pub struct Examination<'a> {
+/// A run of the checks against one plugin.
+pub struct ConformanceRun<'a> {
     runtime: &'a Runtime,
     path: PathBuf,
-    options: ExaminationOptions,
+    options: ConformanceRunOptions,
     outcomes: Vec<CheckOutcome>,
     tell: &'a dyn Fn(&CheckOutcome),
 }
 
-impl<'a> Examination<'a> {
+impl<'a> ConformanceRun<'a> {
     /// Examines the plugin in this file. `tell` gets each outcome as soon as it is known.
     pub fn new(
         runtime: &'a Runtime,
         path: &Path,
-        options: ExaminationOptions,
+        options: ConformanceRunOptions,
         tell: &'a dyn Fn(&CheckOutcome),
     ) -> Self {
         Self {
@@ -140,8 +140,8 @@ impl<'a> Examination<'a> {
         let begun = Instant::now();
         let (verdict, detail) = match look(self) {
             Ok(detail) => (Verdict::Passed, detail),
-            Err(NotPassed::Failed(detail)) => (Verdict::Failed, detail),
-            Err(NotPassed::Skipped(detail)) => (Verdict::Skipped, detail),
+            Err(CheckFailure::Failed(detail)) => (Verdict::Failed, detail),
+            Err(CheckFailure::Skipped(detail)) => (Verdict::Skipped, detail),
         };
         let outcome = CheckOutcome {
             check,
@@ -156,13 +156,14 @@ impl<'a> Examination<'a> {
     }
 
     /// Checks the file and the plugin's answers; returns its description, if there is one.
-    pub fn examine_plugin(&mut self) -> Option<Description> {
+    pub fn check_plugin(&mut self) -> Option<Description> {
         self.check("trusted", "", |exam| {
-            trust::check_owner(&exam.path).map_err(|error| NotPassed::Failed(error.to_string()))?;
+            trust::check_owner(&exam.path)
+                .map_err(|error| CheckFailure::Failed(error.to_string()))?;
             Ok("nobody else can change it".into())
         });
         self.check("exports", "", |exam| {
-            let exports = exports(&exam.path).map_err(NotPassed::Failed)?;
+            let exports = exports(&exam.path).map_err(CheckFailure::Failed)?;
             let others: Vec<&str> = exports
                 .iter()
                 .map(String::as_str)
@@ -268,7 +269,7 @@ impl<'a> Examination<'a> {
         }
     }
 
-    fn ask(&self, call: Call) -> Result<Answer, NotPassed> {
+    fn ask(&self, call: Call) -> Result<Answer, CheckFailure> {
         let task = Task {
             plugin: self.path.clone(),
             hash: None,
@@ -278,17 +279,17 @@ impl<'a> Examination<'a> {
             task,
             PATIENCE.min(self.options.limit),
         ));
-        asked.map_err(|error| NotPassed::Failed(error.to_string()))
+        asked.map_err(|error| CheckFailure::Failed(error.to_string()))
     }
 
-    fn describe(&self) -> Result<Description, NotPassed> {
+    fn describe(&self) -> Result<Description, CheckFailure> {
         match self.ask(Call::Describe)? {
             Answer::Description(description) => Ok(*description),
             _ => failed("the worker's answer does not match"),
         }
     }
 
-    fn probe(&self) -> Result<Vec<Device>, NotPassed> {
+    fn probe(&self) -> Result<Vec<Device>, CheckFailure> {
         match self.ask(Call::Probe)? {
             Answer::Devices(devices) => Ok(devices),
             _ => failed("the worker's answer does not match"),
@@ -318,7 +319,7 @@ impl<'a> Examination<'a> {
         let answers = match self.ask(Call::Provoke(jobs.clone())) {
             Ok(Answer::Provoked(answers)) => answers,
             Ok(_) => return failed("the worker's answer does not match"),
-            Err(NotPassed::Failed(how)) => {
+            Err(CheckFailure::Failed(how)) => {
                 let options = shown(&provocations[self.first_fatal(&jobs)]);
                 return failed(format!("the options {options}: {how}"));
             }
@@ -365,9 +366,9 @@ impl<'a> Examination<'a> {
         bad - 1
     }
 
-    /// Runs the engine's own examination of a backend; returns how many comparisons passed, if all did.
-    fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, NotPassed> {
-        let place = tempfile::tempdir().map_err(|error| NotPassed::Failed(error.to_string()))?;
+    /// Runs the engine's own conformance tests of a backend; returns how many comparisons passed, if all did.
+    fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, CheckFailure> {
+        let place = tempfile::tempdir().map_err(|error| CheckFailure::Failed(error.to_string()))?;
         let job = StageJob {
             stage: "operations".into(),
             kind: OPERATIONS.into(),
@@ -423,10 +424,10 @@ impl<'a> Examination<'a> {
         place: &Path,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Observations, NotPassed> {
+    ) -> Result<Observations, CheckFailure> {
         let temporary = place.join(TEMPORARY);
         for dir in job.work_dir.iter().chain([&temporary]) {
-            fs::create_dir_all(dir).map_err(|error| NotPassed::Failed(error.to_string()))?;
+            fs::create_dir_all(dir).map_err(|error| CheckFailure::Failed(error.to_string()))?;
         }
         let task = Task {
             plugin: plugin.to_owned(),
@@ -439,9 +440,9 @@ impl<'a> Examination<'a> {
             },
         };
         let watched = watch(task, &temporary, stopping, &self.options);
-        self.runtime
-            .block_on(watched)
-            .map_err(|error| NotPassed::Failed(format!("a worker could not be started: {error}")))
+        self.runtime.block_on(watched).map_err(|error| {
+            CheckFailure::Failed(format!("a worker could not be started: {error}"))
+        })
     }
 }
 
@@ -456,7 +457,7 @@ fn usable(devices: &[Device]) -> Vec<&str> {
         .collect()
 }
 
-impl From<DescribeError> for NotPassed {
+impl From<DescribeError> for CheckFailure {
     fn from(error: DescribeError) -> Self {
         Self::Failed(error.message)
     }

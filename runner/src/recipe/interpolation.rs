@@ -48,7 +48,7 @@ pub(super) struct Interpolation<'a> {
 }
 
 /// A recipe without references.
-pub(super) struct Replaced {
+pub(super) struct Interpolated {
     pub(super) value: Value,
     /// The pointers with references; for a value that is a single reference, also the referenced pointer.
     pub(super) interpolated: BTreeMap<String, Option<String>>,
@@ -86,8 +86,8 @@ impl<'a> Interpolation<'a> {
     }
 
     /// Replaces everything.
-    pub(super) fn replace(mut self) -> Replaced {
-        Replaced {
+    pub(super) fn replace(mut self) -> Interpolated {
+        Interpolated {
             value: self.replaced(self.root, &mut String::new(), 0),
             interpolated: self.interpolated,
             problems: self.problems,
@@ -207,7 +207,7 @@ impl<'a> Interpolation<'a> {
             _ => {
                 self.room = 0;
                 let message = format!(
-                    "the params expand to too much: more than {MAX_COPIES} values, or {} MB of text",
+                    "the params expand to more than {MAX_COPIES} values or {} MB of text",
                     MAX_COPIES * 64 / 1_000_000
                 );
                 Err(Finding::error("", message).hint(

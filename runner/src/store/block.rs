@@ -9,10 +9,10 @@
 //! first    first step
 //! steps    evenly spaced: the distance, once; otherwise count - 1 distances
 //! times    count signed differences, the first from 0: milliseconds after `series.base`
-//! values   count little-endian floats; f32 where that loses nothing, which is most losses
+//! values   count little-endian floats; f32 if that loses nothing, as for most series of losses
 //! ```
 //!
-//! Nothing is lost but the payload of a NaN.
+//! Nothing is lost except the payload of a NaN.
 
 /// A point within a series.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,13 +41,13 @@ pub(super) struct Summary {
 const F32: u8 = 1;
 const EVEN: u8 = 2;
 
-/// Bytes are no block.
+/// The bytes are not a block.
 #[derive(Debug, thiserror::Error)]
 #[error("a block of points is damaged")]
 pub(super) struct Damaged;
 
 impl Summary {
-    /// Of at least one point, in order.
+    /// The summary of at least one point, in order.
     pub(super) fn of(points: &[BlockPoint]) -> Self {
         let (mut numbers, mut sum) = (0, 0.0);
         let (mut min, mut max) = (f64::INFINITY, f64::NEG_INFINITY);
@@ -72,7 +72,7 @@ impl Summary {
         }
     }
 
-    /// Of the points of both.
+    /// The summary of the points of both.
     pub(super) fn with(&self, other: &Self) -> Self {
         let either = |a: Option<f64>, b: Option<f64>, pick: fn(f64, f64) -> f64| match (a, b) {
             (Some(a), Some(b)) => Some(pick(a, b)),

@@ -24,7 +24,7 @@ pub struct LogQuery<'a> {
     pub stage: Option<&'a str>,
     /// Containing this text, ignoring case.
     pub text: Option<&'a str>,
-    /// Before this place.
+    /// Before this position.
     pub before: Option<i64>,
 }
 

@@ -7,7 +7,7 @@ use crate::filter::FilterError;
 
 /// SQLite's code for a write that failed (`SQLITE_IOERR_WRITE`).
 const WRITE_FAILED: i32 = 778;
-/// SQLite's code where the shared memory of the write-ahead log cannot be enlarged (`SQLITE_IOERR_SHMSIZE`): on a full
+/// SQLite's code if the shared memory of the write-ahead log cannot be enlarged (`SQLITE_IOERR_SHMSIZE`), as on a full
 /// disk.
 const NO_SHARED_MEMORY: i32 = 4874;
 
@@ -57,7 +57,7 @@ pub enum StoreError {
         /// What it is instead.
         message: String,
     },
-    /// A database, or what SQLite keeps beside it, is a directory, a pipe or a device.
+    /// The database, or a file that SQLite keeps next to it, is a directory, a pipe or a device.
     #[error("{} is {kind}, not a file: move it away or choose another --store", path.display())]
     NotAFile {
         /// What was found.
@@ -65,7 +65,7 @@ pub enum StoreError {
         /// What it is.
         kind: &'static str,
     },
-    /// The history is missing or empty, beside artifacts that it must have listed.
+    /// The history is missing or empty, although there are artifacts that it must have listed.
     #[error(
         "the history of this store is gone: {} is missing or empty, and {artifacts} artifact(s) lie beside it; nothing \
          was changed",
@@ -85,7 +85,7 @@ pub enum StoreError {
         /// Why not.
         message: String,
     },
-    /// No run of the store's own is there.
+    /// The store has no run of its own.
     #[error("there is no run to resume: {imported} run(s) here come from another store")]
     NothingToResume {
         /// Those that do.
@@ -142,10 +142,10 @@ pub enum StoreError {
     /// SQLite finds the database malformed.
     #[error("the store's history is damaged: {message}")]
     Damaged {
-        /// What SQLite says.
+        /// SQLite's message.
         message: String,
     },
-    /// The file system refuses.
+    /// An error of the file system.
     #[error("cannot use {}: {source}", path.display())]
     Io {
         /// The file or directory.
@@ -208,10 +208,10 @@ pub enum StoreError {
     /// A filter has an unknown name, or an invalid comparison.
     #[error(transparent)]
     Filter(Box<FilterError>),
-    /// A statement that found no row for longer than one is willing to wait.
+    /// A statement that found no row within the time limit.
     #[error("no row was found in {}", humantime::format_duration(*patience))]
     Endless {
-        /// How long that is.
+        /// The time limit.
         patience: std::time::Duration,
     },
     /// A text with more than one statement.
@@ -220,7 +220,7 @@ pub enum StoreError {
         /// The first word of the next.
         more: String,
     },
-    /// Anything else SQLite says.
+    /// Any other error of SQLite.
     #[error("the store's database: {0}")]
     Sql(sqlx::Error),
 }
@@ -239,7 +239,7 @@ fn first(candidates: &[String]) -> String {
 }
 
 impl From<sqlx::Error> for StoreError {
-    /// Sorts what SQLite says; the caller adds the path where it matters.
+    /// Classifies an error of SQLite; the caller adds the path where it matters.
     fn from(error: sqlx::Error) -> Self {
         let Some(database) = error.as_database_error() else {
             return match error {
@@ -267,11 +267,11 @@ impl From<sqlx::Error> for StoreError {
 }
 
 impl StoreError {
-    /// The same, with SQLite's complaints about a file as such turned into what they mean for the database at `path`.
+    /// The same, with SQLite's errors about a file translated to what they mean for the database at `path`.
     pub(super) fn at(self, path: &std::path::Path) -> Self {
         let error = match self {
             Self::Sql(error) => error,
-            // Of the files that are open, another may be as near to the limit.
+            // Of the open files, another may be equally near the limit.
             error @ (Self::Full | Self::FileTooLong { .. }) => {
                 return file_limit::reached_by(path).unwrap_or(error);
             }
@@ -309,14 +309,14 @@ impl StoreError {
         }
     }
 
-    /// What SQLite says where the disk with the history fails.
+    /// SQLite's message, if the disk with the history has failed.
     pub fn of_disk(&self) -> Option<&str> {
         let Self::Sql(error) = self else {
             return None;
         };
         let database = error.as_database_error()?;
         let code: i32 = database.code()?.parse().ok()?;
-        // Of SQLite's errors of input and output those of reading and writing: locks and rights fail for other reasons.
+        // Only those I/O errors that concern reading and writing: the others concern locks and permissions.
         let of_disk = [
             libsqlite3_sys::SQLITE_IOERR_READ,
             libsqlite3_sys::SQLITE_IOERR_WRITE,
@@ -330,7 +330,7 @@ impl StoreError {
         of_disk.contains(&code).then(|| database.message())
     }
 
-    /// The same of writing the file at `path`, which is not the store's.
+    /// The same error for a write to the file at `path`, outside the store.
     pub(super) fn of_disk_with(self, path: &std::path::Path) -> Self {
         match self {
             Self::Full => Self::FullElsewhere {

@@ -21,7 +21,7 @@ pub(super) fn reached() -> Option<StoreError> {
     })
 }
 
-/// The same of the database at `path` and what lies beside it, which may have been closed by now.
+/// The same for the database at `path` and the files that SQLite keeps next to it, which may be closed by now.
 pub(super) fn reached_by(path: &Path) -> Option<StoreError> {
     let limit = limit()?;
     let beside = ["", "-wal", "-shm", "-journal"].map(|end| {

@@ -20,9 +20,9 @@ use crate::filter::{Filter, Name};
 /// Which runs to list.
 #[derive(Debug, Clone, Default)]
 pub struct RunFilter {
-    /// At most so many, the newest.
+    /// At most this many, the newest.
     pub limit: Option<u32>,
-    /// Without so many of the first.
+    /// How many of the first ones to leave out.
     pub skip: u32,
     /// In one of these states; any when empty.
     pub states: Vec<RunState>,
@@ -56,19 +56,19 @@ pub struct RunSummary {
     pub stages: StageCounts,
     /// Its tags.
     pub tags: Vec<String>,
-    /// What somebody has noted about it.
+    /// Its note, written by a user.
     pub note: String,
     /// Why it did not succeed.
     pub error: Option<String>,
     /// The recipe's seed.
     pub seed: u64,
-    /// Where the recipe lay.
+    /// The path of the recipe.
     pub recipe_path: String,
     /// The arguments of the command.
     pub command: Vec<String>,
-    /// The run it took up again.
+    /// The run that it resumed.
     pub resumed_from: Option<RunId>,
-    /// The point of a sweep that it is.
+    /// Its point of a sweep, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sweep: Option<SweepPlace>,
     /// The values of the columns asked for.
@@ -76,7 +76,7 @@ pub struct RunSummary {
     pub values: Map<String, Value>,
 }
 
-/// How many stages of a run went which way.
+/// How many stages of a run had each outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct StageCounts {
     /// All of them.
@@ -190,19 +190,19 @@ pub struct AttemptDetail {
     pub reason: Option<String>,
     /// For people.
     pub message: Option<String>,
-    /// What the plugin said.
+    /// The plugin's failure.
     pub failure: Option<Failure>,
     /// Facts the stage returned.
     pub summary: Option<Value>,
-    /// Hash of the artifact that references to the stage stand for.
+    /// The hash of the artifact that references to the stage mean.
     pub output: Option<String>,
     /// When it began.
     pub started: Time,
     /// When it ended.
     pub finished: Option<Time>,
-    /// From its beginning to its end, or to now while it runs; none when lost.
+    /// From its beginning to its end, or to now while it runs; None if lost.
     pub seconds: Option<f64>,
-    /// What it took.
+    /// The resources that it used.
     #[serde(flatten)]
     pub usage: Usage,
     /// Process id of its worker; 0 on a cluster.
@@ -226,22 +226,22 @@ pub struct ArtifactRow {
     pub attempt: AttemptId,
     /// Whether the stage was reused: the attempt is another run's.
     pub reused: bool,
-    /// Whether it is what references to the stage stand for.
+    /// Whether references to the stage mean this artifact.
     pub is_output: bool,
     /// When it was made.
     pub created: Time,
-    /// Hashes of the artifacts its maker was given.
+    /// Hashes of the artifacts that its attempt was given.
     pub made_from: Vec<String>,
 }
 
-/// An earlier attempt that can stand for a stage with the same digest.
+/// An earlier attempt that can be reused for a stage with the same digest.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Success {
+pub struct ReusableAttempt {
     /// The attempt.
     pub attempt: AttemptId,
     /// The run it was made in.
     pub run: RunId,
-    /// The artifact that references to the stage stand for. Whether it is still there is for the caller to see.
+    /// The artifact that references to the stage mean. The caller checks whether it still exists.
     pub output: ArtifactRecord,
 }
 
@@ -302,8 +302,8 @@ impl Store {
         Ok(detail)
     }
 
-    /// The key of a run. A statement about a view is given this, and not the id to look it up: only what is bound is carried
-    /// into the view, which is then made of this run's rows instead of all.
+    /// The key of a run. Statements on views bind this key instead of looking it up by the run's id: SQLite pushes only bound
+    /// values down into a view, which is then computed from the rows of this run instead of from all.
     pub(super) async fn run_key(&self, run: &RunId) -> Result<Option<i64>, StoreError> {
         let key = sqlx::query_scalar("select key from runs where id = ?1")
             .bind(&run.0)
@@ -336,8 +336,8 @@ impl Store {
             .collect()
     }
 
-    /// Artifacts of a run, or of all runs, in order of their making. An artifact of a reused stage is listed with every
-    /// run that reuses it when a run is named, and with its maker only when none is.
+    /// Artifacts of a run, or of all runs, in the order in which they were made. An artifact of a reused stage is listed for
+    /// the named run if that reuses it; without a named run it is listed only for the run that made it.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -345,7 +345,7 @@ impl Store {
         &self,
         run: Option<&RunId>,
     ) -> Result<Vec<ArtifactRow>, StoreError> {
-        // Two conditions, each of which SQLite carries into the view: otherwise it would make all of that.
+        // Two separate conditions, because SQLite can push each into the view. Otherwise it would compute the whole view.
         let (key, wanted) = match run {
             Some(run) => (self.run_key(run).await?, "v.run = ?1"),
             None => (None, "?1 is null and v.reused = 0"),
@@ -382,7 +382,7 @@ impl Store {
             .collect()
     }
 
-    /// What is known of an artifact, by its hash: what its newest maker said.
+    /// The record of an artifact, by its hash, as its newest attempt gave it.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -402,7 +402,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn find_success(&self, digest: &str) -> Result<Option<Success>, StoreError> {
+    pub async fn find_success(&self, digest: &str) -> Result<Option<ReusableAttempt>, StoreError> {
         let row = sqlx::query(
             "select a.key as attempt, r.id as run, o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta
              from attempts a
@@ -417,7 +417,7 @@ impl Store {
         .fetch_optional(self.pool())
         .await?;
         row.map(|row| {
-            Ok(Success {
+            Ok(ReusableAttempt {
                 attempt: AttemptId(row.try_get("attempt")?),
                 run: RunId(row.try_get("run")?),
                 output: artifact_record(&row)?,
@@ -456,7 +456,7 @@ impl Store {
         .transpose()
     }
 
-    /// What a plugin, by the hash of its file, said of itself.
+    /// A plugin's description of itself, by the hash of its file.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -564,7 +564,7 @@ impl Store {
     }
 }
 
-/// The state of a stage as recorded, seen in the light of the state of its run.
+/// The state of a stage: as recorded, corrected by the state of its run.
 fn shown(stage: StageState, run: RunState) -> StageState {
     match (stage, run) {
         (StageState::Queued | StageState::Running, RunState::Queued | RunState::Running) => stage,

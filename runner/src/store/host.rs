@@ -51,7 +51,7 @@ struct Host {
     pid: u32,
     /// The last heartbeat of any of them: milliseconds since 1970.
     at: i64,
-    /// Nobody: the last process of the machine has left.
+    /// Whether the claim is free, because the last process of the machine has left.
     free: bool,
 }
 
@@ -87,7 +87,7 @@ struct Claim {
     lost_to: OnceLock<Host>,
 }
 
-/// Whether machines have said before that they write here.
+/// Whether a machine has claimed this store before.
 pub(super) fn is_known(store: &Path) -> bool {
     store.join("hosts").exists()
 }
@@ -141,7 +141,7 @@ pub(super) async fn claim(store: &Path, term: ClaimKind) -> Result<Option<HostLo
     }
 }
 
-/// The lock that the processes of this machine share; none where the file system has none.
+/// The lock that the processes of this machine share; None if the file system has no locks.
 async fn share_lock(dir: &Path) -> Option<File> {
     let file = artifact::open_lock(&dir.join("lock")).ok()?;
     let began = Instant::now();
@@ -211,7 +211,7 @@ fn newest(dir: &Path) -> io::Result<Option<u64>> {
         Err(error) => return Err(error),
     };
     let numbers = names.filter_map(|name| name.to_str()?.parse::<u64>().ok());
-    // More numbers than hosts can have taken: nobody wrote it.
+    // More numbers than machines can have claimed: this file was not written by retort.
     let numbers = numbers.filter(|number| *number < u64::MAX / 2);
     let Some(mut number) = numbers.max() else {
         return Ok(None);
@@ -249,7 +249,7 @@ fn bytes(host: &Host) -> Vec<u8> {
     bytes
 }
 
-/// Makes a file of this number, whole, unless there is one.
+/// Makes a complete file with this number, unless there is one.
 fn put(dir: &Path, number: u64, host: &Host) -> io::Result<()> {
     let draft = tempfile::Builder::new().prefix(".host").tempfile_in(dir)?;
     draft.as_file().write_all_at(&bytes(host), 0)?;
@@ -292,15 +292,15 @@ impl HostLock {
     /// Renews this machine's claim.
     ///
     /// # Errors
-    /// [`StoreError::Elsewhere`]: it has it no more. Or that cannot be seen, or said.
+    /// [`StoreError::Elsewhere`]: another machine has taken the store. Others: the claim cannot be read or written.
     pub(super) async fn beat(&self) -> Result<(), StoreError> {
         self.apart(Claim::beat).await
     }
 
-    /// Makes sure that this machine still has the store. Mostly that costs nothing: it was seen a moment ago.
+    /// Makes sure that this machine still has the store. Usually that costs nothing, because it was checked a moment ago.
     ///
     /// # Errors
-    /// [`StoreError::Elsewhere`]: it has it no more. Or that cannot be seen.
+    /// [`StoreError::Elsewhere`]: another machine has taken the store. Others: the claim cannot be read.
     pub(super) async fn confirm(&self) -> Result<(), StoreError> {
         match self.claim.lost_to.get() {
             Some(found) => Err(self.claim.lost(found)),
@@ -360,7 +360,7 @@ impl Claim {
         monotonic.elapsed() < BELIEVED && now.since(wall).max(wall.since(now)) < BELIEVED
     }
 
-    /// Looks whether another machine has taken the store.
+    /// Checks whether another machine has taken the store.
     fn look(&self) -> Result<(), StoreError> {
         if let Some(found) = self.lost_to.get() {
             return Err(self.lost(found));
@@ -411,8 +411,8 @@ impl Drop for HostLock {
                 if newest(dir).is_ok_and(|newest| newest == Some(number)) {
                     let _ = put(dir, number + 1, &free);
                 }
-                // Closing is not enough: a process that is being started has a copy of this descriptor for a moment, and
-                // who comes meanwhile would find the lock taken.
+                // Closing is not enough: a child process that is just being started briefly has a copy of this descriptor,
+                // and another process that arrives in that time would find the lock taken.
                 let _ = lock.unlock();
             }
             Err(TryLockError::WouldBlock | TryLockError::Error(_)) => {}
@@ -420,7 +420,7 @@ impl Drop for HostLock {
     }
 }
 
-/// Whether somebody may read a store and not write to it.
+/// Whether the error means that the store is readable but not writable.
 fn may_not_write(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -1,4 +1,4 @@
-//! Runs from a file into the store. The file may come from anywhere.
+//! Imports runs from a file into the store. The file may come from anywhere.
 //!
 //! It is read once, into a draft: a database of our own with the tables that the file must have, and directories for the
 //! files of artifacts. SQLite copies table by table, which settles types and rules of single columns; then every value is
@@ -35,13 +35,13 @@ const LEFT_OUT: [&str; 4] = ["descriptions", "jobs", "job_elements", "job_lives"
 const NAMED: i64 = 20;
 
 impl Store {
-    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the files of
-    /// their artifacts where the file holds them. A refused file leaves nothing. Files that do not match their hash are left
-    /// out. Unfinished runs become lost, because they have no runner here. Other processes can write meanwhile; an
-    /// interrupted import leaves whole runs, and continues after them when repeated.
+    /// Imports the runs of an exported file, or of another store's `history.db`, that are not known here, with the files of
+    /// their artifacts if the file has them. A refused file leaves nothing. Files that do not match their hash are left
+    /// out. Unfinished runs become lost, because they have no runner here. Other processes can write at the same
+    /// time. An interrupted import leaves whole runs; if it is repeated, it continues after them.
     ///
     /// # Errors
-    /// [`StoreError::NotImportable`], where the file is at fault, and as [`Store::begin_run`].
+    /// [`StoreError::NotImportable`] if the file is at fault, and as [`Store::begin_run`].
     pub async fn import(&self, from: &Path) -> Result<Transfer, StoreError> {
         let pause = async || {
             tokio::time::sleep(pieces::PAUSE).await;
@@ -65,7 +65,7 @@ impl Store {
         let draft = ScratchDir::new(self.dir(), scratch::IMPORT)
             .map_err(|error| StoreError::refused(&connection::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
-        // Files are renamed to their targets while nobody else can write; on another disk they would have to be copied.
+        // Files are renamed to their targets while no one else can write. From another disk they would have to be copied.
         let apart = match is_elsewhere(&artifacts, self.dir()) {
             true => Some(
                 ScratchDir::new(&artifacts, scratch::IMPORT)
@@ -78,7 +78,7 @@ impl Store {
             .await?
             .read(&artifacts, staging)
             .await?;
-        // From here on only our own data is used.
+        // From here on, only our own data is used.
         let from = connection::path_of(draft.path());
         let mut connection = transfer::connect(&connection::path_of(self.dir()), &from).await?;
         self.confirm().await?;
@@ -113,7 +113,7 @@ struct AttachedFile<'p> {
 
 /// The data read in addition to the tables.
 struct Staged {
-    /// Hashes of artifacts, and where their files lie.
+    /// Hashes of artifacts, and where their files are.
     files: Vec<(String, PathBuf)>,
     /// Hashes of artifacts whose files are already in place.
     there: HashSet<String>,
@@ -198,8 +198,8 @@ impl<'p> AttachedFile<'p> {
         check::all(&mut self.connection)
             .await
             .map_err(|found| match found {
-                check::Refusal::Fault(message) => self.refused(message),
-                check::Refusal::Store(error) => error,
+                check::ImportError::Fault(message) => self.refused(message),
+                check::ImportError::Store(error) => error,
             })?;
         let mut staged = Staged {
             files: Vec::new(),
@@ -213,8 +213,8 @@ impl<'p> AttachedFile<'p> {
         Ok(staged)
     }
 
-    /// That the file holds the tables, indexes, triggers and views of its version, and nothing else, but for the files
-    /// of artifacts; whether it holds these.
+    /// Checks that the file has exactly the tables, indexes, triggers and views of its schema's version, and optionally the
+    /// table with the files of artifacts. Returns whether it has that table.
     async fn check_schema(&mut self) -> Result<bool, StoreError> {
         let ours = objects::read(&mut self.connection, "main", usize::MAX).await?;
         // Slightly more than valid ones: enough to detect a violation.
@@ -487,7 +487,7 @@ async fn attach(
         .execute(&mut connection)
         .await?;
     let attached = match transfer::attach(&mut connection, source, "mode=ro").await {
-        // In a directory that cannot be written to, a database that nobody has open is read as it lies.
+        // In a directory that cannot be written to, a database that no process has open is read as it is.
         Err(error) if !schema::wal_of(source).exists() => {
             let again = transfer::attach(&mut connection, source, "mode=ro&immutable=1").await;
             again.map_err(|_| error)

@@ -1,4 +1,4 @@
-//! Cluster jobs of attempts: the submitted jobs, the progress of their elements, and how each life ended.
+//! Cluster jobs of attempts: the submitted jobs, the progress of their elements, and how each start ended.
 
 use serde::Serialize;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
@@ -6,10 +6,10 @@ use sqlx::{AssertSqlSafe, Connection, QueryBuilder, Row, Sqlite};
 
 use super::connection::{ROWS_AT_ONCE, run_once};
 use super::time::Time;
-use super::unrecorded::Unrecorded;
+use super::unrecorded::PendingRunState;
 use super::{AttemptId, ReadMark, RunId, RunState, Store, StoreError};
 
-/// The state of a run that has not ended, in a statement about `runs`: at work as soon as one of its stages is or was.
+/// The state of a run that has not ended, for statements on `runs`: running as soon as one of its stages is or was running.
 pub(super) const STATE_BY_STAGES: &str = "case
     when exists (select 1 from stages where run = runs.key and state not in ('queued', 'reused'))
     then 'running' else 'queued' end";
@@ -27,7 +27,7 @@ pub struct OpenJob {
     pub name: String,
     /// Slurm's id, once it has one.
     pub job: Option<u64>,
-    /// The number of the last record taken over, by element.
+    /// The read mark of each element.
     pub imported: Vec<(usize, u64)>,
 }
 
@@ -40,7 +40,7 @@ pub struct JobRow {
     pub cluster: String,
     /// Slurm's id, once it has one.
     pub job: Option<u64>,
-    /// Elements of an array; 0: it is none.
+    /// The number of elements of an array; 0 if it is not an array.
     pub elements: u32,
     /// Elements that wait.
     pub queued: u32,
@@ -50,7 +50,7 @@ pub struct JobRow {
     pub submitted: Time,
     /// When it was finished.
     pub over: Option<Time>,
-    /// How lives of its elements ended, and how often in each way.
+    /// How the starts of its elements ended, and how often in each way.
     pub ends: Vec<(String, u32)>,
 }
 
@@ -68,34 +68,34 @@ pub struct DetachedJobs {
 /// An update about an element.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ElementUpdate {
-    /// It waits, for this.
+    /// It waits, for this reason.
     Queued(String),
     /// It runs.
     Running,
-    /// A life of it has begun.
+    /// It was started.
     Began {
         /// Which.
-        life: u32,
+        start: u32,
         /// Where.
         node: String,
         /// When.
         at: i64,
     },
-    /// A life of it has ended.
+    /// One of its starts has ended.
     Ended {
         /// Which.
-        life: u32,
-        /// How, in few words.
+        start: u32,
+        /// How, in a few words.
         reason: String,
         /// When.
         at: i64,
     },
     /// It ended in this way while no runner was present.
     Lost {
-        /// In few words.
+        /// The way, in a few words.
         reason: String,
     },
-    /// Nothing more comes of it.
+    /// Nothing more will come of it.
     Over,
 }
 
@@ -137,7 +137,7 @@ impl Store {
         Ok(JobKey(key))
     }
 
-    /// Records that Slurm has taken a job.
+    /// Records that Slurm has accepted a job.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -157,7 +157,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Forgets a job that Slurm has not taken.
+    /// Forgets a job that Slurm has refused.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -292,20 +292,20 @@ impl Store {
             .execute(&mut *write)
             .await?;
             match news {
-                ElementUpdate::Began { life, node, at } => {
+                ElementUpdate::Began { start, node, at } => {
                     sqlx::query(
                         "insert or ignore into job_lives (job, element, life, node, started)
                          values (?1, ?2, ?3, ?4, ?5)",
                     )
                     .bind(key.0)
                     .bind(element)
-                    .bind(life)
+                    .bind(start)
                     .bind(node)
                     .bind(at)
                     .execute(&mut *write)
                     .await?;
                 }
-                ElementUpdate::Ended { life, reason, at } => {
+                ElementUpdate::Ended { start, reason, at } => {
                     // An element that never reported its start can still have an end.
                     sqlx::query(
                         "insert into job_lives (job, element, life, node, started, finished, reason)
@@ -314,7 +314,7 @@ impl Store {
                     )
                     .bind(key.0)
                     .bind(element)
-                    .bind(life)
+                    .bind(start)
                     .bind(at)
                     .bind(reason)
                     .execute(&mut *write)
@@ -432,7 +432,7 @@ impl Store {
         Ok(jobs)
     }
 
-    /// The runs whose runner has left while jobs of theirs were not over.
+    /// The runs with unfinished jobs whose runner has left.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -471,9 +471,9 @@ impl Store {
             None => RunState::Running,
         };
         let recorded = self.record_what_scheduler_says(left, waiting).await;
-        let said = Unrecorded {
+        let said = PendingRunState {
             waiting: Some(waiting.map(str::to_owned)),
-            ..Unrecorded::of(state)
+            ..PendingRunState::of(state)
         };
         self.keep_unrecorded(&left.run, said, &recorded);
         recorded
@@ -495,7 +495,7 @@ impl Store {
             "where run = (select key from runs where id = ?1) and state in ('queued', 'running')
              and state is not ?3
              and exists (select 1 from attempts where stage = stages.key and state = 'running')";
-        // The runner may have been gone before it wrote down that its run was at work.
+        // The runner may have ended before it recorded that its run was running.
         let runs = format!(
             "where id = ?1 and state in ('queued', 'running') and state <> {STATE_BY_STAGES}"
         );
@@ -550,7 +550,7 @@ impl Store {
         Ok(all > 0 && not_yet == 0)
     }
 
-    /// Records that another run takes up what a run has left to Slurm.
+    /// Records that another run takes over the jobs that a run has left to Slurm.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -559,7 +559,7 @@ impl Store {
             .await
     }
 
-    /// Records that a run which was left to Slurm has no job there any more, and what went wrong where Slurm knows.
+    /// Records that a run that was left to Slurm has no job there any more, and what went wrong, if Slurm knows.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -581,9 +581,9 @@ impl Store {
             RunState::Lost
         };
         let recorded = self.record_end_of_left(left, state, error).await;
-        let said = Unrecorded {
+        let said = PendingRunState {
             error: Some(error.to_owned()),
-            ..Unrecorded::of(state)
+            ..PendingRunState::of(state)
         };
         self.keep_unrecorded(&left.run, said, &recorded);
         recorded
@@ -617,7 +617,7 @@ pub(super) async fn note_marks(
     write: &mut SqliteConnection,
     marks: &[ReadMark],
 ) -> Result<(), StoreError> {
-    // All together: a thousand elements write several times a second.
+    // In one statement: a thousand elements write several times a second.
     for marks in marks.chunks(ROWS_AT_ONCE) {
         let mut update = QueryBuilder::<Sqlite>::new("with heard (job, element, number) as (");
         update.push_values(marks, |mut row, mark| {
@@ -635,7 +635,7 @@ pub(super) async fn note_marks(
     Ok(())
 }
 
-/// Numbers of elements fit.
+/// The numbers of elements fit into the type.
 fn number(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

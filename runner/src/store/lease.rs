@@ -1,7 +1,7 @@
 //! Whether a run's runner is still alive: its lease names a process ([`Holder`]).
 //!
-//! A runner that was only slow, or whose machine's clock was set, may be taken for lost from elsewhere: its next
-//! heartbeat, or its end, puts the record right.
+//! A runner that was only slow, or whose machine's clock was set, may seem lost to other machines. Its next heartbeat, or its
+//! end, corrects the record.
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Row};
@@ -9,18 +9,18 @@ use sqlx::{AssertSqlSafe, Row};
 use super::holder::Holder;
 use super::jobs::STATE_BY_STAGES;
 use super::time::Time;
-use super::unrecorded::Unrecorded;
+use super::unrecorded::PendingRunState;
 use super::{RunId, RunState, Store, StoreError};
 
 impl Store {
-    /// Says that the runner of `run` (this process) lives; to be called every few seconds. A run that another process
-    /// took for lost meanwhile is again what it was.
+    /// Records that the runner of `run` (this process) is alive; to be called every few seconds. If another process has taken
+    /// the run for lost, its previous state is restored.
     ///
     /// # Errors
-    /// [`StoreError::Busy`], [`StoreError::Full`]: the run may go on, the next heartbeat will do.
+    /// [`StoreError::Busy`], [`StoreError::Full`]: the run may go on; the next heartbeat suffices.
     /// [`StoreError::Elsewhere`]: it may not, another machine has taken the store.
     pub async fn heartbeat(&self, run: &RunId) -> Result<(), StoreError> {
-        // The store first: it stays this machine's even where the database takes nothing for a while.
+        // The claim first: the store stays this machine's even if the database cannot be written to for a while.
         let beaten = match &self.host_lock {
             Some(host_lock) => host_lock.beat().await,
             None => Ok(()),
@@ -58,7 +58,7 @@ impl Store {
         if let Err(error) = recorded {
             tracing::debug!(%error, "lost runs could not be recorded as such");
             let lost = gone.into_iter().map(|(_, id, _)| id);
-            unrecorded.extend(lost.map(|id| (id, Unrecorded::of(RunState::Lost))));
+            unrecorded.extend(lost.map(|id| (id, PendingRunState::of(RunState::Lost))));
         }
         Ok(())
     }
@@ -84,13 +84,13 @@ impl Store {
         noted
     }
 
-    /// The runs whose runner is gone, or has left on purpose, while a job of theirs is not over.
+    /// The runs that have an unfinished job, and whose runner is gone or has left on purpose.
     pub(super) async fn without_runner(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
         gone(&mut *self.pool().acquire().await?, JobCondition::Open).await
     }
 }
 
-/// An error when a run is under way: its runner, an older program, would not understand a migrated store.
+/// An error if a run is under way: its runner, an older program, would not understand a migrated store.
 pub(super) async fn nobody_runs(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     let alive: Vec<i64> =
         sqlx::query_scalar("select key from runs where state in ('queued', 'running')")
@@ -101,7 +101,7 @@ pub(super) async fn nobody_runs(connection: &mut SqliteConnection) -> Result<(),
             gone(&mut *connection, JobCondition::None).await?,
             gone(&mut *connection, JobCondition::Open).await?,
         ),
-        // An older schema knows no jobs.
+        // An older schema has no jobs.
         false => (gone(connection, JobCondition::Unknown).await?, Vec::new()),
     };
     match alive.len() > lost.len() + left.len() {
@@ -118,18 +118,18 @@ async fn has_jobs(connection: &mut SqliteConnection) -> Result<bool, StoreError>
     Ok(found.is_some())
 }
 
-/// Which runs are asked about.
+/// Which runs a query is about.
 #[derive(Clone, Copy)]
 enum JobCondition {
-    /// Those without a job that is not over.
+    /// Those without an unfinished job.
     None,
-    /// Those with one: whether they go on, Slurm knows.
+    /// Those with one: only Slurm knows whether they go on.
     Open,
-    /// All, in a store that knows no jobs.
+    /// All, in a store whose schema has no jobs.
     Unknown,
 }
 
-/// Keys and ids of the runs that are recorded as alive, and are not; and whether the runner has left them on purpose.
+/// Keys and ids of the runs that are recorded as alive but are not, and whether their runner has left them on purpose.
 async fn gone(
     connection: &mut SqliteConnection,
     jobs: JobCondition,

@@ -28,7 +28,7 @@ pub struct LineageArtifact {
     pub depth: i32,
     /// Its kind.
     pub kind: String,
-    /// Its bytes.
+    /// Its size in bytes.
     pub size: u64,
     /// The run that made it first.
     pub run: Option<RunId>,
@@ -45,7 +45,7 @@ pub struct StageRecord {
     pub run: RunId,
     /// When the run began.
     pub began: Time,
-    /// How it went.
+    /// Its state.
     pub state: StageState,
     /// Its digest; None if its inputs never existed.
     pub digest: Option<String>,
@@ -62,7 +62,7 @@ pub struct StageRecord {
 }
 
 impl Store {
-    /// The hash of the artifact meant: a beginning of its hash, or `RUN/STAGE` for what a stage of a run made.
+    /// The hash of the artifact that a reference means: a prefix of its hash, or `RUN/STAGE` for what a stage of a run made.
     ///
     /// # Errors
     /// [`StoreError::NoArtifact`], [`StoreError::AmbiguousArtifact`], [`StoreError::NoRun`].
@@ -103,7 +103,7 @@ impl Store {
         self.lineage_within(hash, usize::MAX).await
     }
 
-    /// The same, of at most `most` artifacts, the nearest.
+    /// The same, with at most `most` artifacts, the nearest ones.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -183,24 +183,28 @@ impl Store {
         })
     }
 
-    /// A stage's turn in a run; none when the run has no such stage.
+    /// What a run's history says of one of its stages; None if the run has no such stage.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn turn(&self, run: &RunId, stage: &str) -> Result<Option<StageRecord>, StoreError> {
-        let row = sqlx::query(TURN)
+    pub async fn stage_record(
+        &self,
+        run: &RunId,
+        stage: &str,
+    ) -> Result<Option<StageRecord>, StoreError> {
+        let row = sqlx::query(STAGE_RECORD)
             .bind(&run.0)
             .bind(stage)
             .fetch_optional(self.pool())
             .await?;
-        row.as_ref().map(turn).transpose()
+        row.as_ref().map(record).transpose()
     }
 
-    /// The last turn of a stage of this name, with a digest, in an earlier run of the same recipe.
+    /// The record of the stage with this name and a digest in the latest earlier run of the same recipe.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn turn_before(
+    pub async fn earlier_stage_record(
         &self,
         run: &RunId,
         stage: &str,
@@ -217,13 +221,13 @@ impl Store {
         .fetch_optional(self.pool())
         .await?;
         match earlier {
-            Some(earlier) => self.turn(&RunId(earlier), stage).await,
+            Some(earlier) => self.stage_record(&RunId(earlier), stage).await,
             None => Ok(None),
         }
     }
 }
 
-const TURN: &str = "select r.id as run, r.created, v.state, s.digest, s.components, s.inputs, v.reused_from_run, v.reason,
+const STAGE_RECORD: &str = "select r.id as run, r.created, v.state, s.digest, s.components, s.inputs, v.reused_from_run, v.reason,
         exists (select 1 from documents d, json_each(d.resolved, '$.roles') role
                 where d.run = r.key and role.key = s.name and role.value = 'forced')
         or exists (select 1 from documents d, json_each(d.resolved, '$.forced') f where d.run = r.key and f.value = s.name)
@@ -233,7 +237,7 @@ const TURN: &str = "select r.id as run, r.created, v.state, s.digest, s.componen
  join v_stages v on v.run = r.id and v.stage = s.name
  where r.id = ?1 and s.name = ?2";
 
-fn turn(row: &SqliteRow) -> Result<StageRecord, StoreError> {
+fn record(row: &SqliteRow) -> Result<StageRecord, StoreError> {
     Ok(StageRecord {
         run: RunId(row.try_get("run")?),
         began: Time(row.try_get("created")?),

@@ -177,7 +177,7 @@ impl Store {
             scratch::IMPORT,
         ));
         found.extend(draft::abandoned(&self.dir().join("artifacts")));
-        // Those of earlier versions have no lock; while they are in use, the store is being written to.
+        // Leftovers of earlier versions have no lock. While such files are in use, the store is being written to.
         let entries = std::fs::read_dir(self.dir())
             .into_iter()
             .flatten()
@@ -193,8 +193,8 @@ impl Store {
         found
     }
 
-    /// Calls `remove` for what no run needs while no run can begin, then forgets the artifacts that it says are gone,
-    /// and the names that nothing has.
+    /// Calls `remove` for what no run needs, while no run can begin. Then forgets the artifacts that it reports as removed, and
+    /// unused names.
     ///
     /// # Errors
     /// [`StoreError::InUse`] while a run is under way, and as [`Store::begin_run`].

@@ -1,8 +1,8 @@
 //! Runs into a database of MLflow: the file behind `sqlite:///mlflow.db`, which is where the mlflow package keeps runs
-//! unless told otherwise.
+//! by default.
 //!
-//! The database is MLflow's own, made by its own program (`mlflow db upgrade sqlite:///mlflow.db`): we know the six
-//! tables that runs are kept in, and nothing of the sixty others. A recipe becomes an experiment. A run becomes a run,
+//! The database is made by MLflow's own program (`mlflow db upgrade sqlite:///mlflow.db`). We only know the six tables that
+//! hold runs, of about sixty others. A recipe becomes an experiment. A run becomes a run,
 //! named by a hash of its id, so that it can be exported again.
 
 use std::path::Path;
@@ -19,8 +19,8 @@ use crate::draft::CreatedPaths;
 const LONGEST: usize = 8000;
 
 impl Store {
-    /// Adds runs to the MLflow database at `to`, in place of what an earlier export has left of them. Pictures are
-    /// copied beside it.
+    /// Adds runs to the MLflow database at `to`, and replaces what an earlier export of them has written. Images are copied
+    /// to a folder next to it.
     ///
     /// # Errors
     /// [`StoreError::NotMlflow`], [`StoreError`].

@@ -1,7 +1,7 @@
 //! The tables, indexes, triggers and views of a database, to be compared with those of a history.
 //!
-//! A store may come from somebody else. What SQLite does for a statement is decided by what lies under the names in it: a view in
-//! place of a table may never end, and a trigger does what its owner wrote.
+//! A store may come from another person. What a statement does depends on the objects that its names mean: a view in place of a
+//! table may never end, and a trigger does whatever its author wrote.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use sqlx::{AssertSqlSafe, Connection};
 
 use super::StoreError;
 
-/// The hash of the objects that all migrations make: a store that has just these is not compared one by one.
+/// The hash of the objects that all migrations make. The objects of a store with this hash need no separate comparison.
 const FINGERPRINT: &str = "03ab6b7cff8356fcf5310912f1bcbc49c1453e77869b4aa440459c2eadbb9fa4";
 
-/// One of them: its statement without what different versions of SQLite write differently.
+/// One of them. Its statement is normalised, because versions of SQLite write it differently.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Object {
     pub(super) kind: String,
@@ -36,7 +36,7 @@ impl Object {
         }
     }
 
-    /// Whether it acts when other names are used, or stands under a name that is.
+    /// Whether it could interfere with our statements: as a trigger, or by a name that they use.
     fn is_in_the_way(&self, ours: &[Self]) -> bool {
         match self.kind.as_str() {
             "trigger" => true,
@@ -46,7 +46,8 @@ impl Object {
     }
 }
 
-/// The objects of a database that is open under this name, `most` of them: statements slightly longer than valid ones are cut.
+/// At most `most` objects of the database that is open under this name. Overlong statements are cut, slightly beyond the length
+/// of valid ones.
 pub(super) async fn read(
     connection: &mut SqliteConnection,
     database: &str,
@@ -66,14 +67,14 @@ pub(super) async fn read(
     Ok(rows.into_iter().map(object).collect())
 }
 
-/// More objects than a history has, and few.
+/// A limit on the number of objects: more than a history has, and still few.
 const MANY: usize = 1000;
 
-/// Checks that a history made by these migrations has its own tables, triggers and views, and nothing in their way. Other tables
-/// and views, and all indexes, do it no harm.
+/// Checks that a history made by these migrations has its own tables, triggers and views, and nothing that interferes with
+/// them. Other tables and views, and all indexes, are harmless.
 ///
 /// # Errors
-/// [`StoreError::NotAStore`] names one that is not its own.
+/// [`StoreError::NotAStore`] names an object that does not belong there.
 pub(super) async fn check(
     connection: &mut SqliteConnection,
     migrations: &[&'static str],
@@ -108,7 +109,7 @@ pub(super) async fn check(
     })
 }
 
-/// What migrations make of an empty database.
+/// The objects that migrations make in an empty database.
 async fn made_by(migrations: &[&'static str]) -> Result<Vec<Object>, StoreError> {
     let mut memory = SqliteConnection::connect_with(&SqliteConnectOptions::new()).await?;
     super::function::register(&mut memory).await?;
@@ -156,7 +157,7 @@ mod tests {
         assert_eq!(fingerprint(&ours), FINGERPRINT);
     }
 
-    /// What the two ways to open a store say after something was done to its file.
+    /// The errors of the two ways to open a store, after these statements have changed its file.
     async fn said(statements: &str) -> Option<String> {
         let dir = tempfile::tempdir().unwrap();
         Store::open(dir.path(), Access::ReadWrite)

@@ -18,7 +18,7 @@ impl Store {
     /// SQLite's integrity check of the whole database, one line per problem.
     ///
     /// # Errors
-    /// [`StoreError`], if it cannot even be checked.
+    /// [`StoreError`]: the check itself is impossible.
     pub async fn problems(&self) -> Result<Vec<String>, StoreError> {
         let said: Vec<String> = sqlx::query_scalar("pragma quick_check(100)")
             .fetch_all(self.pool())
@@ -26,12 +26,12 @@ impl Store {
         Ok(said.into_iter().filter(|line| line != "ok").collect())
     }
 
-    /// Gives the heads of the answer to a statement, then its rows, as they come, to `take`, until that has enough. The
-    /// statement cannot write, nor reach anything but the history, whatever it says, has bounded memory, and is ended
-    /// when the next row takes longer than `patience`.
+    /// Runs a statement, and passes the column names of its result, then its rows as they come, to `take`, until that has
+    /// enough. Whatever the statement says, it can only read, and only from the history. Its memory is limited, and it is
+    /// ended if the next row takes longer than `patience`.
     ///
     /// # Errors
-    /// [`StoreError::Sql`] when SQLite does not understand the statement, or it would do more than read;
+    /// [`StoreError::Sql`] if SQLite does not understand the statement, or if it would do more than read;
     /// [`StoreError::Endless`].
     pub async fn query(
         &self,
@@ -81,7 +81,7 @@ impl Store {
                 Some(Either::Right(row)) => row,
                 // The statement is complete.
                 Some(Either::Left(_)) => break,
-                // Nothing to run, as in an empty text.
+                // There is no statement, as in an empty text.
                 None if heads.is_empty() => break,
                 None => return Err(sqlx::Error::WorkerCrashed.into()),
             };
@@ -94,10 +94,10 @@ impl Store {
     }
 }
 
-/// A piece of the answer to a statement.
+/// A piece of a statement's result.
 #[derive(Debug)]
 pub enum QueryPiece<'a> {
-    /// The names of its columns; once, and first.
+    /// The names of its columns: once, before the rows.
     Heads(&'a [&'a str]),
     /// A row.
     Row(Vec<AnswerValue>),
@@ -144,7 +144,7 @@ pub(super) fn json_at(row: &SqliteRow, place: usize) -> Result<Value, sqlx::Erro
     })
 }
 
-/// What follows the first statement of a text, beside semicolons, spaces and comments: its first word.
+/// The first word after the first statement of a text, skipping semicolons, spaces and comments.
 fn second_statement(sql: &str) -> Option<&str> {
     let mut rest = sql;
     let (mut has_begun, mut is_over) = (false, false);

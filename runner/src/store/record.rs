@@ -1,4 +1,4 @@
-//! Writing down runs, stages, attempts and artifacts as they happen. Each function is one transaction.
+//! Records runs, stages, attempts and artifacts as they happen. Each function is one transaction.
 
 use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, Instant};
@@ -30,11 +30,11 @@ pub struct NewRun {
     pub seed: u64,
     /// The arguments of the command.
     pub command: Vec<String>,
-    /// The run this one takes up again.
+    /// The run that this one resumes.
     pub resumed_from: Option<RunId>,
     /// Where it runs: see [`crate::environment`].
     pub environment: Value,
-    /// The point of a sweep that it is.
+    /// Its point of a sweep, if any.
     pub sweep: Option<SweepPlace>,
 }
 
@@ -92,19 +92,19 @@ pub struct AttemptEnd {
     pub reason: String,
     /// For people.
     pub message: Option<String>,
-    /// What the plugin said.
+    /// The plugin's failure.
     pub failure: Option<Failure>,
     /// Facts the stage returned.
     pub summary: Value,
-    /// Hash of the artifact that references to the stage stand for; recorded before by [`Store::record_artifact`].
+    /// The hash of the artifact that references to the stage mean, already recorded by [`Store::record_artifact`].
     pub output_artifact: Option<String>,
-    /// What it took.
+    /// The resources that it used.
     pub usage: Usage,
     /// How much of its time it was paused.
     pub paused: Duration,
 }
 
-/// What an attempt took.
+/// The resources that an attempt used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
     /// Processor time of the worker, user and system, in seconds; with that of all parts.
@@ -117,9 +117,9 @@ pub struct Usage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RunState {
-    /// No stage of it has begun yet. Its runner lives.
+    /// No stage of it has begun yet. Its runner is alive.
     Queued,
-    /// A stage has begun. Its runner lives.
+    /// A stage has begun. Its runner is alive.
     Running,
     /// Every stage succeeded or was reused.
     Succeeded,
@@ -188,8 +188,8 @@ macro_rules! names {
     };
 }
 
-/// Records something that a run cannot continue without. A disk that is briefly full because of somebody else's file must not
-/// lose a result: the write is retried as long as one waits for another writer.
+/// Records something that a run cannot continue without. No result may be lost only because another program fills the disk for
+/// a moment: the write is retried for as long as a writer waits for another.
 macro_rules! when_there_is_room {
     ($record:expr) => {{
         let began = Instant::now();
@@ -223,7 +223,7 @@ names!(AttemptState: Running = "running", Succeeded = "succeeded", Failed = "fai
     Interrupted = "interrupted", Lost = "lost");
 
 impl Store {
-    /// Records a run as queued, to be carried out by this process. Its first attempt makes it run.
+    /// Records a run as queued, to be executed by this process. Its first attempt sets it to running.
     ///
     /// # Errors
     /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`].
@@ -369,7 +369,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Records that a worker has begun on a stage, and its run with it. `components` are the parts of the digest, by
+    /// Records that a worker has begun a stage, and with it the run. `components` are the parts of the digest, by
     /// name.
     ///
     /// # Errors
@@ -422,7 +422,7 @@ impl Store {
         Ok(AttemptId(key))
     }
 
-    /// Records how an attempt ended; its stage takes the same state.
+    /// Records how an attempt ended, and the same state for its stage.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -475,7 +475,7 @@ impl Store {
         Ok(())
     }
 
-    /// Records an artifact that an attempt has made and that lies in its place.
+    /// Records an artifact that an attempt has made, whose files are already in place.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -545,7 +545,7 @@ impl Store {
         write.commit().await
     }
 
-    /// Keeps what a plugin says of itself, by the hash of its file.
+    /// Keeps a plugin's description of itself, by the hash of its file.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -576,7 +576,7 @@ pub(super) fn is_run_id(text: &str) -> bool {
     text.len() == 10 && text.bytes().all(allowed)
 }
 
-/// Whether a run's id could be this text. Words are not: ids begin with a digit until 2034.
+/// Whether a text could be a run's id. Words cannot: until 2034, ids begin with a digit.
 pub(super) fn could_be_run_id(text: &str) -> bool {
     is_run_id(text) && text.starts_with(|first: char| first.is_ascii_digit())
 }

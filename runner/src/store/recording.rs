@@ -1,7 +1,7 @@
 //! An attempt's output, written together: points, lines, and the read positions of its jobs' spools.
 //!
-//! A mark means that an element's records before it are in the history. So it is written together with them, or not at all: a
-//! runner that takes over a job continues after the mark, without repeating or omitting anything.
+//! A read mark means that an element's records before it are in the history. So it is written together with them or not at all:
+//! a runner that takes over a job continues after the mark, and neither repeats nor omits anything.
 
 use super::{AttemptId, Batch, JobKey, LogLine, Store, StoreError};
 
@@ -12,12 +12,12 @@ pub struct ReadMark {
     pub job: JobKey,
     /// Its element.
     pub element: usize,
-    /// The number of the first record that has not been taken over.
+    /// The number of the first record that has not been processed.
     pub number: u64,
 }
 
 impl ReadMark {
-    /// Behind a record.
+    /// The position after a record.
     pub fn after(job: JobKey, element: usize, record: u64) -> Self {
         Self {
             job,
@@ -39,25 +39,25 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Whether there is nothing in it.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.points.is_empty() && self.lines.is_empty() && self.marks.is_empty()
     }
 }
 
 impl Store {
-    /// Appends points and lines to an attempt, and notes how far its jobs have been heard: all of it or nothing.
+    /// Appends points and lines to an attempt, and stores the read marks of its jobs: all of it or nothing.
     ///
     /// # Errors
-    /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`]: never a reason to fail a stage. Nothing is then
-    /// recorded, and it may be given again.
+    /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`]: never a reason to fail a stage. Nothing is
+    /// recorded then, and the call may be repeated.
     pub async fn record(
         &self,
         attempt: AttemptId,
         recording: &Recording,
     ) -> Result<(), StoreError> {
         let mut write = self.write().await?;
-        // Taken out, and put back on success: after a failed transaction it would be wrong, so it is read again when needed.
+        // Removed now and put back on success: after a failed transaction it would be wrong, and is read again when needed.
         let series = match recording.points.as_slice() {
             [] => None,
             points => {

@@ -5,7 +5,7 @@
 use super::record::could_be_run_id;
 use super::{RunId, Store, StoreError};
 
-/// Whether a tag is allowed: one that means something else as a reference would never be found.
+/// Whether a tag is allowed: a tag that means something else as a reference could never be found.
 pub fn is_tag(text: &str) -> bool {
     !text.trim().is_empty() && !text.starts_with("latest") && !could_be_run_id(text)
 }
@@ -37,9 +37,10 @@ impl Store {
         }
     }
 
-    /// The run that is continued when none is named: of this store's own runs the latest that has come to no end, where it was
-    /// not continued, and its recipe has not succeeded since; one of a sweep where that was the latest of all, because the
-    /// sweep may have points that never began; else the latest. `left` are the runs that go on in Slurm without a runner.
+    /// The run that is resumed if none is named. Of this store's own runs it is the latest that was left unfinished: it failed,
+    /// was interrupted or lost, or goes on in Slurm without a runner (`left`); it has not been resumed, and its recipe has not
+    /// succeeded since. The very latest run qualifies as well if it belongs to a sweep, which may have points that never began.
+    /// If no run qualifies, it is the latest.
     ///
     /// # Errors
     /// [`StoreError::NothingToResume`], [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -102,7 +103,7 @@ impl Store {
     }
 
     async fn run_by_prefix(&self, prefix: &str) -> Result<Option<String>, StoreError> {
-        // Ids are lower case, and have no characters that one could mistake for another; people have.
+        // Ids are lower case, without characters that are easily confused. What people type may be otherwise.
         let prefix = prefix.trim().to_ascii_lowercase();
         if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Ok(None);
@@ -118,10 +119,10 @@ impl Store {
         .await
     }
 
-    /// The one name that begins with `prefix`, of those that `sql` finds; none where there is none.
+    /// The only name that `sql` finds for `prefix`; None if there is none.
     ///
     /// # Errors
-    /// What `ambiguous` makes of the prefix and the names, where there are several.
+    /// The error that `ambiguous` makes of the prefix and the names, if there are several.
     pub(super) async fn only_match(
         &self,
         sql: &'static str,
@@ -146,7 +147,7 @@ impl Store {
     }
 }
 
-/// How many runs before the latest are meant; none when the reference is not of this form.
+/// How many runs before the latest are meant; None if the reference does not have this form.
 pub(super) fn steps_back(reference: &str) -> Option<u32> {
     match reference.trim().strip_prefix("latest")? {
         "" => Some(0),

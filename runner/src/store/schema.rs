@@ -57,12 +57,12 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
         Err(source) => return Err(StoreError::Io { path, source }),
     }
     let known = newest(MIGRATIONS);
-    // Few rows under way at a time: of a question, they may be long.
+    // Few rows are buffered at a time, because the rows of a user's query may be long.
     let mut read = options(&path).read_only(true).row_buffer_size(8);
     let state = match inspect(&read, &path).await {
         Ok(state) => state,
-        // A database in WAL mode needs two more files beside it. Where they are absent and cannot be made, nobody
-        // else is writing either, and the database can be read as it lies.
+        // A database in WAL mode needs two more files next to it. If they are absent and cannot be created, nobody else
+        // is writing either, and the database can be read as it is.
         Err(StoreError::Io { .. } | StoreError::ReadOnly { .. }) if !wal_of(&path).exists() => {
             read = read.immutable(true);
             inspect(&read, &path).await?
@@ -89,11 +89,11 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
             },
         })?;
     }
-    // Questions about many runs visit thousands of pages once: mapped, they are neither read nor copied.
+    // Queries on many runs visit thousands of pages once. Mapped pages are neither read nor copied.
     Ok(pool(read.pragma("mmap_size", "2147418112"), 2))
 }
 
-/// Brings the database of `dir` to the last of `migrations`, making directory and file if need be.
+/// Brings the database of `dir` to the last of `migrations`. Makes the directory and the file if necessary.
 pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(), StoreError> {
     let path = path_of(dir);
     check_files(&path)?;
@@ -109,7 +109,7 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     make_directory(dir)?;
     let _turn = lock(dir).await?;
 
-    // Only here, alone, is the journal's mode set: the file remembers it.
+    // The journal's mode is only set here, while no other process is here: the file remembers it.
     check_is_no_loss(dir)?;
     if !path.exists() {
         make_file(&path)?;
@@ -163,11 +163,11 @@ async fn back_up(
     version: i64,
 ) -> Result<(), StoreError> {
     let copy = dir.join(format!("history.schema{version}.backup.db"));
-    // Left by an attempt at migrating that came to nothing.
+    // Left by a failed migration.
     if copy.exists() {
         std::fs::remove_file(&copy).map_err(|error| StoreError::refused(&copy, error))?;
     }
-    // SQLite takes an empty file for the copy, with the mode that it has.
+    // SQLite accepts an empty file for the copy, and keeps its mode.
     make_file(&copy)?;
     sqlx::query("vacuum into ?1")
         .bind(copy.to_string_lossy().into_owned())
@@ -206,7 +206,7 @@ fn check_version(state: &State, known: i64, path: &Path) -> Result<(), StoreErro
     Ok(())
 }
 
-/// The schema of a database that is a store's, or can be made one.
+/// The schema of a database that is a store, or can become one.
 pub(super) async fn check_is_store(path: &Path) -> Result<i64, StoreError> {
     let state = inspect(&options(path).read_only(true), path).await?;
     check_version(&state, newest(MIGRATIONS), path)?;
@@ -264,7 +264,7 @@ pub(super) fn wal_of(path: &Path) -> PathBuf {
     wal.into()
 }
 
-/// SQLite opens a file that may only be read without a word, and fails at the first write.
+/// An error if the file is read-only: SQLite opens it silently, and fails at the first write.
 fn check_writable(path: &Path) -> Result<(), StoreError> {
     let opened = File::options().append(true).open(path);
     opened
@@ -272,7 +272,7 @@ fn check_writable(path: &Path) -> Result<(), StoreError> {
         .map_err(|error| StoreError::refused(path, error))
 }
 
-/// Makes the directory, for its owner alone; a new one tells git to leave it alone.
+/// Makes the directory, for its owner only. A new one has a file that makes git ignore it.
 pub(super) fn make_directory(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
@@ -290,8 +290,8 @@ pub(super) fn make_directory(dir: &Path) -> Result<(), StoreError> {
     std::fs::write(&ignore, "*\n").map_err(|error| StoreError::refused(&ignore, error))
 }
 
-/// Makes an empty file with the rights that the directory gives to its group. Nobody else may read it: the arguments of
-/// commands are in it, and what somebody gave with `--set`. SQLite gives its further files the mode of the database.
+/// Makes an empty file with the permissions that the directory gives to its group. No one else may read it: the arguments of
+/// commands are in it, and the values of `--set`. SQLite gives its further files the mode of the database.
 fn make_file(path: &Path) -> Result<(), StoreError> {
     let made = || {
         let dir = path.parent().unwrap_or(Path::new("."));
@@ -308,9 +308,9 @@ fn make_file(path: &Path) -> Result<(), StoreError> {
     made().map_err(|error| StoreError::refused(path, error))
 }
 
-/// An error where a database, or a file that SQLite keeps beside it, is no regular file: opening a pipe waits for good.
+/// An error if the database, or a file that SQLite keeps next to it, is not a regular file: opening a pipe would wait forever.
 pub(super) fn check_files(path: &Path) -> Result<(), StoreError> {
-    // Through links, as SQLite goes.
+    // Links are followed, as SQLite does.
     let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     for end in ["", "-wal", "-shm", "-journal"] {
         let mut file = place.as_os_str().to_owned();
@@ -336,20 +336,20 @@ pub(super) fn check_files(path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// An error where the history is gone. Said before SQLite opens what is left: beside an empty database it would remove
-/// the write-ahead log, which may hold everything.
+/// An error if the history is gone. Checked before SQLite opens the rest: next to an empty database it would remove the
+/// write-ahead log, which may hold everything.
 fn check_is_no_loss(dir: &Path) -> Result<(), StoreError> {
     let path = path_of(dir);
     let is_empty = || std::fs::metadata(&path).map_or(true, |file| file.len() == 0);
     let log = || std::fs::metadata(wal_of(&path)).is_ok_and(|file| file.len() > 0);
-    // Asked again at the end: another process may be making the store right now.
+    // Checked again at the end: another process may be making the store right now.
     match is_empty() && (artifacts(dir) > 0 || log()) && is_empty() {
         true => Err(gone(dir)),
         false => Ok(()),
     }
 }
 
-/// An error where there are artifacts: a new history would take them for what nobody needs.
+/// An error if there are artifacts: in a new history they would count as unneeded.
 pub(super) fn check_has_no_artifacts(dir: &Path) -> Result<(), StoreError> {
     match artifacts(dir) {
         0 => Ok(()),

@@ -1,7 +1,7 @@
 //! Temporary directories, tied to the process that uses them.
 //!
-//! Beside each lies a file that its process holds locked. A lock ends with its process, however that ended: what a
-//! killed one has left is known by a lock that can be taken, and removed by the next one that works in the same place.
+//! Next to each is a file that its process keeps locked. The lock ends with the process, however that ends. So a directory
+//! whose lock can be taken was left by a killed process; the next process that works in the same place removes it.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
@@ -23,7 +23,7 @@ pub(super) struct ScratchDir {
 }
 
 impl ScratchDir {
-    /// A new one in `parent`. Removes what processes that are gone have left there.
+    /// A new one in `parent`. Removes what dead processes have left there.
     pub(super) fn new(parent: &Path, prefix: &str) -> io::Result<Self> {
         for (dir, lock, _held) in abandoned(parent, prefix) {
             remove(&dir, &lock);
@@ -43,7 +43,7 @@ impl ScratchDir {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(error),
             };
-            // Between the two calls another process may have taken it for one that was left, and removed it.
+            // Between the two calls another process may have taken it for a leftover and removed it.
             if !take(&held, &lock)? {
                 continue;
             }
@@ -73,8 +73,8 @@ impl Drop for ScratchDir {
     }
 }
 
-/// The directories in `parent` whose process is gone, with what else it left there. Listed only: a lock taken to see that is
-/// given back.
+/// The directories in `parent` whose process is dead, and its other files there. They are only listed: the locks taken to find
+/// out are released again.
 pub(super) fn leftovers(parent: &Path, prefix: &str) -> Vec<PathBuf> {
     let found = abandoned(parent, prefix);
     found
@@ -84,7 +84,7 @@ pub(super) fn leftovers(parent: &Path, prefix: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Directories, their lock files, and the locks, which are held now.
+/// Directories, their lock files, and the locks, which are now held.
 fn abandoned(parent: &Path, prefix: &str) -> Vec<(PathBuf, PathBuf, File)> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     let ours = entries.filter(|entry| {
@@ -103,7 +103,7 @@ fn abandoned(parent: &Path, prefix: &str) -> Vec<(PathBuf, PathBuf, File)> {
     .collect()
 }
 
-/// Takes the lock on an open file; whether it could be had, and is still the file of this name.
+/// Tries to lock an open file. Returns whether that succeeded, and the file still has this name.
 fn take(file: &File, path: &Path) -> io::Result<bool> {
     match file.try_lock() {
         Ok(()) => {}
@@ -114,9 +114,9 @@ fn take(file: &File, path: &Path) -> io::Result<bool> {
     Ok(fs::symlink_metadata(path).is_ok_and(|found| found.ino() == ours))
 }
 
-/// The directory first: without its lock it would never be found again.
+/// Removes the directory first: without its lock file it would never be found again.
 fn remove(dir: &Path, lock: &Path) {
-    // A link is not followed, and nothing but a directory removed.
+    // No link is followed, and only a directory is removed.
     if fs::symlink_metadata(dir).is_ok_and(|found| found.is_dir()) {
         let _ = fs::remove_dir_all(dir);
     }

@@ -1,4 +1,4 @@
-//! Sweeps in the store: what was asked for, the points, which run speaks for each, and what they were judged by.
+//! Sweeps in the store: their definitions, their points with the run of each, and the values by which points are compared.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,7 @@ pub struct SweepPlace {
     pub point: u32,
 }
 
-/// What a sweep is made of: everything that decides its points.
+/// A sweep's definition: everything that determines its points.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SweepPlan {
     /// The recipe's name.
@@ -42,11 +42,11 @@ pub struct SweepPlan {
     pub recipe_path: String,
     /// As it was written.
     pub recipe_text: String,
-    /// Changes of `--set` that all points have.
+    /// The changes by `--set`, which all points share.
     pub settings: Vec<String>,
     /// Parameters, objective, and how points are chosen and stopped.
     pub definition: Sweep,
-    /// Which stages, as they were chosen.
+    /// The choice of stages.
     pub selection: Value,
 }
 
@@ -69,7 +69,7 @@ pub struct SweepSummary {
     pub failed: u32,
     /// Points whose newest run was stopped.
     pub stopped: u32,
-    /// What it looks for: metric and goal.
+    /// Its objective: metric and goal.
     pub objective: Option<Value>,
 }
 
@@ -80,7 +80,7 @@ pub struct SweepDetail {
     pub id: SweepId,
     /// When it was begun.
     pub started: Time,
-    /// What it is made of.
+    /// Its definition.
     #[serde(flatten)]
     pub plan: SweepPlan,
     /// Its points, by number.
@@ -94,14 +94,14 @@ pub struct SweepPoint {
     pub number: u32,
     /// What it changes: `path=value`.
     pub settings: Vec<String>,
-    /// The run that speaks for it, the newest, and its state; none where it has not begun.
+    /// Its newest run, which counts for it, and the state of that; None if it has not begun.
     pub run: Option<(RunId, RunState)>,
-    /// What it was judged by, rung by rung; none is NaN.
+    /// The objective's values, rung by rung; None is NaN.
     pub rungs: Vec<Option<f64>>,
 }
 
 impl SweepPoint {
-    /// Whether its newest run has ended well.
+    /// Whether its newest run has succeeded.
     pub fn is_done(&self) -> bool {
         matches!(self.run, Some((_, RunState::Succeeded)))
     }
@@ -156,7 +156,7 @@ impl Store {
         Ok(SweepId(id))
     }
 
-    /// Records what a point was judged by at a rung.
+    /// Records the objective's value of a point at a rung.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -180,7 +180,7 @@ impl Store {
         write.commit().await
     }
 
-    /// The newest sweep that is made of just this.
+    /// The newest sweep with exactly this definition.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].

@@ -32,7 +32,7 @@ pub(crate) async fn open(dir: &Path) -> Store {
     Store::open(dir, Access::ReadWrite).await.expect("a store")
 }
 
-/// A database, without what a store makes sure of.
+/// A plain connection to a database, without the guarantees of a store.
 async fn connect(path: &Path) -> SqliteConnection {
     let options = SqliteConnectOptions::new().filename(path);
     options.connect().await.unwrap()
@@ -56,7 +56,7 @@ async fn ask(store: &Store, sql: &str) -> Result<Rows, StoreError> {
     taken.await.map(|()| rows)
 }
 
-/// A hash, told from others by a word.
+/// A hash, made distinct by a word.
 fn hash(word: &str) -> String {
     blake3::hash(word.as_bytes()).to_hex().to_string()
 }
@@ -312,7 +312,7 @@ fn a_success_is_found_by_its_digest_and_reused() {
     });
 }
 
-/// Not a test of its own: the runner of a run, in a process that the test below can kill.
+/// Not a test by itself: the runner of a run, in a process that the test below can kill.
 #[test]
 fn child_that_begins_a_run() {
     let Some(dir) = std::env::var_os("RETORT_TEST_CHILD_STORE") else {
@@ -391,14 +391,14 @@ fn the_run_of_a_killed_runner_is_lost() {
         let detail = reader.run_detail(&lost.id).await.unwrap();
         assert_eq!(detail.stages[0].state, StageState::Lost);
         assert_eq!(detail.stages[0].attempts[0].state, AttemptState::Lost);
-        // And it is written down, not only shown.
+        // And it is recorded, not only shown.
         let stored: String = sqlx::query_scalar("select state from v_runs")
             .fetch_one(reader.pool())
             .await
             .unwrap();
         assert_eq!(stored, "lost");
 
-        // Somebody was mistaken: the holder was only slow.
+        // That was a mistake: the holder was only slow.
         let store = open(&dir).await;
         store.heartbeat(&lost.id).await.unwrap();
         let stored = async || -> String {
@@ -406,7 +406,7 @@ fn the_run_of_a_killed_runner_is_lost() {
             state.fetch_one(store.pool()).await.unwrap()
         };
         assert_eq!(stored().await, "running");
-        // So it is with a run of which nothing has begun.
+        // The same holds for a run of which nothing has begun.
         sqlx::raw_sql("delete from attempts; update stages set state = 'queued'; update runs set state = 'lost'")
             .execute(store.pool())
             .await
@@ -579,7 +579,7 @@ fn a_full_disk_ends_neither_a_connection_nor_what_comes_after() {
                 let limit = sqlx::query(sqlx::AssertSqlSafe(limit));
                 limit.execute(&mut **connection).await.unwrap();
             }
-            // They go back by themselves, a little later: until then a fresh one without a limit would be opened.
+            // They return to the pool a little later. Before that, a new one without a limit would be opened.
             let limited = all.len();
             drop(all);
             while store.pool().num_idle() < limited {
@@ -598,7 +598,7 @@ fn a_full_disk_ends_neither_a_connection_nor_what_comes_after() {
             let full = store.append_log(attempt, &long).await;
             assert!(matches!(full, Err(StoreError::Full)), "{full:?}");
         }
-        // The connections are others by now, and none of them believes to be in a transaction.
+        // These are new connections, and none of them takes itself to be in a transaction.
         for _ in 0..8 {
             store
                 .append_log(attempt, &[line("short".into())])

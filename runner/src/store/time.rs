@@ -11,7 +11,7 @@ impl Time {
     /// The end of the year 9999, the last that is shown.
     pub const LAST: Self = Self(253_402_300_799_999);
 
-    /// This moment where a clock can have said it, else the present one.
+    /// This moment if a clock can have shown it; otherwise the present moment.
     pub fn or_now(self) -> Self {
         match (0..=Self::LAST.0).contains(&self.0) {
             true => self,
@@ -27,12 +27,12 @@ impl Time {
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
-    /// Seconds from this moment to another; less than none when that is earlier.
+    /// Seconds from this moment to another; negative if that is earlier.
     pub fn seconds_to(self, other: Time) -> f64 {
         other.0.saturating_sub(self.0) as f64 / 1000.0
     }
 
-    /// Time passed since an earlier moment; zero when it is not earlier.
+    /// The time passed since an earlier moment; zero if it is not earlier.
     pub fn since(self, earlier: Time) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }

@@ -1,5 +1,5 @@
-//! Runs from one store into another, by way of one file: itself a database with the schema of a store, and, where
-//! asked for, the files of artifacts.
+//! Transfers runs from one store into another through a file, which is itself a database with the schema of a store and, on
+//! request, contains the files of artifacts.
 //!
 //! Runs are identified by id, so transferring one twice changes nothing. Keys are reassigned. A run whose stages are reused
 //! is transferred together with the runs that reuse them. From a damaged store everything readable is exported, piece by
@@ -24,7 +24,7 @@ pub(super) use files::{FILES, PART};
 
 use files::put_files;
 
-/// What was taken over.
+/// What was transferred.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
 pub struct Transfer {
     /// Transferred runs.
@@ -37,11 +37,11 @@ pub struct Transfer {
     pub lost: Vec<String>,
 }
 
-/// Writes runs of the store in `dir` into the file `to`, all of them when `runs` is none. With `files`, the files of
+/// Writes runs of the store in `dir` into the file `to`, all of them if `runs` is None. With `files`, the files of
 /// their artifacts too. Works without an open [`Store`], because that may be what is damaged.
 ///
 /// # Errors
-/// [`StoreError`], where nothing at all can be read, or `to` cannot be written. `to` is complete or not there.
+/// [`StoreError`], if nothing can be read, or `to` cannot be written. `to` is complete or absent.
 pub async fn export(
     dir: &Path,
     runs: Option<&[RunId]>,
@@ -88,7 +88,7 @@ async fn export_whole(
         Some(runs) => with_sources(&mut connection, runs).await?,
         None => all_runs(&mut connection, &mut transfer.lost).await,
     };
-    // No transaction: damage found within one would end it. The draft is nobody else's, and needs none.
+    // No transaction: damage found within one would end it, and the draft, which no one else uses, needs none.
     sqlx::raw_sql("pragma synchronous = off")
         .execute(&mut connection)
         .await?;
@@ -123,7 +123,7 @@ async fn export_whole(
             transfer.lost.push(format!("artifact {hash}: {fault}"));
         }
     }
-    // One file: no write-ahead log beside it.
+    // One file, without a write-ahead log next to it.
     sqlx::raw_sql("detach database source; pragma journal_mode = delete")
         .execute(&mut connection)
         .await?;
@@ -136,8 +136,8 @@ async fn export_whole(
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
     let mut connection = connection::options(main).connect().await.map_err(at)?;
-    // Within a transaction each statement notes down what the pages that it changes were: of a run dozens, because its
-    // parameters lie by name. As a file, somewhere on another disk, that is most of the work.
+    // Within a transaction, each statement saves the old content of the pages that it changes. For a run these are dozens,
+    // because its parameters are stored by name. In a file, perhaps on another disk, that would be most of the work.
     sqlx::raw_sql("pragma temp_store = memory")
         .execute(&mut connection)
         .await
@@ -194,8 +194,8 @@ async fn with_sources(
     Ok(found.into_iter().map(RunId).collect())
 }
 
-/// Every run that can be found, the oldest first: from both ends of the table and through an index, because damage
-/// stops a reading where it stands.
+/// Every run that can be found, the oldest first. The table is read from both ends and through an index, because a read
+/// stops at damage.
 pub(super) async fn all_runs(
     connection: &mut SqliteConnection,
     lost: &mut Vec<String>,

@@ -1,4 +1,4 @@
-//! Facts that readers record in passing, or only show if they cannot be recorded.
+//! States of runs that readers detect: recorded in passing, or only shown if they cannot be recorded.
 //!
 //! A reader finds out that a run is lost, or what Slurm says of it. It records this in the store if no other machine owns it,
 //! by claiming the store for a moment. Otherwise the fact is kept here, and shown as if it were in the store.
@@ -13,17 +13,17 @@ use super::host::{self, ClaimKind, HostLock};
 use super::{Access, RunDetail, RunId, RunState, Store, StoreError, connection};
 use super::{AttemptState, StageState};
 
-/// Unrecorded facts about a run.
+/// A run's state that is not recorded yet.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Unrecorded {
+pub(super) struct PendingRunState {
     pub(super) state: RunState,
     /// Why it has ended.
     pub(super) error: Option<String>,
-    /// Why its attempts wait, or that they do not; None if unknown.
+    /// Why its attempts wait, or `Some(None)` if they do not; None if unknown.
     pub(super) waiting: Option<Option<String>>,
 }
 
-impl Unrecorded {
+impl PendingRunState {
     /// A state, and nothing more.
     pub(super) fn of(state: RunState) -> Self {
         Self {
@@ -37,7 +37,7 @@ impl Unrecorded {
 /// A connection that may write, and the right to do so for a moment.
 pub(super) struct WriteLease {
     connection: SqliteConnection,
-    /// Where the store has been opened to be written to, it has one of its own.
+    /// None for a store opened for writing, which has its own.
     _host_lock: Option<HostLock>,
 }
 
@@ -70,7 +70,7 @@ impl Store {
         })
     }
 
-    pub(super) fn lock_unrecorded(&self) -> MutexGuard<'_, HashMap<String, Unrecorded>> {
+    pub(super) fn lock_unrecorded(&self) -> MutexGuard<'_, HashMap<String, PendingRunState>> {
         self.unrecorded
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -80,7 +80,7 @@ impl Store {
     pub(super) fn keep_unrecorded(
         &self,
         run: &RunId,
-        said: Unrecorded,
+        said: PendingRunState,
         recorded: &Result<(), StoreError>,
     ) {
         let mut unrecorded = self.lock_unrecorded();

@@ -210,17 +210,11 @@ impl Sweep {
         }
     }
 
-    /// What is to be said where fewer points were found than are to be drawn.
+    /// The message if fewer points were found than are to be drawn.
     pub fn shortage(&self, found: usize) -> Option<String> {
         let asked = self.sample?.count as usize;
         (found < asked).then(|| {
-            let all = match found {
-                1 => "one point is".to_owned(),
-                found => format!("{found} points are"),
-            };
-            format!(
-                "the sweep has {found} of the {asked} points asked for with --sample: {all} all that its values give"
-            )
+            format!("--sample asks for {asked} points, but these values give only {found}")
         })
     }
 
@@ -417,13 +411,15 @@ mod tests {
         };
         assert_eq!(
             said(&["seed=1..5"], 20).unwrap(),
-            "the sweep has 5 of the 20 points asked for with --sample: 5 points are all that its values give"
+            "--sample asks for 20 points, but these values give only 5"
         );
         assert_eq!(said(&["seed=1..5"], 5), None);
         assert_eq!(said(&["seed=1..50"], 20), None);
-        // Numbers are written with six digits: between these lie few.
-        let few = said(&["lr=1..1.00003"], 20).unwrap();
-        assert!(few.starts_with("the sweep has 4 of the 20 points"), "{few}");
+        // Numbers are written with six digits: there are few between these.
+        assert_eq!(
+            said(&["lr=1..1.00003"], 20).unwrap(),
+            "--sample asks for 20 points, but these values give only 4"
+        );
         let none = sweep(&["seed=1..5"], None);
         assert_eq!(none.shortage(5), None);
     }

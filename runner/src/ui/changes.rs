@@ -4,9 +4,9 @@
 use maud::html;
 
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::PageRequest;
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::store::{Access, RunId, Store, is_tag};
 
 /// The longest tag and the longest note.
@@ -14,17 +14,21 @@ const TAG: usize = 200;
 const NOTE: usize = 20_000;
 
 /// Carries out a form's change.
-pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Reply, Problem> {
+pub async fn answer(
+    site: &ServerState,
+    request: &PageRequest,
+    what: &str,
+) -> Result<Reply, HttpError> {
     may_change(site)?;
     if !site.guard.is_sealed(request.form.get("seal")) {
-        return Err(Problem::Refused(
+        return Err(HttpError::Refused(
             "this form is not one of ours, or an old one: load the page again".into(),
         ));
     }
     let reference = request.form.get("run").unwrap_or_default();
     let (served, run) = site.find_run(reference).await?;
     let text = |name: &str, most: usize| match request.form.get(name).unwrap_or_default().trim() {
-        long if long.chars().count() > most => Err(Problem::BadRequest(format!(
+        long if long.chars().count() > most => Err(HttpError::BadRequest(format!(
             "a {name} has at most {most} characters"
         ))),
         text => Ok(text.to_owned()),
@@ -34,7 +38,7 @@ pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Re
             let tag = text("tag", TAG)?;
             // Such a tag would never be found, because references are resolved in this order.
             if !is_tag(&tag) {
-                return Err(Problem::BadRequest(format!(
+                return Err(HttpError::BadRequest(format!(
                     "`{tag}` cannot be a tag: it means something else, or nothing"
                 )));
             }
@@ -56,7 +60,7 @@ pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Re
             store.close().await;
         }
         "remove" => return remove(served, request, &run).await,
-        _ => return Err(Problem::NotFound("there is no such change".into())),
+        _ => return Err(HttpError::NotFound("there is no such change".into())),
     }
     Ok(Reply::see(&page::run_path(&run.0)))
 }
@@ -65,16 +69,16 @@ async fn remove(
     served: &ServedStore,
     request: &PageRequest,
     run: &RunId,
-) -> Result<Reply, Problem> {
+) -> Result<Reply, HttpError> {
     let dependents = served.store.dependents(std::slice::from_ref(run)).await?;
     if !dependents.is_empty() && request.form.get("force").is_none() {
-        return Err(Problem::BadRequest(format!(
+        return Err(HttpError::BadRequest(format!(
             "stages of this run are reused by {} others",
             dependents.len()
         )));
     }
     if request.form.get("confirm") != Some(run.0.as_str()) {
-        return Err(Problem::BadRequest(
+        return Err(HttpError::BadRequest(
             "to remove a run, its whole id has to be typed".into(),
         ));
     }
@@ -85,7 +89,7 @@ async fn remove(
 }
 
 /// Asks for confirmation before removing a run.
-pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn confirm(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     may_change(site)?;
     let (served, run) = site
         .find_run(request.query.get("run").unwrap_or_default())
@@ -124,15 +128,15 @@ pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Proble
     .reply(site))
 }
 
-fn may_change(site: &Site) -> Result<(), Problem> {
+fn may_change(site: &ServerState) -> Result<(), HttpError> {
     match site.write {
         true => Ok(()),
-        false => Err(Problem::Refused(
+        false => Err(HttpError::Refused(
             "this server is read-only: `retort ui --write` allows changes".into(),
         )),
     }
 }
 
-async fn writable(served: &ServedStore) -> Result<Store, Problem> {
+async fn writable(served: &ServedStore) -> Result<Store, HttpError> {
     Ok(Store::open(served.dir(), Access::ReadWrite).await?)
 }

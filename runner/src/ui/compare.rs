@@ -8,10 +8,10 @@ use serde_json::Value;
 use super::curves;
 use super::page::{self, Page, Section};
 use super::pictures::{self, Preview};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{PageRequest, link};
-use super::{ServedStore, Site};
-use crate::account::comparison::{Fact, best, facts, side_by_side};
+use super::{ServedStore, ServerState};
+use crate::account::comparison::{ComparedValue, best, facts, side_by_side};
 use crate::store::{RunDetail, RunId, SeriesSummary};
 use crate::table;
 
@@ -28,7 +28,7 @@ struct Column<'s> {
 }
 
 /// The page.
-pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn answer(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/compare")));
@@ -76,7 +76,7 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
 
 fn content(request: &PageRequest, columns: &[Column], runs: &[String]) -> Markup {
     let all = request.query.get("all").is_some();
-    let told: Vec<(RunId, Vec<(Fact, Value)>)> = columns
+    let told: Vec<(RunId, Vec<(ComparedValue, Value)>)> = columns
         .iter()
         .map(|column| {
             (
@@ -86,7 +86,7 @@ fn content(request: &PageRequest, columns: &[Column], runs: &[String]) -> Markup
         })
         .collect();
     let rows = side_by_side(&told, all);
-    let of = |about: &str| -> Vec<&(&Fact, Vec<Option<&Value>>)> {
+    let of = |about: &str| -> Vec<&(&ComparedValue, Vec<Option<&Value>>)> {
         rows.iter()
             .filter(|(fact, _)| fact.about == about)
             .take(ROWS)
@@ -153,7 +153,7 @@ fn head(request: &PageRequest, column: &Column, place: usize, pinned: bool) -> M
     }
 }
 
-fn row(fact: &Fact, values: &[Option<&Value>], pinned: bool) -> Markup {
+fn row(fact: &ComparedValue, values: &[Option<&Value>], pinned: bool) -> Markup {
     let best = best(fact, values);
     let base = values
         .first()

@@ -7,9 +7,9 @@ use maud::{Markup, html};
 use serde_json::{Value, json};
 
 use super::page::{self, Page, Section};
-use super::reply::{JSON, Problem, Reply};
+use super::reply::{HttpError, JSON, Reply};
 use super::request::{Fields, PageRequest};
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::chart::{self, Chart, ColumnSummary, Curve};
 use crate::store::{Axis, Bucket, CurveQuery, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
@@ -41,7 +41,7 @@ struct FoundCurve<'s> {
     buckets: Vec<Bucket>,
 }
 
-async fn curve_runs(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<CurveRun<'_>>, Problem> {
+async fn curve_runs(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<CurveRun<'_>>, HttpError> {
     let mut curve_runs: Vec<CurveRun> = Vec::new();
     for (served, id) in named {
         let series = served.store.last_metrics(&id).await?;
@@ -69,7 +69,7 @@ async fn curve_runs(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<CurveRun<'_
 }
 
 /// The page.
-pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn answer(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/curves")));
@@ -213,12 +213,12 @@ pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
     }
 }
 
-fn window(query: &Fields) -> Result<CurveQuery, Problem> {
+fn window(query: &Fields) -> Result<CurveQuery, HttpError> {
     let axis = match query.get("axis") {
         None | Some("step") => Axis::Step,
         Some("time") => Axis::Time,
         Some(other) => {
-            return Err(Problem::BadRequest(format!(
+            return Err(HttpError::BadRequest(format!(
                 "the axis is step or time, and not {other}"
             )));
         }
@@ -235,7 +235,7 @@ async fn find<'s>(
     curve_runs: &'s [CurveRun<'s>],
     query: &Fields,
     window: CurveQuery,
-) -> Result<Vec<FoundCurve<'s>>, Problem> {
+) -> Result<Vec<FoundCurve<'s>>, HttpError> {
     let mut found: Vec<FoundCurve> = Vec::new();
     for name in query.all("series").take(FIGURES) {
         for run in curve_runs {
@@ -313,7 +313,7 @@ impl FoundCurve<'_> {
 }
 
 /// The numbers behind a figure.
-pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn data(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let window = window(&request.query)?;
     let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
     let found = find(&curve_runs, &request.query, window).await?;
@@ -334,7 +334,7 @@ pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> 
 }
 
 /// The same as a picture.
-pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn svg(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let window = window(&request.query)?;
     let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
     let found = find(&curve_runs, &request.query, window).await?;
@@ -372,7 +372,7 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
 }
 
 /// The same as rows.
-pub async fn csv(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn csv(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let window = window(&request.query)?;
     let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
     let found = find(&curve_runs, &request.query, window).await?;

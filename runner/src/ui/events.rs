@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime};
 use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
-use super::Site;
+use super::ServerState;
 use super::reply::{Content, Reply, TEXT};
 use super::request::PageRequest;
 use crate::artifact::is_inner_path;
-use crate::executor::gauge;
+use crate::executor::progress_file;
 
 /// How often files are checked.
 const INTERVAL: Duration = Duration::from_millis(400);
@@ -44,7 +44,7 @@ impl Drop for StreamPermit {
 }
 
 /// The stream.
-pub fn answer(site: &Site, request: &PageRequest) -> Reply {
+pub fn answer(site: &ServerState, request: &PageRequest) -> Reply {
     let Some(seat) = StreamPermit::take() else {
         return Reply::new(TEXT, "too many pages are open\n").status(503);
     };
@@ -57,7 +57,7 @@ pub fn answer(site: &Site, request: &PageRequest) -> Reply {
             .get("run")
             .filter(|run| is_inner_path(run) && !run.contains('/'))
         {
-            files.push(gauge::path(&served.layout.staging(run)));
+            files.push(progress_file::path(&served.layout.staging(run)));
         }
     }
     let (sender, receiver) = mpsc::channel(4);

@@ -9,9 +9,9 @@ use std::io::{self, Read};
 use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
-use super::reply::{Content, Problem, Reply};
+use super::reply::{Content, HttpError, Reply};
 use super::request::PageRequest;
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::artifact;
 use crate::artifact::is_hash;
 use crate::store::ArtifactFile;
@@ -22,13 +22,17 @@ const PIECE: usize = 64 << 10;
 const LONGEST_PICTURE: u64 = 64 << 20;
 
 /// Sends a file: `/file/HASH?path=PATH`.
-pub async fn answer(site: &Site, request: &PageRequest, hash: &str) -> Result<Reply, Problem> {
+pub async fn answer(
+    site: &ServerState,
+    request: &PageRequest,
+    hash: &str,
+) -> Result<Reply, HttpError> {
     let path = request.query.get("path").unwrap_or_default();
     let (served, files) = find(site, hash).await?;
     let listed = files
         .iter()
         .find(|file| file.path == path)
-        .ok_or_else(|| Problem::NotFound("this artifact has no such file".into()))?;
+        .ok_or_else(|| HttpError::NotFound("this artifact has no such file".into()))?;
     let file = open(served, hash, listed)?;
     let is_picture = path.ends_with(".png") && listed.size <= LONGEST_PICTURE;
     let kind = if is_picture {
@@ -64,9 +68,9 @@ pub async fn answer(site: &Site, request: &PageRequest, hash: &str) -> Result<Re
 
 /// The files of an artifact, and its store.
 pub async fn find<'s>(
-    site: &'s Site,
+    site: &'s ServerState,
     hash: &str,
-) -> Result<(&'s ServedStore, Vec<ArtifactFile>), Problem> {
+) -> Result<(&'s ServedStore, Vec<ArtifactFile>), HttpError> {
     if is_hash(hash) {
         for served in &site.stores {
             if let Some(files) = served.store.artifact_files(hash).await?
@@ -76,15 +80,15 @@ pub async fn find<'s>(
             }
         }
     }
-    Err(Problem::NotFound(
+    Err(HttpError::NotFound(
         "no store here has this artifact's files".into(),
     ))
 }
 
 /// Opens a listed file.
-pub fn open(served: &ServedStore, hash: &str, listed: &ArtifactFile) -> Result<File, Problem> {
+pub fn open(served: &ServedStore, hash: &str, listed: &ArtifactFile) -> Result<File, HttpError> {
     artifact::open_inner(&served.layout.artifact(hash), &listed.path)
-        .map_err(|error| Problem::File(format!("{}: {error}", listed.path)))
+        .map_err(|error| HttpError::File(format!("{}: {error}", listed.path)))
 }
 
 fn pieces(mut file: File, size: u64) -> mpsc::Receiver<io::Result<Bytes>> {

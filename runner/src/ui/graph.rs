@@ -52,8 +52,8 @@ pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
         .max()
         .unwrap_or(0)
         + 4;
-    let left = |place: &Point| place.column * (WIDTH + ACROSS) + 2;
-    let middle = |place: &Point| place.top + place.height / 2 + 2;
+    let left = |place: &Position| place.column * (WIDTH + ACROSS) + 2;
+    let middle = |place: &Position| place.top + place.height / 2 + 2;
     // From one side of a column to the other, straight through the columns in between.
     let path = |way: &Vec<usize>| {
         let mut path = String::new();
@@ -115,7 +115,7 @@ fn cut(text: &str, most: usize) -> String {
 
 /// The position of a node, or of an edge's passage through a column.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Point {
+struct Position {
     column: usize,
     top: usize,
     height: usize,
@@ -123,7 +123,7 @@ struct Point {
 
 /// The positions of nodes: the column is the length of the longest path to a node. After them come the positions at which edges
 /// pass columns; each edge is a path through such positions.
-fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>>) {
+fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Position>, Vec<Vec<usize>>) {
     let mut columns = vec![0_usize; count];
     // As many rounds as nodes suffice for any path, and end the loop if the graph has a cycle.
     for _ in 0..count {
@@ -138,9 +138,9 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>
             break;
         }
     }
-    let mut spots: Vec<Point> = columns
+    let mut spots: Vec<Position> = columns
         .iter()
-        .map(|&column| Point {
+        .map(|&column| Position {
             column,
             top: 0,
             height: HEIGHT,
@@ -156,7 +156,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>
             if passes <= 4 * MOST {
                 for column in columns[from] + 1..columns[to] {
                     way.push(spots.len());
-                    spots.push(Point {
+                    spots.push(Position {
                         column,
                         top: 0,
                         height: LANE,

@@ -53,7 +53,7 @@ pub struct Guard {
 
 /// What to do with a request.
 #[derive(Debug, PartialEq)]
-pub enum Decision {
+pub enum AccessDecision {
     /// Answer it.
     Allow,
     /// Set the cookie, and redirect the browser to the same page without the token.
@@ -103,15 +103,15 @@ impl Guard {
     }
 
     /// What to do with a request.
-    pub fn decide(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Decision {
+    pub fn decide(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> AccessDecision {
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next().map(|host| host.to_str()), hosts.next()) {
             (Some(Ok(host)), None) => host,
-            _ => return Decision::Refuse("a request has one Host header"),
+            _ => return AccessDecision::Refuse("a request has one Host header"),
         };
         let other_authority = uri.authority().is_some_and(|named| named.as_str() != host);
         if other_authority || !self.is_ours(host) {
-            return Decision::Refuse(
+            return AccessDecision::Refuse(
                 "this name is not one of this server's: open it as localhost, or name it with --allow-host",
             );
         }
@@ -119,7 +119,7 @@ impl Guard {
         match headers.get(ORIGIN).map(|origin| origin.to_str()) {
             None if read => {}
             Some(Ok(origin)) if is_origin(origin, host) => {}
-            _ => return Decision::Refuse("the request comes from a page of another site"),
+            _ => return AccessDecision::Refuse("the request comes from a page of another site"),
         }
         let says = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let foreign = matches!(says("sec-fetch-site"), Some("cross-site" | "same-site"));
@@ -127,10 +127,10 @@ impl Guard {
             && says("sec-fetch-mode") == Some("navigate")
             && says("sec-fetch-dest") == Some("document");
         if foreign && !followed {
-            return Decision::Refuse("the request comes from a page of another site");
+            return AccessDecision::Refuse("the request comes from a page of another site");
         }
         match &self.token {
-            None => Decision::Allow,
+            None => AccessDecision::Allow,
             Some(token) => enter(token, uri, headers),
         }
     }
@@ -155,7 +155,7 @@ impl Guard {
     }
 }
 
-fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Decision {
+fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> AccessDecision {
     let cookies = headers
         .get_all(COOKIE)
         .iter()
@@ -165,15 +165,15 @@ fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Decision {
         own.is_some_and(|(name, value)| name == COOKIE_NAME && same(value, token))
     });
     if shown {
-        return Decision::Allow;
+        return AccessDecision::Allow;
     }
     let query = super::request::Fields::read(uri.query().unwrap_or_default());
     match query.get("token") {
-        Some(shown) if same(shown, token) => Decision::SetCookie {
+        Some(shown) if same(shown, token) => AccessDecision::SetCookie {
             cookie: format!("{COOKIE_NAME}={token}; HttpOnly; SameSite=Strict; Path=/"),
             place: query.without("token").link(&local(uri.path())),
         },
-        _ => Decision::Refuse("open the address that `retort ui` printed: it has the token"),
+        _ => AccessDecision::Refuse("open the address that `retort ui` printed: it has the token"),
     }
 }
 
@@ -207,7 +207,12 @@ mod tests {
     const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
     const EVERYWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
-    fn decide(guard: &Guard, method: Method, uri: &str, headers: &[(&str, &str)]) -> Decision {
+    fn decide(
+        guard: &Guard,
+        method: Method,
+        uri: &str,
+        headers: &[(&str, &str)],
+    ) -> AccessDecision {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             let name = hyper::header::HeaderName::from_bytes(name.as_bytes()).unwrap();
@@ -217,7 +222,7 @@ mod tests {
     }
 
     fn is_welcome(guard: &Guard, method: Method, headers: &[(&str, &str)]) -> bool {
-        decide(guard, method, "/", headers) == Decision::Allow
+        decide(guard, method, "/", headers) == AccessDecision::Allow
     }
 
     #[test]
@@ -262,7 +267,7 @@ mod tests {
             "http://evil.example/",
             &[("host", "localhost")],
         );
-        assert!(matches!(absolute, Decision::Refuse(_)));
+        assert!(matches!(absolute, AccessDecision::Refuse(_)));
     }
 
     #[test]
@@ -334,7 +339,7 @@ mod tests {
         let other = format!("/?token={}", "0".repeat(token.len()));
         assert!(matches!(
             decide(&guard, Method::GET, &other, &[host]),
-            Decision::Refuse(_)
+            AccessDecision::Refuse(_)
         ));
         let entered = decide(
             &guard,
@@ -342,7 +347,7 @@ mod tests {
             &format!("//evil.example/run/x?token={token}&a=b"),
             &[host],
         );
-        let Decision::SetCookie { cookie, place } = entered else {
+        let AccessDecision::SetCookie { cookie, place } = entered else {
             panic!("{entered:?}")
         };
         assert_eq!(place, "/evil.example/run/x?a=b");

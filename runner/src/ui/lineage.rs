@@ -4,9 +4,9 @@ use maud::{Markup, html};
 
 use super::graph::{self, Node};
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{PageRequest, link};
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::store::{ArtifactRow, Lineage, StoreError};
 use crate::table;
 
@@ -15,7 +15,11 @@ const MOST: usize = 120;
 const FILES: usize = 500;
 
 /// The page.
-pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Reply, Problem> {
+pub async fn answer(
+    site: &ServerState,
+    _: &PageRequest,
+    reference: &str,
+) -> Result<Reply, HttpError> {
     let (served, hash) = find(site, reference).await?;
     let lineage = served.store.lineage_within(&hash, MOST).await?;
     let files = served
@@ -60,7 +64,10 @@ pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Rep
     .reply(site))
 }
 
-async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, String), Problem> {
+async fn find<'s>(
+    site: &'s ServerState,
+    reference: &str,
+) -> Result<(&'s ServedStore, String), HttpError> {
     let mut first = None;
     for served in &site.stores {
         match served.store.resolve_artifact(reference).await {
@@ -72,8 +79,8 @@ async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, S
         }
     }
     Err(first.map_or_else(
-        || Problem::NotFound("there is no store".into()),
-        Problem::from,
+        || HttpError::NotFound("there is no store".into()),
+        HttpError::from,
     ))
 }
 

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::{ServedStore, page};
-use crate::executor::gauge;
+use crate::executor::progress_file;
 use crate::store::{RunDetail, RunState, StageState, Time};
 use crate::table;
 
@@ -12,7 +12,7 @@ pub fn progress(served: &ServedStore, detail: &RunDetail) -> Markup {
     if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
         return html! {};
     }
-    let readings = gauge::read(&served.layout.staging(&detail.summary.id.0));
+    let readings = progress_file::read(&served.layout.staging(&detail.summary.id.0));
     let now = Time::now();
     let done = detail
         .stages

@@ -4,10 +4,10 @@
 use maud::{DOCTYPE, Markup, html};
 use serde_json::Value;
 
-use super::reply::{HTML, Problem, Reply};
+use super::reply::{HTML, HttpError, Reply};
 use super::request::{link, segment};
-use super::{ServedStore, Site};
-use crate::account::comparison::Fact;
+use super::{ServedStore, ServerState};
+use crate::account::comparison::ComparedValue;
 use crate::store::{RunId, RunState, RunSummary, StageState, StoreError, Time};
 use crate::table;
 use crate::terminal;
@@ -47,7 +47,7 @@ pub struct Page<'a> {
 
 impl Page<'_> {
     /// The whole document.
-    pub fn reply(self, site: &Site) -> Reply {
+    pub fn reply(self, site: &ServerState) -> Reply {
         let tabs = [
             (Section::Runs, "Runs", "/"),
             (Section::Curves, "Curves", "/curves"),
@@ -150,7 +150,7 @@ fn mark() -> Markup {
 }
 
 /// An error page.
-pub fn problem(site: &Site, problem: &Problem) -> Reply {
+pub fn problem(site: &ServerState, problem: &HttpError) -> Reply {
     let status = problem.status();
     let body = html! {
         section.empty {
@@ -172,16 +172,16 @@ pub fn problem(site: &Site, problem: &Problem) -> Reply {
 }
 
 /// An error message in a box.
-pub fn explained(problem: &Problem) -> Markup {
+pub fn explained(problem: &HttpError) -> Markup {
     match problem {
-        Problem::Filter(error) => html! {
+        HttpError::Filter(error) => html! {
             div.alert role="alert" {
                 p { strong { (error.to_string()) } }
                 pre { (terminal::clean(&error.marked())) }
                 @if let Some(hint) = &error.hint { p { (name(hint)) } }
             }
         },
-        Problem::Store(error) => html! {
+        HttpError::Store(error) => html! {
             div.alert role="alert" {
                 p { (name(&error.to_string())) }
                 @if let StoreError::AmbiguousRun { candidates, .. } = error {
@@ -299,7 +299,7 @@ pub fn tags(run: &RunSummary) -> Markup {
 }
 
 /// The name of a row in a comparison.
-pub fn fact(fact: &Fact) -> Markup {
+pub fn fact(fact: &ComparedValue) -> Markup {
     html! { span.mono { (jointed(&fact.name)) } }
 }
 
@@ -311,7 +311,7 @@ pub fn jointed(text: &str) -> Markup {
 }
 
 /// Links to choose a store, if there are several.
-pub fn stores(site: &Site, here: &ServedStore) -> Markup {
+pub fn stores(site: &ServerState, here: &ServedStore) -> Markup {
     html! {
         @if site.stores.len() > 1 {
             nav.stores aria-label="Stores" {

@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use super::files;
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{PageRequest, link};
 use super::samples::Set;
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::store::{ArtifactRow, RunDetail, RunId, StageDetail};
 
 /// The most sets side by side, rows of samples, and runs on a page.
@@ -62,7 +62,7 @@ struct SnapshotPicture {
 }
 
 /// The page.
-pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn answer(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let mut details: Vec<(&ServedStore, RunDetail)> = Vec::new();
     let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
@@ -97,10 +97,10 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
 }
 
 async fn content(
-    site: &Site,
+    site: &ServerState,
     request: &PageRequest,
     details: &[(&ServedStore, RunDetail)],
-) -> Result<Markup, Problem> {
+) -> Result<Markup, HttpError> {
     let wished: Vec<&str> = request.query.all("set").collect();
     let mut offered: Vec<(&RunDetail, &ArtifactRow)> = Vec::new();
     let mut known = HashSet::new();
@@ -174,7 +174,7 @@ fn heading(columns: &[Column]) -> &'static str {
 }
 
 /// The names of a set's labels: its captions, or the class names of the network that drew it.
-async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
+async fn class_names(site: &ServerState, set: &Set, row: &ArtifactRow) -> Vec<String> {
     if !set.captions.is_empty() {
         return set.captions.clone();
     }
@@ -204,7 +204,7 @@ async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
     Vec::new()
 }
 
-async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {
+async fn open(site: &ServerState, hash: &str) -> Result<Arc<Set>, HttpError> {
     if let Some(set) = site.samples.get(hash) {
         return Ok(set);
     }
@@ -214,21 +214,21 @@ async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {
     let set = Arc::new(
         opened
             .await
-            .map_err(|error| Problem::File(error.to_string()))??,
+            .map_err(|error| HttpError::File(error.to_string()))??,
     );
     site.samples.put(hash, &set);
     Ok(set)
 }
 
 /// A sample as a picture: `/sample/HASH/NUMBER`.
-pub async fn sample(site: &Site, hash: &str, number: &str) -> Result<Reply, Problem> {
+pub async fn sample(site: &ServerState, hash: &str, number: &str) -> Result<Reply, HttpError> {
     let number: usize = number
         .trim_end_matches(".png")
         .parse()
-        .map_err(|_| Problem::NotFound("samples have numbers".into()))?;
+        .map_err(|_| HttpError::NotFound("samples have numbers".into()))?;
     let set = open(site, hash).await?;
     let png = tokio::task::spawn_blocking(move || set.png(number)).await;
-    let png = png.map_err(|error| Problem::File(error.to_string()))??;
+    let png = png.map_err(|error| HttpError::File(error.to_string()))??;
     Ok(Reply::new("image/png", png).forever())
 }
 

@@ -34,7 +34,7 @@ pub enum Content {
 
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum Problem {
+pub enum HttpError {
     /// Nothing has this address or name.
     #[error("{0}")]
     NotFound(String),
@@ -55,7 +55,7 @@ pub enum Problem {
     File(String),
 }
 
-impl From<StoreError> for Problem {
+impl From<StoreError> for HttpError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Filter(error) => Self::Filter(*error),
@@ -64,7 +64,7 @@ impl From<StoreError> for Problem {
     }
 }
 
-impl Problem {
+impl HttpError {
     /// Its HTTP status.
     pub fn status(&self) -> u16 {
         match self {

@@ -2,22 +2,22 @@
 
 use hyper::Method;
 
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::PageRequest;
 use super::{
-    Site, assets, changes, compare, curves, events, files, lineage, page, pictures, run, runs,
-    sweeps,
+    ServerState, assets, changes, compare, curves, events, files, lineage, page, pictures, run,
+    runs, sweeps,
 };
 
 /// Answers an allowed request.
-pub async fn answer(site: &Site, request: &PageRequest) -> Reply {
+pub async fn answer(site: &ServerState, request: &PageRequest) -> Reply {
     match find(site, request).await {
         Ok(reply) => reply,
         Err(problem) => page::problem(site, &problem),
     }
 }
 
-async fn find(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+async fn find(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let path: Vec<&str> = request.path.iter().map(String::as_str).collect();
     // Checked at every request: another machine may have taken the store meanwhile.
     if !matches!(path.as_slice(), ["assets" | "events", ..]) {
@@ -53,6 +53,6 @@ async fn find(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     }
 }
 
-fn nothing() -> Problem {
-    Problem::NotFound("there is no page under this address".into())
+fn nothing() -> HttpError {
+    HttpError::NotFound("there is no page under this address".into())
 }

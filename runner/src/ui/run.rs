@@ -4,9 +4,9 @@ use maud::{Markup, html};
 
 use super::graph::{self, Node};
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{PageRequest, link, segment};
-use super::{ServedStore, Site, curves, gantt, lineage, live, pictures, run_log};
+use super::{ServedStore, ServerState, curves, gantt, lineage, live, pictures, run_log};
 use crate::account::reasons;
 use crate::chart;
 use crate::store::{AttemptDetail, RunDetail, RunState, SeriesSummary, StageDetail};
@@ -30,20 +30,20 @@ const TABS: [(&str, &str); 7] = [
 
 /// The first page of a run.
 pub async fn overview(
-    site: &Site,
+    site: &ServerState,
     request: &PageRequest,
     reference: &str,
-) -> Result<Reply, Problem> {
+) -> Result<Reply, HttpError> {
     tab(site, request, reference, "").await
 }
 
 /// A page of a run.
 pub async fn tab(
-    site: &Site,
+    site: &ServerState,
     request: &PageRequest,
     reference: &str,
     tab: &str,
-) -> Result<Reply, Problem> {
+) -> Result<Reply, HttpError> {
     let (served, run) = site.find_run(reference).await?;
     let base = page::run_path(&run.0);
     if run.0 != reference {
@@ -63,7 +63,7 @@ pub async fn tab(
         "log" => run_log::content(served, &detail, request).await?,
         "artifacts" => artifacts(&detail),
         "environment" => environment(&detail),
-        _ => return Err(Problem::NotFound("a run has no such page".into())),
+        _ => return Err(HttpError::NotFound("a run has no such page".into())),
     };
     let summary = &detail.summary;
     let under_way = matches!(summary.state, RunState::Queued | RunState::Running);
@@ -90,7 +90,7 @@ pub async fn tab(
     Ok(page.reply(site))
 }
 
-fn head(site: &Site, served: &ServedStore, detail: &RunDetail) -> Markup {
+fn head(site: &ServerState, served: &ServedStore, detail: &RunDetail) -> Markup {
     let run = &detail.summary;
     let id = run.id.0.as_str();
     html! {
@@ -122,7 +122,7 @@ fn head(site: &Site, served: &ServedStore, detail: &RunDetail) -> Markup {
     }
 }
 
-fn forms(site: &Site, _: &ServedStore, detail: &RunDetail) -> Markup {
+fn forms(site: &ServerState, _: &ServedStore, detail: &RunDetail) -> Markup {
     let run = &detail.summary;
     let hidden = html! {
         input type="hidden" name="seal" value=(site.guard.seal());
@@ -350,7 +350,7 @@ fn search(id: &str, label: &str, table: &str) -> Markup {
     }
 }
 
-async fn why(served: &ServedStore, detail: &RunDetail) -> Result<Markup, Problem> {
+async fn why(served: &ServedStore, detail: &RunDetail) -> Result<Markup, HttpError> {
     let mut answers = Vec::new();
     for stage in &detail.stages {
         if let Some((answer, _)) =

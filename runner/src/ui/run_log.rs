@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::ServedStore;
 use super::page;
-use super::reply::Problem;
+use super::reply::HttpError;
 use super::request::{PageRequest, link};
 use crate::store::{LogQuery, LogSource, RunDetail, RunLine};
 use crate::terminal;
@@ -27,12 +27,12 @@ pub async fn content(
     served: &ServedStore,
     detail: &RunDetail,
     request: &PageRequest,
-) -> Result<Markup, Problem> {
+) -> Result<Markup, HttpError> {
     let query = &request.query;
     let level = query.get("level").unwrap_or("trace");
     let known = LEVELS.iter().find(|(name, _)| *name == level);
     let (_, number) =
-        known.ok_or_else(|| Problem::BadRequest(format!("there is no level `{level}`")))?;
+        known.ok_or_else(|| HttpError::BadRequest(format!("there is no level `{level}`")))?;
     let wish = LogQuery {
         level: *number,
         stage: query.get("stage"),

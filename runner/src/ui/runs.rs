@@ -4,9 +4,9 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{Fields, PageRequest, segment};
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::filter::{self, Expr, Filter, Name};
 use crate::store::{Group, RunFilter, RunSummary, Sort, StoreError};
 use crate::table;
@@ -30,14 +30,14 @@ struct ListQuery {
 }
 
 /// The page.
-pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+pub async fn answer(site: &ServerState, request: &PageRequest) -> Result<Reply, HttpError> {
     let number: usize = request.query.number("store").unwrap_or(1);
     let served = site
         .stores
         .get(number.wrapping_sub(1))
-        .ok_or_else(|| Problem::NotFound(format!("there is no store number {number}")))?;
+        .ok_or_else(|| HttpError::NotFound(format!("there is no store number {number}")))?;
     let found = content(site, served, request).await;
-    let status = found.as_ref().err().map_or(200, Problem::status);
+    let status = found.as_ref().err().map_or(200, HttpError::status);
     let names = served.store.field_names(NAMES).await?;
     let body = html! {
         (page::stores(site, served))
@@ -71,7 +71,7 @@ fn chosen(query: &Fields) -> impl Iterator<Item = &str> {
         .filter(|name| !name.is_empty())
 }
 
-fn query(query: &Fields) -> Result<ListQuery, Problem> {
+fn query(query: &Fields) -> Result<ListQuery, HttpError> {
     let filter = query.get("where").filter(|text| !text.trim().is_empty());
     let sort = query
         .all("sort")
@@ -95,17 +95,17 @@ fn query(query: &Fields) -> Result<ListQuery, Problem> {
     }
     Ok(ListQuery {
         filter: filter.map(filter::parse).transpose()?,
-        sort: sort.collect::<Result<_, Problem>>()?,
+        sort: sort.collect::<Result<_, HttpError>>()?,
         columns,
         page: query.number("page").unwrap_or(1).max(1),
     })
 }
 
 async fn content(
-    site: &Site,
+    site: &ServerState,
     served: &ServedStore,
     request: &PageRequest,
-) -> Result<Markup, Problem> {
+) -> Result<Markup, HttpError> {
     let query = query(&request.query)?;
     let baseline = baseline(site, request, &query).await;
     let list = match request.query.get("group") {
@@ -113,7 +113,7 @@ async fn content(
             groups(served, request, &query, baseline.as_ref(), by).await?
         }
         Some(other) => {
-            return Err(Problem::BadRequest(format!(
+            return Err(HttpError::BadRequest(format!(
                 "runs have no groups by {other}"
             )));
         }
@@ -134,7 +134,11 @@ fn unpin(id: &str) -> Markup {
 }
 
 /// The baseline run, from any store; ignored if it no longer exists.
-async fn baseline(site: &Site, request: &PageRequest, query: &ListQuery) -> Option<RunSummary> {
+async fn baseline(
+    site: &ServerState,
+    request: &PageRequest,
+    query: &ListQuery,
+) -> Option<RunSummary> {
     let id = request.query.get("baseline")?;
     let (served, run) = site.find_run(id).await.ok()?;
     if run.0 != id {
@@ -163,7 +167,7 @@ async fn whole(
     request: &PageRequest,
     query: &ListQuery,
     baseline: Option<&RunSummary>,
-) -> Result<Markup, Problem> {
+) -> Result<Markup, HttpError> {
     let filter = RunFilter {
         limit: Some(PAGE),
         skip: (query.page - 1).saturating_mul(PAGE),
@@ -239,7 +243,7 @@ fn nothing(filtered: bool) -> Markup {
 }
 
 /// The newest sweeps, with their numbers of points.
-async fn sweeps(served: &ServedStore) -> Result<Vec<Group>, Problem> {
+async fn sweeps(served: &ServedStore) -> Result<Vec<Group>, HttpError> {
     let sweeps = served.store.list_sweeps().await?;
     let groups = sweeps.into_iter().take(GROUPS as usize).map(|sweep| Group {
         name: sweep.id.0,
@@ -254,7 +258,7 @@ async fn groups(
     query: &ListQuery,
     baseline: Option<&RunSummary>,
     by: &str,
-) -> Result<Markup, Problem> {
+) -> Result<Markup, HttpError> {
     let groups = match by {
         "sweep" => sweeps(served).await?,
         _ => served.store.tag_groups(GROUPS).await?,

@@ -13,7 +13,7 @@ use retort_checkpoint::{Checkpoint, Dtype, json};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::reply::Problem;
+use super::reply::HttpError;
 use crate::artifact;
 use crate::store::ArtifactFile;
 
@@ -87,9 +87,9 @@ impl Cache {
 
 impl Set {
     /// Opens the set in an artifact's directory, with the files that the store lists.
-    pub fn open(dir: PathBuf, files: &[ArtifactFile]) -> Result<Self, Problem> {
+    pub fn open(dir: PathBuf, files: &[ArtifactFile]) -> Result<Self, HttpError> {
         let bad = |message: String| {
-            Problem::File(format!("this set of samples cannot be read: {message}"))
+            HttpError::File(format!("this set of samples cannot be read: {message}"))
         };
         let listed: HashSet<&str> = files.iter().map(|file| file.path.as_str()).collect();
         let check = |name: &str| match listed.contains(name) {
@@ -193,15 +193,15 @@ impl Set {
     }
 
     /// A sample as a PNG.
-    pub fn png(&self, sample: usize) -> Result<Vec<u8>, Problem> {
+    pub fn png(&self, sample: usize) -> Result<Vec<u8>, HttpError> {
         let bad =
-            |message: String| Problem::File(format!("sample {sample} cannot be read: {message}"));
+            |message: String| HttpError::File(format!("sample {sample} cannot be read: {message}"));
         let shards = &self.manifest.shards;
         let shard = shards
             .iter()
             .find(|shard| (shard.start..shard.end).contains(&(sample as u64)));
         let shard =
-            shard.ok_or_else(|| Problem::NotFound(format!("there is no sample {sample}")))?;
+            shard.ok_or_else(|| HttpError::NotFound(format!("there is no sample {sample}")))?;
         let [c, h, w] = self.manifest.image;
         // It was checked when the set was opened, and may be another file by now.
         drop(artifact::open_inner(&self.dir, &shard.file).map_err(|error| bad(error.to_string()))?);

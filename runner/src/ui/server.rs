@@ -17,10 +17,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
 use super::connections::{Activity, Connections, Observed};
-use super::guard::{Decision, Guard};
+use super::guard::{AccessDecision, Guard};
 use super::reply::{Content, Reply, TEXT};
 use super::request::{self, Fields, PageRequest};
-use super::{Site, route};
+use super::{ServerState, route};
 
 /// The time limit for a request's headers.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,7 +30,7 @@ const FORM: usize = 64 << 10;
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 /// Serves a site until `stop` ends.
-pub async fn serve(site: Arc<Site>, listener: TcpListener, stop: impl Future<Output = ()>) {
+pub async fn serve(site: Arc<ServerState>, listener: TcpListener, stop: impl Future<Output = ()>) {
     let mut connections = Connections::default();
     let mut stop = std::pin::pin!(stop);
     loop {
@@ -66,15 +66,18 @@ pub async fn serve(site: Arc<Site>, listener: TcpListener, stop: impl Future<Out
     }
 }
 
-async fn answer(site: &Site, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn answer(
+    site: &ServerState,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
     let (head, body) = request.into_parts();
     let is_head = head.method == Method::HEAD;
     let reply = match site.guard.decide(&head.method, &head.uri, &head.headers) {
-        Decision::Refuse(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
-        Decision::SetCookie { cookie, place } => {
+        AccessDecision::Refuse(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
+        AccessDecision::SetCookie { cookie, place } => {
             Reply::see(&place).header(SET_COOKIE.as_str(), cookie)
         }
-        Decision::Allow => match form(&head.method, body).await {
+        AccessDecision::Allow => match form(&head.method, body).await {
             Err(reply) => reply,
             Ok(form) => match request::path(head.uri.path()) {
                 None => Reply::new(TEXT, "there is no such page\n").status(404),

@@ -3,9 +3,9 @@
 use maud::{Markup, PreEscaped, html};
 
 use super::page::{self, Page, Section};
-use super::reply::{Problem, Reply};
+use super::reply::{HttpError, Reply};
 use super::request::{PageRequest, link, segment};
-use super::{ServedStore, Site};
+use super::{ServedStore, ServerState};
 use crate::account::plot;
 use crate::account::results::Results;
 use crate::store::{RunState, StoreError, SweepPoint};
@@ -13,13 +13,16 @@ use crate::store::{RunState, StoreError, SweepPoint};
 /// The most points in the table.
 const MOST: usize = 2000;
 
-async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, Results), Problem> {
+async fn find<'s>(
+    site: &'s ServerState,
+    reference: &str,
+) -> Result<(&'s ServedStore, Results), HttpError> {
     let mut first = None;
     for served in &site.stores {
         let id = match served.store.resolve_sweep(reference).await {
             Ok(id) => id,
             Err(error @ (StoreError::NoSweep { .. } | StoreError::AmbiguousSweep { .. })) => {
-                first = first.or(Some(Problem::NotFound(error.to_string())));
+                first = first.or(Some(HttpError::NotFound(error.to_string())));
                 continue;
             }
             Err(error) => return Err(error.into()),
@@ -27,14 +30,14 @@ async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, R
         let detail = served.store.sweep_detail(&id).await?;
         return Ok((served, Results::of(&served.store, detail, None).await?));
     }
-    Err(first.unwrap_or_else(|| Problem::NotFound("there is no such sweep".into())))
+    Err(first.unwrap_or_else(|| HttpError::NotFound("there is no such sweep".into())))
 }
 
 /// The picture: `/sweep/ID/plot.svg`.
-pub async fn svg(site: &Site, reference: &str) -> Result<Reply, Problem> {
+pub async fn svg(site: &ServerState, reference: &str) -> Result<Reply, HttpError> {
     let (_, results) = find(site, reference).await?;
     let Some(objective) = &results.objective else {
-        return Err(Problem::NotFound("this sweep has no objective".into()));
+        return Err(HttpError::NotFound("this sweep has no objective".into()));
     };
     let (axes, lines) = results.drawn();
     Ok(Reply::new(
@@ -70,7 +73,11 @@ fn state(point: &SweepPoint) -> Markup {
 }
 
 /// The page.
-pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Reply, Problem> {
+pub async fn answer(
+    site: &ServerState,
+    _: &PageRequest,
+    reference: &str,
+) -> Result<Reply, HttpError> {
     let (served, results) = find(site, reference).await?;
     let (detail, definition) = (&results.detail, &results.detail.plan.definition);
     let id = detail.id.0.as_str();

@@ -9,25 +9,25 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitStatus {
-    /// It left.
+    /// It called `exit`, or returned from `main`.
     Code(i32),
-    /// It was ended.
+    /// A signal ended it.
     Signal(i32),
 }
 
 /// An unrequested end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Death {
+pub struct UnexpectedExit {
     /// With a code or by a signal.
     pub status: ExitStatus,
     /// The known cause.
-    pub cause: Cause,
+    pub cause: ExitCause,
 }
 
 /// Why a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// Nobody said.
+pub enum ExitCause {
+    /// Unknown.
     Unknown,
     /// The kernel ran out of memory at that time.
     KernelMemory,
@@ -41,22 +41,22 @@ pub enum Cause {
     Length,
 }
 
-/// Messages of aborting code, in the order of search: the allocators of Rust and C++ and what people write, [`retort_abi`],
-/// the C++ library, Rust's and the C library under an exception, Rust's under a panic.
-const LAST_WORDS: [(&str, Cause); 8] = [
-    ("memory allocation of ", Cause::Memory),
-    ("bad_alloc", Cause::Memory),
-    ("out of memory", Cause::Memory),
-    ("crossed the plugin boundary", Cause::Length),
-    ("terminate called", Cause::Exception),
-    ("foreign exception", Cause::Exception),
-    ("exception not rethrown", Cause::Exception),
-    ("non-unwinding panic", Cause::Panic),
+/// Messages of aborting code, in the order of search: of the allocators of Rust and C++ and of plugins' authors; of
+/// [`retort_abi`]; of the C++ library, and of Rust and the C library at an exception; of Rust at a panic.
+const LAST_WORDS: [(&str, ExitCause); 8] = [
+    ("memory allocation of ", ExitCause::Memory),
+    ("bad_alloc", ExitCause::Memory),
+    ("out of memory", ExitCause::Memory),
+    ("crossed the plugin boundary", ExitCause::Length),
+    ("terminate called", ExitCause::Exception),
+    ("foreign exception", ExitCause::Exception),
+    ("exception not rethrown", ExitCause::Exception),
+    ("non-unwinding panic", ExitCause::Panic),
 ];
 
-impl Death {
-    /// Of a process that ended so, having written these lines last; `out_of_memory`: when the kernel killed some process
-    /// because memory ran out.
+impl UnexpectedExit {
+    /// `status`: how the process ended. `last_words`: the last lines that it wrote. `out_of_memory`: whether the kernel killed
+    /// some process at that time because memory ran out.
     pub fn new<'a>(
         status: ExitStatus,
         last_words: impl Iterator<Item = &'a str> + Clone,
@@ -64,12 +64,12 @@ impl Death {
     ) -> Self {
         let said = |words: &str| last_words.clone().any(|line| line.contains(words));
         let cause = match status {
-            ExitStatus::Signal(libc::SIGKILL) if out_of_memory => Cause::KernelMemory,
+            ExitStatus::Signal(libc::SIGKILL) if out_of_memory => ExitCause::KernelMemory,
             ExitStatus::Signal(libc::SIGABRT) => {
                 let known = LAST_WORDS.iter().find(|(words, _)| said(words));
-                known.map_or(Cause::Unknown, |(_, cause)| *cause)
+                known.map_or(ExitCause::Unknown, |(_, cause)| *cause)
             }
-            _ => Cause::Unknown,
+            _ => ExitCause::Unknown,
         };
         Self { status, cause }
     }
@@ -81,11 +81,11 @@ impl Death {
             ExitStatus::Signal(signal) => signal_name(signal),
         };
         let cause = match self.cause {
-            Cause::Unknown => "",
-            Cause::KernelMemory | Cause::Memory => " (out of memory)",
-            Cause::Exception => " (exception)",
-            Cause::Panic => " (panic)",
-            Cause::Length => " (absurd length)",
+            ExitCause::Unknown => "",
+            ExitCause::KernelMemory | ExitCause::Memory => " (out of memory)",
+            ExitCause::Exception => " (exception)",
+            ExitCause::Panic => " (panic)",
+            ExitCause::Length => " (absurd length)",
         };
         format!("killed by {signal}{cause}")
     }
@@ -93,19 +93,19 @@ impl Death {
     /// What happened, for people.
     pub fn message(self) -> &'static str {
         match (self.cause, self.status) {
-            (Cause::KernelMemory, _) => "the kernel ran out of memory at that time",
-            (Cause::Memory, _) => "the plugin could not get the memory it asked for",
-            (Cause::Exception, _) => {
+            (ExitCause::KernelMemory, _) => "the kernel ran out of memory at that time",
+            (ExitCause::Memory, _) => "the plugin could not get the memory it asked for",
+            (ExitCause::Exception, _) => {
                 "an exception left a function or a thread of the plugin, which must catch all of its own"
             }
-            (Cause::Panic, _) => {
+            (ExitCause::Panic, _) => {
                 "a panic reached a place that cannot unwind, such as a function for C"
             }
-            (Cause::Length, _) => "the plugin passed text of an absurd length",
-            (Cause::Unknown, ExitStatus::Code(_)) => {
+            (ExitCause::Length, _) => "the plugin passed text of an absurd length",
+            (ExitCause::Unknown, ExitStatus::Code(_)) => {
                 "the plugin, or a library it uses, left (exit) without a result"
             }
-            (Cause::Unknown, ExitStatus::Signal(signal)) => match signal {
+            (ExitCause::Unknown, ExitStatus::Signal(signal)) => match signal {
                 libc::SIGSEGV | libc::SIGBUS => "the plugin accessed memory that is not its own",
                 libc::SIGABRT => "the plugin, or a library it uses, gave up (abort)",
                 libc::SIGILL => "an instruction that this processor does not have, or a trap",
@@ -119,7 +119,7 @@ impl Death {
     /// What to do.
     pub fn hint(self) -> Option<&'static str> {
         match self.cause {
-            Cause::KernelMemory | Cause::Memory => {
+            ExitCause::KernelMemory | ExitCause::Memory => {
                 Some("make batches or models smaller, or free memory")
             }
             _ => None,
@@ -153,7 +153,7 @@ pub fn signal_name(signal: i32) -> String {
     name.to_owned()
 }
 
-/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
+/// How often the kernel has killed a process because memory ran out, since it booted; 0 if unknown.
 pub fn out_of_memory_kills() -> u64 {
     let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
     text.lines()
@@ -168,7 +168,7 @@ mod tests {
     #[track_caller]
     fn check(signal: i32, line: &str, reason: &str) {
         let lines = ["first", line, "and more"];
-        let death = Death::new(ExitStatus::Signal(signal), lines.into_iter(), false);
+        let death = UnexpectedExit::new(ExitStatus::Signal(signal), lines.into_iter(), false);
         assert_eq!(death.reason(), reason);
     }
 
@@ -207,7 +207,7 @@ mod tests {
             (libc::SIGKILL, "killed by SIGKILL (out of memory)"),
             (libc::SIGSEGV, "killed by SIGSEGV"),
         ] {
-            let death = Death::new(ExitStatus::Signal(signal), std::iter::empty(), true);
+            let death = UnexpectedExit::new(ExitStatus::Signal(signal), std::iter::empty(), true);
             assert_eq!(death.reason(), reason);
         }
     }

@@ -1,22 +1,22 @@
-//! Whether a worker that others wait for still lives.
+//! Detects that a worker which others wait for hangs.
 //!
-//! A worker of a part shows it by a message every [`BEAT`], sent by a thread of its own: whatever its stage computes, loads or
-//! waits for, it goes on. Only a process that is stopped, or whose machine hangs, sends none. Whoever supervises one of a
-//! training looks every second and counts. Looks are counted, not time, so that a supervisor that was itself stopped
-//! meanwhile finds nothing amiss.
+//! The worker of a part sends a message every [`BEAT`], from a separate thread, so that the messages go on whatever its stage
+//! computes, loads or waits for. Only a process that is stopped, or whose machine hangs, sends none. The supervisor of a
+//! training's worker checks every second. It counts checks instead of time, so that a supervisor that was itself stopped for a
+//! while does not take its worker for dead.
 
 use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior};
 
-/// How often a worker shows that it lives.
+/// The time between two heartbeats of a worker.
 pub const BEAT: Duration = Duration::from_secs(2);
-/// How often its supervisor looks.
+/// The time between two checks by its supervisor.
 const LOOK: Duration = Duration::from_secs(1);
-/// After so many looks without a sign it is taken for dead.
+/// The number of checks without a sign of life after which a worker is taken for dead.
 const MOST: u32 = 30;
 
-/// The times at which a supervisor looks.
+/// The times of a supervisor's checks.
 pub fn looks() -> Interval {
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -26,22 +26,22 @@ pub fn looks() -> Interval {
 /// The signs of life of a worker.
 #[derive(Debug, Default)]
 pub struct Heartbeat {
-    /// Looks since the last one; none before the first.
+    /// The number of checks since the last sign of life; None before the first.
     looks: Option<u32>,
 }
 
 impl Heartbeat {
-    /// It has shown that it lives.
+    /// It has sent a heartbeat.
     pub fn beat(&mut self) {
         self.looks = Some(0);
     }
 
-    /// It has sent something: as good a sign, once there are any.
+    /// It has sent something else, which counts as a sign of life once it has sent a heartbeat.
     pub fn heard(&mut self) {
         self.looks = self.looks.map(|_| 0);
     }
 
-    /// A look: whether it has been silent for too long.
+    /// A check: whether it has been silent for too long.
     pub fn look(&mut self) -> bool {
         self.looks = self.looks.map(|looks| looks + 1);
         self.looks.is_some_and(|looks| looks >= MOST)

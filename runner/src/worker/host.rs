@@ -34,7 +34,7 @@ pub struct LoadedPlugin {
 /// Why a file could not be loaded as a plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// Others could change it.
+    /// Other users could change it.
     #[error(transparent)]
     Untrusted(#[from] TrustError),
     /// It cannot be read.
@@ -45,7 +45,7 @@ pub enum LoadError {
         /// Why not.
         source: std::io::Error,
     },
-    /// It is not what was planned, or is being written.
+    /// It is not the planned file, or is just being written.
     #[error("{} is not the file it was when the run was planned", path.display())]
     Changed {
         /// The file.
@@ -57,12 +57,12 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
     },
-    /// The dynamic linker refuses.
+    /// The dynamic linker refuses it.
     #[error("{} cannot be loaded: {reason}", path.display())]
     NotLoadable {
         /// The file.
         path: PathBuf,
-        /// What the linker says.
+        /// The linker's message.
         reason: String,
     },
     /// A shared object, but no plugin.
@@ -92,7 +92,7 @@ pub enum LoadError {
         /// The minor version it needs.
         needs: u32,
     },
-    /// The table is no table.
+    /// Its table is invalid.
     #[error("{}: `{}` returned {problem}", path.display(), ffi::ENTRY)]
     BadTable {
         /// The file.
@@ -137,7 +137,7 @@ impl LoadedPlugin {
     ///
     /// # Errors
     /// [`LoadError`].
-    /// `planned`: the hash that it must have; what was hashed is what is loaded.
+    /// `planned`: the hash that it must have. The loaded bytes are those that were hashed.
     pub fn load(path: &Path, planned: Option<&str>) -> Result<Self, LoadError> {
         let unreadable = |source| LoadError::Unreadable {
             path: path.to_owned(),
@@ -158,7 +158,7 @@ impl LoadedPlugin {
             }
         }
         let place = match needs_its_place(&file).map_err(unreadable)? {
-            // By its path, then, in directories that nobody else can write to.
+            // It is loaded by its own path then, through directories that no other user can write to.
             true if fs::metadata(path).is_ok_and(|found| FileStamp::of(&found) == stamp) => {
                 path.to_owned()
             }
@@ -173,7 +173,7 @@ impl LoadedPlugin {
                     reason: linker_says(&error),
                 }
             })?;
-        // Never closed: the linker knows the plugin by the number of its descriptor, which nothing else must get.
+        // Never closed: the linker knows the plugin by its descriptor's number, which must not be reused.
         let file: &'static File = Box::leak(Box::new(file));
         if FileStamp::of(&file.metadata().map_err(unreadable)?) != stamp {
             return Err(changed());
@@ -191,11 +191,11 @@ impl LoadedPlugin {
         let table = unsafe { entry() };
         // SAFETY: a table that is not NULL begins with a true struct_size, says the header.
         unsafe { Self::from_table(table) }.map_err(|problem| match problem {
-            Problem::NeedsNewerHost(needs) => LoadError::NeedsNewerHost {
+            TableError::NeedsNewerHost(needs) => LoadError::NeedsNewerHost {
                 path: path.to_owned(),
                 needs,
             },
-            Problem::Bad(problem) => LoadError::BadTable {
+            TableError::Bad(problem) => LoadError::BadTable {
                 path: path.to_owned(),
                 problem,
             },
@@ -204,17 +204,17 @@ impl LoadedPlugin {
 
     /// # Safety
     /// `table` is NULL or points to a table whose first member is its size.
-    unsafe fn from_table(table: *const PluginTable) -> Result<Self, Problem> {
+    unsafe fn from_table(table: *const PluginTable) -> Result<Self, TableError> {
         if table.is_null() {
-            return Err(Problem::Bad("no table (NULL)".into()));
+            return Err(TableError::Bad("no table (NULL)".into()));
         }
         if !table.is_aligned() {
-            return Err(Problem::Bad("a misaligned pointer".into()));
+            return Err(TableError::Bad("a misaligned pointer".into()));
         }
         // SAFETY: the caller vouches for the first member.
         let size = unsafe { (*table).struct_size } as usize;
         if size < ffi::SMALLEST_PLUGIN {
-            return Err(Problem::Bad(format!(
+            return Err(TableError::Bad(format!(
                 "a truncated table: struct_size is {size}, at least {} is required",
                 ffi::SMALLEST_PLUGIN
             )));
@@ -222,13 +222,13 @@ impl LoadedPlugin {
         // SAFETY: the table is at least as large as ours, going by the size that the caller vouches for.
         let needs = unsafe { (*table).min_host_minor };
         if needs > ffi::ABI_MINOR {
-            return Err(Problem::NeedsNewerHost(needs));
+            return Err(TableError::NeedsNewerHost(needs));
         }
         macro_rules! required {
             ($member:ident) => {
                 // SAFETY: as above.
                 unsafe { table_member!(table, PluginTable, $member) }.ok_or_else(|| {
-                    Problem::Bad(concat!("a table without `", stringify!($member), "`").into())
+                    TableError::Bad(concat!("a table without `", stringify!($member), "`").into())
                 })?
             };
         }
@@ -240,16 +240,16 @@ impl LoadedPlugin {
         })
     }
 
-    /// What the plugin says of itself.
+    /// The plugin's description of itself.
     ///
     /// # Errors
-    /// What the plugin says, or that its answer is no valid description.
+    /// The plugin's failure, or an invalid answer.
     pub fn describe(&self) -> Result<Description, Failure> {
         // SAFETY: the plugin's table is valid for good; `call` gives sinks that outlive the call.
         call("describe", |out, err| unsafe { (self.describe)(out, err) })
     }
 
-    /// The devices really present.
+    /// The devices that are present.
     ///
     /// # Errors
     /// As [`LoadedPlugin::describe`].
@@ -283,7 +283,7 @@ impl LoadedPlugin {
     }
 }
 
-enum Problem {
+enum TableError {
     NeedsNewerHost(u32),
     Bad(String),
 }
@@ -293,7 +293,7 @@ fn call<T: DeserializeOwned>(
     name: &str,
     function: impl FnOnce(Sink, Sink) -> i32,
 ) -> Result<T, Failure> {
-    // Never dropped: a thread of the plugin may write after its time, and must not find them gone.
+    // Never dropped: a thread of the plugin may still write to them after the call has returned.
     let (out, err): (&mut Vec<u8>, &mut Vec<u8>) =
         (Box::leak(Box::default()), Box::leak(Box::default()));
     let status = function(Sink::into_buffer(out), Sink::into_buffer(err));
@@ -342,7 +342,7 @@ fn check_magic(path: &Path, file: &File) -> Result<(), LoadError> {
     }
 }
 
-/// The path by which the linker gets this very file, whatever lies at its own path by now.
+/// A path by which the linker gets exactly this open file, even if its own path has been replaced since.
 fn opened(path: &Path, file: &File) -> PathBuf {
     match cfg!(target_os = "linux") {
         true => format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
@@ -350,7 +350,7 @@ fn opened(path: &Path, file: &File) -> PathBuf {
     }
 }
 
-/// Whether the file looks for libraries beside itself (`$ORIGIN`), which the linker finds by the path it is loaded from.
+/// Whether the file looks for libraries in its own directory (`$ORIGIN`): the linker then needs its real path.
 fn needs_its_place(file: &File) -> io::Result<bool> {
     let mut bytes = vec![0; 1 << 20];
     let mut position = 0;
@@ -360,7 +360,7 @@ fn needs_its_place(file: &File) -> io::Result<bool> {
         if found(b"$ORIGIN") || found(b"${ORIGIN}") {
             return Ok(true);
         }
-        // A word across two pieces is whole in a third.
+        // The pieces overlap, so that a word at the end of one is whole in the next.
         let step = read.saturating_sub(16);
         if step == 0 {
             return Ok(false);
@@ -378,7 +378,7 @@ fn linker_says(error: &libloading::Error) -> String {
 fn no_entry(library: &Library, path: &Path) -> LoadError {
     let other = (0..100).find(|major| {
         let name = format!("retort_plugin_v{major}");
-        // SAFETY: the symbol is looked for, never called.
+        // SAFETY: the symbol is only looked up, never called.
         *major != ffi::ABI_MAJOR && unsafe { library.get::<*const ()>(name.as_bytes()) }.is_ok()
     });
     match other {
@@ -418,8 +418,10 @@ mod tests {
         // SAFETY: the table is ours; a smaller struct_size than the truth is still readable.
         match unsafe { LoadedPlugin::from_table(&table) } {
             Ok(_) => assert_eq!("loaded", expected),
-            Err(Problem::NeedsNewerHost(minor)) => assert_eq!(format!("needs {minor}"), expected),
-            Err(Problem::Bad(problem)) => assert_eq!(problem, expected),
+            Err(TableError::NeedsNewerHost(minor)) => {
+                assert_eq!(format!("needs {minor}"), expected)
+            }
+            Err(TableError::Bad(problem)) => assert_eq!(problem, expected),
         }
     }
 

@@ -15,16 +15,17 @@ use crate::store::Time;
 /// How often metrics, log lines and progress are sent.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Points and lines of one frame, which keeps it far below the limit of a frame.
+/// Most points and lines of one frame: far below the size limit of a frame.
 const BATCH: usize = 8192;
 
-/// Frames of metric points kept while the runner does not read: four million points, 100 MB. Beyond, the oldest go.
+/// Frames of metric points kept while the runner does not read: four million points, 100 MB. Beyond that the oldest are
+/// dropped.
 const MOST_PARCELS: usize = 512;
 
-/// Log lines kept while the runner does not read, and their bytes; beyond, further ones go.
+/// Log lines kept while the runner does not read, and their bytes. Beyond that new ones are dropped.
 const MOST_LINES: usize = 1 << 16;
 const MOST_LINE_BYTES: usize = 32 << 20;
-/// Bytes of lines of one frame, which JSON may make six times as long.
+/// Most bytes of lines of one frame. JSON may make them six times as long.
 const LINES_OF_A_FRAME: usize = 4 << 20;
 
 /// Longest log line, in bytes.
@@ -39,7 +40,7 @@ pub(super) struct Outbox {
 
 #[derive(Default)]
 struct Pending {
-    parcels: VecDeque<Outgoing>,
+    batches: VecDeque<PointBatch>,
     lines: Vec<Line>,
     line_bytes: usize,
     progress: Option<Progress>,
@@ -47,16 +48,16 @@ struct Pending {
     lost_lines: u64,
 }
 
-/// Points of one frame, put in their places as they come: what a stage's call costs is a look-up and three numbers,
-/// at any backlog.
+/// Points of one frame, grouped by series as they come. So a stage's call costs one look-up and three numbers, however many
+/// points are pending.
 #[derive(Debug, Default)]
-struct Outgoing {
+struct PointBatch {
     series: Vec<Points>,
     places: HashMap<String, usize>,
     count: usize,
 }
 
-impl Outgoing {
+impl PointBatch {
     fn add(&mut self, series: &str, step: u64, value: f64, at: i64) {
         let place = match self.places.get(series) {
             Some(&place) => place,
@@ -79,7 +80,7 @@ impl Outgoing {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.parcels.is_empty() && self.lines.is_empty() && self.progress.is_none()
+        self.batches.is_empty() && self.lines.is_empty() && self.progress.is_none()
     }
 }
 
@@ -114,20 +115,20 @@ impl Outbox {
     }
 
     fn send_pending(&self, socket: &mut UnixStream) {
-        // One parcel after the other, so that what waits for the runner is never held twice; those of now, so that this
-        // comes to an end.
-        let parcels = lock(&self.pending).parcels.len();
-        for _ in 0..parcels {
-            let Some(outgoing) = lock(&self.pending).parcels.pop_front() else {
+        // One batch at a time, so that unsent points are never in memory twice; and only the batches of this moment, so
+        // that the loop ends.
+        let batches = lock(&self.pending).batches.len();
+        for _ in 0..batches {
+            let Some(batch) = lock(&self.pending).batches.pop_front() else {
                 break;
             };
-            write_frame(socket, &FromWorker::Metrics(outgoing.series));
+            write_frame(socket, &FromWorker::Metrics(batch.series));
         }
         let (pending, mut lines) = {
             let mut now = lock(&self.pending);
-            let parcels = std::mem::take(&mut now.parcels);
+            let batches = std::mem::take(&mut now.batches);
             let mut pending = std::mem::take(&mut *now);
-            now.parcels = parcels;
+            now.batches = batches;
             let lines = std::mem::take(&mut pending.lines);
             (pending, lines)
         };
@@ -165,18 +166,18 @@ impl Outbox {
         let at = Time::now().0;
         self.put(|pending| {
             if pending
-                .parcels
+                .batches
                 .back()
-                .is_none_or(|outgoing| outgoing.count >= BATCH)
+                .is_none_or(|batch| batch.count >= BATCH)
             {
-                if pending.parcels.len() >= MOST_PARCELS {
-                    let oldest = pending.parcels.pop_front();
-                    pending.lost_points += oldest.map_or(0, |outgoing| outgoing.count as u64);
+                if pending.batches.len() >= MOST_PARCELS {
+                    let oldest = pending.batches.pop_front();
+                    pending.lost_points += oldest.map_or(0, |batch| batch.count as u64);
                 }
-                pending.parcels.push_back(Outgoing::default());
+                pending.batches.push_back(PointBatch::default());
             }
-            if let Some(outgoing) = pending.parcels.back_mut() {
-                outgoing.add(series, step, value, at);
+            if let Some(batch) = pending.batches.back_mut() {
+                batch.add(series, step, value, at);
             }
         });
     }
@@ -205,8 +206,8 @@ impl Outbox {
         self.put(|pending| pending.progress = Some(progress));
     }
 
-    /// Adds to what is pending. The pump waits only while there is nothing: waking it for more would cost every call
-    /// of a stage a system call.
+    /// Adds to the pending messages. The pump is woken only if there were none, because waking it costs a system call, which
+    /// each of a stage's calls would have to pay.
     fn put(&self, add: impl FnOnce(&mut Pending)) {
         let mut pending = lock(&self.pending);
         let idle = pending.is_empty();
@@ -346,16 +347,16 @@ mod tests {
         let pending = lock(&outbox.pending);
         assert!(pending.line_bytes <= MOST_LINE_BYTES && pending.lost_lines > 0);
         assert_eq!(
-            (pending.parcels.len(), pending.lost_points),
+            (pending.batches.len(), pending.lost_points),
             (MOST_PARCELS, BATCH as u64)
         );
-        let first = |outgoing: Option<&Outgoing>| outgoing.unwrap().series[0].steps[0];
+        let first = |batch: Option<&PointBatch>| batch.unwrap().series[0].steps[0];
         assert_eq!(
-            first(pending.parcels.front()),
+            first(pending.batches.front()),
             BATCH as u64,
             "the oldest go"
         );
-        assert_eq!(first(pending.parcels.back()), most);
+        assert_eq!(first(pending.batches.back()), most);
     }
 
     #[test]
@@ -388,7 +389,7 @@ mod tests {
         let (said, done) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             outbox.metric("loss", 0, 0.5);
-            // The pump has the socket, which is full, and will not give it back.
+            // The pump holds the socket, which is full, and will not release it.
             while outbox.socket.try_lock().is_ok() {
                 std::thread::yield_now();
             }

@@ -1,8 +1,8 @@
 //! The runner's end of a worker: starting it, reading its events, signalling it, and how it ended.
 //!
-//! In: a [`Task`]. Out: [`WorkerEvent`] events, of which the last is always the exit. A worker leads a process group of its
-//! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
-//! absent: what the events mean for a stage (the executor's).
+//! In: a [`Task`]. Out: [`WorkerEvent`] events, of which the last is always the exit. A worker leads its own
+//! process group, so that a Ctrl-C in the terminal does not reach it, and everything it starts can be ended with it.
+//! Deliberately absent: what the events mean for a stage (the executor's).
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsString;
@@ -21,18 +21,18 @@ use tokio::task::JoinHandle;
 
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
-use crate::worker::death::{Death, ExitStatus};
+use crate::worker::death::{ExitStatus, UnexpectedExit};
 use crate::worker::remote::ElementEvent;
 use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long to wait for a dead worker's remaining output: processes that left its group may hold the pipes open.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// Number of a dead worker's last lines to report.
+/// How many of a dead worker's last lines are reported.
 const LAST_LINES: usize = 8;
 
-/// Signals that a scheduler sends to every process of a job, and that a worker ignores: the process that watches over it
-/// decides how it ends.
+/// Signals that a scheduler sends to every process of a job. A worker ignores them, because its supervisor decides how it
+/// ends.
 const OF_SCHEDULERS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGUSR1];
 
 /// Process ids of the workers that have not been collected.
@@ -40,7 +40,7 @@ static ALIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// Signals every worker of this process, and everything in their groups.
 pub fn signal_all(signal: i32) {
-    // The lock keeps their ids from being used again meanwhile.
+    // While the lock is held, no worker is reaped, so their ids cannot be reused.
     alive().iter().for_each(|&pid| signal_group(pid, signal));
 }
 
@@ -55,9 +55,9 @@ pub struct Worker {
     wire: WorkerSocket,
     stdout: Lines,
     stderr: Lines,
-    exit: Option<JoinHandle<Exit>>,
-    /// Known once the process has ended; told after everything it left behind.
-    ended: Option<(Exit, tokio::time::Instant)>,
+    exit: Option<JoinHandle<WorkerExit>>,
+    /// Its exit, once known; reported after everything that it left behind has been read.
+    ended: Option<(WorkerExit, tokio::time::Instant)>,
 }
 
 /// Something a worker did.
@@ -72,17 +72,17 @@ pub enum WorkerEvent {
     /// An event of a remote worker only.
     Remote(ElementEvent),
     /// It has ended, and its whole process group with it. Always last.
-    Exited(Exit),
+    Exited(WorkerExit),
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Exit {
+pub struct WorkerExit {
     /// With a code or by a signal.
     pub status: ExitStatus,
     /// Its usage.
     pub usage: Usage,
-    /// Whether memory ran out at that time, where that is known by who watched it.
+    /// Whether memory ran out at that time; None if its supervisor cannot tell.
     pub out_of_memory: Option<bool>,
 }
 
@@ -107,20 +107,20 @@ pub enum AskError {
     #[error("the plugin ended its process: {}: {}{}", death.reason(), death.message(), quoted(output))]
     Died {
         /// How.
-        death: Death,
+        death: UnexpectedExit,
         /// The last lines it wrote.
         output: String,
     },
     /// The plugin hangs.
     #[error("the plugin did not answer within {} s", after.as_secs())]
     TimedOut {
-        /// So long.
+        /// The time limit.
         after: Duration,
     },
     /// It could not be asked.
     #[error("the plugin cannot be asked: {0}")]
     Unsendable(FrameError),
-    /// It sent something else.
+    /// It sent an invalid message.
     #[error("the plugin's worker sent an invalid message: {0}")]
     Malformed(String),
 }
@@ -174,7 +174,7 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
     answer.unwrap_or_else(|| {
         let last: Vec<&str> = output.iter().rev().map(String::as_str).collect();
         Err(AskError::Died {
-            death: Death::new(exit.status, last.iter().copied(), false),
+            death: UnexpectedExit::new(exit.status, last.iter().copied(), false),
             output: last.join("\n"),
         })
     })
@@ -249,10 +249,10 @@ impl Worker {
         self.pid
     }
 
-    /// Sends a message. That the worker is gone is no error here: its exit will be heard.
+    /// Sends a message. If the worker is gone that is no error here: its exit will be reported.
     ///
     /// # Errors
-    /// The message cannot be written, because a path in it is not UTF-8: nobody would ever answer.
+    /// The message cannot be encoded, because a path in it is not UTF-8: there would never be an answer.
     pub async fn send(&mut self, message: &ToWorker) -> Result<(), FrameError> {
         self.wire.send(message).await
     }
@@ -300,7 +300,7 @@ impl Worker {
             () = self.stderr.read(), if !self.stderr.closed() => {}
             exit = async { self.exit.as_mut().expect("waited for once").await }, if self.exit.is_some() => {
                 self.exit = None;
-                let exit = exit.unwrap_or(Exit { status: ExitStatus::Code(-1), usage: Usage::default(), out_of_memory: None });
+                let exit = exit.unwrap_or(WorkerExit { status: ExitStatus::Code(-1), usage: Usage::default(), out_of_memory: None });
                 self.ended = Some((exit, tokio::time::Instant::now()));
             }
             () = tokio::time::sleep(DRAIN), if ended => {}
@@ -315,7 +315,7 @@ impl Drop for Worker {
     }
 }
 
-/// This very program, even when its file has been replaced since.
+/// The running program, even if its file has been replaced since.
 fn own_program() -> io::Result<std::path::PathBuf> {
     if cfg!(target_os = "linux") {
         Ok("/proc/self/exe".into())
@@ -331,11 +331,11 @@ fn signal_group(pid: u32, signal: i32) {
     unsafe { libc::kill(group, signal) };
 }
 
-/// Waits for the end of a child, ends what is left of its group while its id still names it, and collects it.
-fn reap(pid: u32) -> Exit {
+/// Waits for the end of a child, kills the rest of its group while the group's id is still valid, and collects the child.
+fn reap(pid: u32) -> WorkerExit {
     // Process ids fit.
     let id = pid as libc::pid_t;
-    // SAFETY: plain system calls on a child of ours; the structures are filled by them.
+    // SAFETY: plain system calls on our own child, which fill the structures.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         while libc::waitid(libc::P_PID, pid, &mut info, libc::WEXITED | libc::WNOWAIT) != 0
@@ -346,7 +346,7 @@ fn reap(pid: u32) -> Exit {
         let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
         while libc::wait4(id, &mut status, 0, &mut usage) != id {
             if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                return Exit {
+                return WorkerExit {
                     status: ExitStatus::Code(-1),
                     usage: Usage::default(),
                     out_of_memory: None,
@@ -365,7 +365,7 @@ fn reap(pid: u32) -> Exit {
             cpu_seconds: Some(seconds(usage.ru_utime) + seconds(usage.ru_stime)),
             max_rss: Some(usage.ru_maxrss.cast_unsigned() * unit),
         };
-        Exit {
+        WorkerExit {
             status,
             usage,
             out_of_memory: None,
@@ -376,13 +376,13 @@ fn reap(pid: u32) -> Exit {
 /// The runner's end of the socket to a worker, which may send anything.
 #[derive(Debug)]
 pub struct WorkerSocket {
-    /// None once it is closed, or what came through it was nonsense.
+    /// None once it is closed or has delivered an invalid message.
     socket: Option<UnixStream>,
     inbox: Inbox,
 }
 
 impl WorkerSocket {
-    /// Of a connected socket; to be called within a runtime.
+    /// Takes a connected socket; to be called within a runtime.
     ///
     /// # Errors
     /// What the operating system says.
@@ -394,7 +394,7 @@ impl WorkerSocket {
         })
     }
 
-    /// Whether nothing more comes.
+    /// Whether nothing more will come.
     pub fn closed(&self) -> bool {
         self.socket.is_none()
     }
@@ -411,7 +411,7 @@ impl WorkerSocket {
         Ok(())
     }
 
-    /// Waits for bytes, or the end of them. Cancel-safe.
+    /// Waits for bytes or the end of the stream. Cancel-safe.
     pub async fn read(&mut self) {
         let Some(socket) = &mut self.socket else {
             return;
@@ -423,10 +423,10 @@ impl WorkerSocket {
         }
     }
 
-    /// The next whole message among what was read, if there is one.
+    /// The next whole message that has been read, if any.
     ///
     /// # Errors
-    /// What came is no message; nothing more is read.
+    /// The bytes are no valid message; nothing more is read.
     pub fn take(&mut self) -> Result<Option<FromWorker>, FrameError> {
         let message = self.inbox.take();
         if message.is_err() {
@@ -442,9 +442,9 @@ impl WorkerSocket {
 struct Lines {
     pipe: Option<pipe::Receiver>,
     bytes: Vec<u8>,
-    /// Bytes known to hold no end of line.
+    /// The number of bytes known to contain no end of line.
     searched: usize,
-    /// Whether the rest of a line that was cut is being passed over.
+    /// Whether the rest of a cut line is being skipped.
     skipping: bool,
 }
 

@@ -8,12 +8,12 @@ use crate::store::{LogLine, ReadMark};
 pub enum ElementEvent {
     /// It started.
     Began {
-        /// Where.
+        /// Its node.
         node: String,
     },
     /// A frame that is recorded, and the read position after it.
     Frame(FromWorker, ReadMark),
-    /// A line, from its own time; the mark is recorded with it.
+    /// A line with its own time; the read mark is recorded with it.
     Line(LogLine, Option<ReadMark>),
     /// All its events up to this position have been read, including those that are not recorded.
     ReadTo(ReadMark),

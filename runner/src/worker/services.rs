@@ -19,7 +19,7 @@ pub(super) struct Services {
     pub(super) writer: Option<ArtifactWriter>,
     /// Whether the plugin's function has returned.
     pub(super) over: AtomicBool,
-    /// Calls that came later.
+    /// The number of calls after that.
     pub(super) late: AtomicU64,
 }
 
@@ -46,10 +46,10 @@ impl Services {
 // SAFETY of them all: `retort_plugin.h` obliges the plugin to pass our ctx, readable text and valid sinks, and to call
 // only before the call returns that received the table, which is as long as `Services` lives. `Services` is Sync.
 
-/// The services, as long as the plugin's function has not returned. Later calls are counted and ignored.
+/// The services, until the plugin's function has returned. Later calls are counted and ignored.
 ///
 /// # Safety
-/// `ctx` is that of a table made by [`Services::table`], which still lives.
+/// `ctx` is that of a table made by [`Services::table`], which still exists.
 unsafe fn services<'a>(ctx: *mut c_void) -> Option<&'a Services> {
     // SAFETY: the caller vouches for it.
     let services = unsafe { &*ctx.cast::<Services>() };

@@ -1,6 +1,6 @@
 //! Stages shared by several workers: the same bytes, and the remains when something ends early.
 
-use retort::executor::gauge;
+use retort::executor::progress_file;
 use retort::store::{AttemptState, RunState};
 use retort_tests::port::HeldPort;
 
@@ -235,7 +235,9 @@ impl Training {
         wait_for("a step", || {
             let run = self.lab.latest()?.summary.id;
             let staging = self.lab.store_dir().join("staging").join(run.0);
-            gauge::read(&staging).contains_key("a").then_some(())
+            progress_file::read(&staging)
+                .contains_key("a")
+                .then_some(())
         });
         running
     }

@@ -10,7 +10,7 @@ use crate::cli::plugin::named;
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::draft::Target;
 use crate::plan::{self, Plan};
-use crate::plugin::conformance::{CheckOutcome, Examination, ExaminationOptions, Verdict};
+use crate::plugin::conformance::{CheckOutcome, ConformanceRun, ConformanceRunOptions, Verdict};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
 use crate::table::{Cell, CellStyle, Rows};
@@ -71,21 +71,21 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             output::say(line.trim_end());
         }
     };
-    let options = ExaminationOptions {
+    let options = ConformanceRunOptions {
         grace: args.grace,
         limit: args.limit,
         golden: args.golden.as_deref().map(golden).transpose()?,
     };
-    let mut examination = Examination::new(runtime, &path, options, &tell);
-    match (examination.examine_plugin(), recipe) {
+    let mut conformance_run = ConformanceRun::new(runtime, &path, options, &tell);
+    match (conformance_run.check_plugin(), recipe) {
         (Some(description), Some(recipe)) => {
             let plan = planned(&recipe, &args.set, &path, runtime, context)?;
-            examination.examine_stages(&description, &plan);
+            conformance_run.check_stages(&description, &plan);
         }
-        (Some(description), None) => examination.skip_stages(&description),
+        (Some(description), None) => conformance_run.skip_stages(&description),
         (None, _) => {}
     }
-    let outcomes = examination.outcomes();
+    let outcomes = conformance_run.outcomes();
     if let Some(report) = report {
         let text = junit(&path, &outcomes);
         report.write(text.as_bytes()).map_err(unwritten)?;

@@ -177,7 +177,7 @@ pub fn ask() -> Vec<u8> {
     if !stdin.is_terminal() || !io::stdout().is_terminal() {
         return answer;
     }
-    let Some(_no_echo) = NoEcho::begin() else {
+    let Some(_raw_mode) = RawMode::begin() else {
         return answer;
     };
     if output::draw(QUESTION).is_err() {
@@ -199,9 +199,9 @@ pub fn ask() -> Vec<u8> {
 }
 
 /// While it exists, the terminal does not echo input and does not buffer it.
-struct NoEcho(libc::termios);
+struct RawMode(libc::termios);
 
-impl NoEcho {
+impl RawMode {
     fn begin() -> Option<Self> {
         // SAFETY: a structure of numbers, for which zeros are values.
         let mut before: libc::termios = unsafe { std::mem::zeroed() };
@@ -223,7 +223,7 @@ impl NoEcho {
     }
 }
 
-impl Drop for NoEcho {
+impl Drop for RawMode {
     fn drop(&mut self) {
         set(&self.0);
     }

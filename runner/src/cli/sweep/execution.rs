@@ -324,7 +324,7 @@ impl<'a> SweepScheduler<'a> {
             resumed_from: self.before.get(&next.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
-            posted_jobs: None,
+            training_board: None,
             leave: DetachPolicy::Never,
             slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
-use crate::cluster::spool::{self, LifeEnd, Reader, Record, SpoolError, SpoolEvent};
+use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolEvent, StartEnd};
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, LogSource, ReadMark, Time, Usage};
 use crate::worker::death::ExitStatus;
-use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::process::{WorkerEvent, WorkerExit};
 use crate::worker::remote::{ClusterEnd, ElementEvent};
 use crate::worker::shortened;
 
@@ -18,9 +18,9 @@ use crate::worker::shortened;
 pub enum Phase {
     /// It has no job.
     New,
-    /// Its job waits, or will be started again.
+    /// Its job is waiting, or will be restarted.
     Queued,
-    /// A life of it has begun.
+    /// It has been started.
     Running,
     /// Its end has been reported.
     Over,
@@ -38,16 +38,16 @@ pub enum StopRequest {
     Ending,
 }
 
-/// A life's report of its end, held until it is known whether another life follows.
+/// A start's report of its end, held back until it is known whether another start follows.
 #[derive(Debug, Default)]
 pub struct PendingEnd {
     pub frames: Vec<FromWorker>,
     /// Number of files in their artifacts.
     files: usize,
-    pub exit: Option<Exit>,
+    pub exit: Option<WorkerExit>,
 }
 
-/// The most frames in a life's final report, and files of artifacts in them.
+/// The most frames in a start's final report, and files of artifacts in them.
 const MOST_FRAMES: usize = 5000;
 const MOST_FILES: usize = 1 << 20;
 
@@ -72,11 +72,11 @@ impl PendingEnd {
     }
 }
 
-/// A life that ended without giving a reason, while Slurm still has its element.
+/// A start that ended without giving a reason, while Slurm still has its element.
 #[derive(Debug, Clone)]
-pub struct LostLife {
+pub struct LostStart {
     pub job: (JobKey, usize),
-    pub life: u32,
+    pub start: u32,
     /// Its node.
     pub node: String,
     /// When it began, and when its end was noticed.
@@ -103,20 +103,20 @@ pub struct Slot {
     /// Another runner has processed the records below this number.
     mark: u64,
     pub held: PendingEnd,
-    /// The current life.
-    pub life: Option<u32>,
-    /// The node and start time of the last life.
+    /// The current start.
+    pub start: Option<u32>,
+    /// The node of the last start, and when it began.
     pub node: String,
     began_at: i64,
-    /// Lives that ended without a reason, about which Slurm has not been asked yet.
-    pub lost: Vec<LostLife>,
+    /// Starts that ended without a reason, about which Slurm has not been asked yet.
+    pub lost: Vec<LostStart>,
     /// When it last asked Slurm for a restart.
     pub asked: Option<i64>,
-    /// How the last life ended, by its own report.
-    pub over: Option<LifeEnd>,
+    /// How the last start ended, by its own report.
+    pub over: Option<StartEnd>,
     /// Why its records are inconsistent, if they are.
     pub broken: Option<&'static str>,
-    /// Wasted lives in earlier jobs; a job in which none began counts as one.
+    /// Wasted starts in earlier jobs; a job in which none began counts as one.
     pub wasted: u32,
     /// How often Slurm has reported it as over without a report from itself.
     pub absent: u32,
@@ -140,7 +140,7 @@ impl Slot {
             reader: None,
             mark: 0,
             held: PendingEnd::default(),
-            life: None,
+            start: None,
             node: String::new(),
             began_at: 0,
             lost: Vec::new(),
@@ -161,7 +161,7 @@ impl Slot {
         self.reader = Some(reader);
         self.mark = mark;
         self.held = PendingEnd::default();
-        (self.life, self.over, self.absent) = (None, None, 0);
+        (self.start, self.over, self.absent) = (None, None, 0);
         (self.expected, self.hurried) = (false, false);
         self.phase = Phase::Queued;
         self.why = "submitted".into();
@@ -220,7 +220,7 @@ impl Slot {
         };
         for Record { number, at, word } in records {
             if self.phase == Phase::Over {
-                // It has a final result or failure, so another life would be useless.
+                // It has a final result or failure, so another start would be useless.
                 break;
             }
             let fresh = number >= self.mark;
@@ -229,22 +229,22 @@ impl Slot {
             match word {
                 SpoolEvent::Began { job, node, pid } => {
                     let (job, node) = (short(job), short(node));
-                    let life = (number >> 32) as u32;
-                    if self.life.is_some_and(|before| before != life) {
-                        self.lose_life(at, fresh);
+                    let start = (number >> 32) as u32;
+                    if self.start.is_some_and(|before| before != start) {
+                        self.lose_start(at, fresh);
                     }
                     (self.node, self.began_at) = (node.clone(), at);
                     news.push((
                         key,
                         element,
                         ElementUpdate::Began {
-                            life,
+                            start,
                             node: node.clone(),
                             at,
                         },
                     ));
                     self.held = PendingEnd::default();
-                    (self.life, self.over, self.absent) = (Some(life), None, 0);
+                    (self.start, self.over, self.absent) = (Some(start), None, 0);
                     self.phase = Phase::Running;
                     self.why.clear();
                     if !std::mem::replace(&mut self.begun, true) {
@@ -290,14 +290,15 @@ impl Slot {
                     usage,
                     out_of_memory,
                 } => {
-                    self.held.exit = Some(Exit {
+                    self.held.exit = Some(WorkerExit {
                         status,
                         usage,
                         out_of_memory: Some(out_of_memory),
                     });
                 }
                 SpoolEvent::Over(over) => {
-                    self.life_over(over, at, fresh.then_some(read), news).await;
+                    self.end_reported(over, at, fresh.then_some(read), news)
+                        .await;
                 }
             }
         }
@@ -309,8 +310,8 @@ impl Slot {
         .await;
     }
 
-    /// Passes on what an element wrote that ended without a result while no runner was there. Its metrics, lines and lives belong
-    /// to the history; nothing else of it is used.
+    /// Passes on what an element wrote that ended without a result while no runner was there: its metrics, lines and starts
+    /// belong to the history. Nothing else of it is used.
     ///
     /// # Errors
     /// Its spool cannot be read at the moment. What a damaged one has before the damage is passed on.
@@ -334,14 +335,14 @@ impl Slot {
                 if number < mark {
                     continue;
                 }
-                let life = (number >> 32) as u32;
+                let start = (number >> 32) as u32;
                 let read = ReadMark::after(key, element, number);
                 match word {
                     SpoolEvent::Began { job, node, pid } => {
                         let (job, node) = (short(job), short(node));
                         let text = spool::begins(&job, &node, pid);
                         self.note_read(LogLevel::Debug, text, at, Some(read)).await;
-                        let began = ElementUpdate::Began { life, node, at };
+                        let began = ElementUpdate::Began { start, node, at };
                         news.push((key, element, began));
                     }
                     SpoolEvent::Frame(frame @ (FromWorker::Metrics(_) | FromWorker::Log(_))) => {
@@ -356,7 +357,7 @@ impl Slot {
                     SpoolEvent::Over(over) => {
                         let reason = shortened(reported(&over, false).0);
                         if !reason.is_empty() {
-                            let ended = ElementUpdate::Ended { life, reason, at };
+                            let ended = ElementUpdate::Ended { start, reason, at };
                             news.push((key, element, ended));
                         }
                     }
@@ -371,10 +372,10 @@ impl Slot {
         }
     }
 
-    /// A life has reported its end. `fresh`: the mark of that record, unless it was processed before.
-    async fn life_over(
+    /// A start has reported its end. `fresh`: the mark of that record, unless it was processed before.
+    async fn end_reported(
         &mut self,
-        over: LifeEnd,
+        over: StartEnd,
         at: i64,
         fresh: Option<ReadMark>,
         news: &mut Vec<(JobKey, usize, ElementUpdate)>,
@@ -382,7 +383,7 @@ impl Slot {
         let (reason, goes_on) = reported(&over, self.held.has_result());
         let reason = shortened(reason);
         if !reason.is_empty() {
-            self.life_ended(&reason, at, news);
+            self.start_ended(&reason, at, news);
             if goes_on && fresh.is_some() {
                 let text = spool::goes_on(&reason);
                 self.note_read(LogLevel::Warn, text, at, fresh).await;
@@ -391,53 +392,53 @@ impl Slot {
         if goes_on {
             self.phase = Phase::Queued;
             self.why = "to be started again".into();
-            if !matches!(over, LifeEnd::Terminated { .. }) {
+            if !matches!(over, StartEnd::Terminated { .. }) {
                 self.asked = Some(at);
             }
         } else {
             match &over {
-                LifeEnd::OutOfTries { reason } => self.end(too_often(reason)).await,
-                LifeEnd::GaveUp => self.end(too_often("it failed each time")).await,
+                StartEnd::OutOfTries { reason } => self.end(too_often(reason)).await,
+                StartEnd::GaveUp => self.end(too_often("it failed each time")).await,
                 _ => self.deliver().await,
             }
         }
         self.over = Some(over);
     }
 
-    /// Records in the history how the current life ended.
-    pub fn life_ended(
+    /// Records in the history how the current start ended.
+    pub fn start_ended(
         &mut self,
         reason: &str,
         at: i64,
         news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
-        if let (Some((key, element)), Some(life)) = (self.job, self.life.take()) {
+        if let (Some((key, element)), Some(start)) = (self.job, self.start.take()) {
             let reason = reason.to_owned();
-            news.push((key, element, ElementUpdate::Ended { life, reason, at }));
+            news.push((key, element, ElementUpdate::Ended { start, reason, at }));
         }
     }
 
-    /// The current life is over, for a reason that is still to be found out. `is_news`: whether to report it.
-    pub fn lose_life(&mut self, at: i64, is_news: bool) {
-        if let (Some(job), Some(life)) = (self.job, self.life.take()) {
-            self.lost.push(LostLife {
+    /// The current start is over, for a reason that is still to be found out. `is_news`: whether to report it.
+    pub fn lose_start(&mut self, at: i64, is_news: bool) {
+        if let (Some(job), Some(start)) = (self.job, self.start.take()) {
+            self.lost.push(LostStart {
                 job,
-                life,
+                start,
                 node: self.node.clone(),
                 began: self.began_at,
                 at,
-                terminated: matches!(self.over, Some(LifeEnd::Terminated { .. })),
+                terminated: matches!(self.over, Some(StartEnd::Terminated { .. })),
                 is_news,
             });
         }
     }
 
-    /// Passes on the last life's report of its end.
+    /// Passes on the last start's report of its end.
     pub async fn deliver(&mut self) {
         for frame in std::mem::take(&mut self.held.frames) {
             self.send(WorkerEvent::Frame(frame)).await;
         }
-        let left = Exit {
+        let left = WorkerExit {
             status: ExitStatus::Code(0),
             usage: Usage::default(),
             out_of_memory: Some(false),
@@ -447,7 +448,7 @@ impl Slot {
         self.phase = Phase::Over;
     }
 
-    /// Reports that it was stopped before its start, or between two lives.
+    /// Reports that it was stopped before its start, or between two starts.
     pub async fn cancelled(&mut self) {
         self.held = PendingEnd {
             frames: vec![cancelled()],
@@ -461,7 +462,7 @@ impl Slot {
         self.held.frames.clear();
         match self.level {
             StopRequest::Ending | StopRequest::Now => {
-                self.held.exit = Some(Exit {
+                self.held.exit = Some(WorkerExit {
                     status: ExitStatus::Signal(libc::SIGKILL),
                     usage: self.held.exit.map(|exit| exit.usage).unwrap_or_default(),
                     out_of_memory: Some(false),
@@ -484,15 +485,15 @@ impl Slot {
     }
 }
 
-/// The reason for the history that a life gives for its end, and whether the element goes on. If it gives none, Slurm has one.
-fn reported(over: &LifeEnd, has_result: bool) -> (&str, bool) {
+/// The reason for the history that a start gives for its end, and whether the element goes on. If it gives none, Slurm has one.
+fn reported(over: &StartEnd, has_result: bool) -> (&str, bool) {
     match over {
-        LifeEnd::Done if has_result => ("succeeded", false),
-        LifeEnd::Done => ("failed", false),
-        LifeEnd::Stopped => ("stopped", false),
-        LifeEnd::GaveUp => ("started too often", false),
-        LifeEnd::OutOfTries { reason } => (reason.as_str(), false),
-        LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. } | LifeEnd::Terminated { .. } => {
+        StartEnd::Done if has_result => ("succeeded", false),
+        StartEnd::Done => ("failed", false),
+        StartEnd::Stopped => ("stopped", false),
+        StartEnd::GaveUp => ("started too often", false),
+        StartEnd::OutOfTries { reason } => (reason.as_str(), false),
+        StartEnd::TimeLimit { .. } | StartEnd::Again { .. } | StartEnd::Terminated { .. } => {
             (over.why_again().unwrap_or_default(), true)
         }
     }
@@ -523,7 +524,7 @@ pub fn too_often(last: &str) -> ClusterEnd {
 /// Whether an element's records may still lead to a result. `goes_on`: whether Slurm still has it.
 ///
 /// # Errors
-/// Its spool cannot be read at the moment. A damaged spool is no error: it leads to nothing.
+/// Its spool cannot be read at the moment. A damaged spool is not an error: it gives no result.
 pub fn is_worth_taking(dir: &Path, goes_on: bool) -> Result<bool, SpoolError> {
     let mut reader = Reader::new(PathBuf::from(dir));
     let (mut held, mut over) = (PendingEnd::default(), None);
@@ -546,8 +547,8 @@ pub fn is_worth_taking(dir: &Path, goes_on: bool) -> Result<bool, SpoolError> {
         }
     }
     Ok(match over {
-        Some(LifeEnd::Done) => held.has_result(),
-        Some(LifeEnd::Stopped | LifeEnd::OutOfTries { .. } | LifeEnd::GaveUp) => false,
+        Some(StartEnd::Done) => held.has_result(),
+        Some(StartEnd::Stopped | StartEnd::OutOfTries { .. } | StartEnd::GaveUp) => false,
         _ => goes_on || held.has_result(),
     })
 }

@@ -1,5 +1,5 @@
-//! Submission: which elements become a job, its directory and its order, and how to react when the queue is full or Slurm
-//! does not answer.
+//! Submission: which elements become a job, its directory and its specification, and how to react when the queue is full or
+//! Slurm does not answer.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use retort_abi::Part;
 use tokio::time::Instant;
 
 use super::slot::{Phase, StopRequest};
-use super::{DispatchLoop, Job, LOOK, Notice, RETRY, SETTLE, script};
+use super::{DispatchEvent, DispatchLoop, Job, LOOK, RETRY, SETTLE, script};
 use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, JobSpec, Reader};
 use crate::store::StoreError;
@@ -141,8 +141,8 @@ impl DispatchLoop {
         );
         let dir = self.spools().join(&name);
         let script = dir.join("batch.sh");
-        let order = self.order(slots);
-        if let Err(message) = self.make_spool(&dir, &script, &order) {
+        let spec = self.spec(slots);
+        if let Err(message) = self.make_spool(&dir, &script, &spec) {
             let ended = ClusterEnd {
                 reason: "not submitted".into(),
                 message: format!("the spool in {} cannot be made: {message}", dir.display()),
@@ -154,7 +154,7 @@ impl DispatchLoop {
             return Ok(Ok(()));
         }
         let to = &self.to;
-        let layout = order.layout();
+        let layout = spec.layout();
         let key = to
             .store
             .begin_job(to.attempt, &to.digest, &name, layout.elements())
@@ -177,7 +177,7 @@ impl DispatchLoop {
         };
         let cluster = to.slurm.cluster().await.name;
         to.store.job_submitted(key, id, &cluster).await?;
-        (to.listener)(Notice::Submitted {
+        (to.listener)(DispatchEvent::Submitted {
             job: id,
             elements: layout.elements(),
         });
@@ -191,10 +191,10 @@ impl DispatchLoop {
             dir,
             layout,
             slots: slots.iter().copied().map(Some).collect(),
-            wasted: order.wasted,
-            marks: vec![0; order.elements.len()],
-            given_up: vec![false; order.elements.len()],
-            elements: order.elements,
+            wasted: spec.wasted,
+            marks: vec![0; spec.elements.len()],
+            given_up: vec![false; spec.elements.len()],
+            elements: spec.elements,
             stopping: false,
             over: false,
         });
@@ -202,8 +202,8 @@ impl DispatchLoop {
         Ok(Ok(()))
     }
 
-    /// The order for a job of these slots.
-    fn order(&self, slots: &[usize]) -> JobSpec {
+    /// The specification of a job of these slots.
+    fn spec(&self, slots: &[usize]) -> JobSpec {
         let to = &self.to;
         let elements: Vec<Option<Part>> =
             slots.iter().map(|index| self.slots[*index].part).collect();
@@ -225,12 +225,12 @@ impl DispatchLoop {
         }
     }
 
-    /// Makes the directory of a job's spool, with its order and its script. The error says what failed.
-    fn make_spool(&self, dir: &Path, script: &Path, order: &JobSpec) -> Result<(), String> {
+    /// Makes the directory of a job's spool, with its specification and its script. The error says what failed.
+    fn make_spool(&self, dir: &Path, script: &Path, spec: &JobSpec) -> Result<(), String> {
         spool::make_dir(dir).map_err(|error| error.to_string())?;
-        spool::write_order(dir, order).map_err(|error| error.to_string())?;
+        spool::write_job_spec(dir, spec).map_err(|error| error.to_string())?;
         spool::ask_to_stop(dir, false).map_err(|error| error.to_string())?;
-        let text = script::text(dir, &self.to.profile, order.layout())?;
+        let text = script::text(dir, &self.to.profile, spec.layout())?;
         spool::put(script, text.as_bytes()).map_err(|error| error.to_string())
     }
 }
@@ -250,7 +250,7 @@ async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<u64, SlurmError> {
 }
 
 /// The id of the job with a name, if there is one. Retries for a while if Slurm does not answer: a job that nobody knows
-/// about would run beside the next one.
+/// about would run at the same time as the next one.
 pub(super) async fn found(slurm: &Slurm, name: &str) -> Result<Option<u64>, SlurmError> {
     const TRIES: usize = 15;
     for _ in 1..TRIES {

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::slot::{Phase, Slot, StopRequest, too_often};
 use super::{DispatchLoop, GATHER};
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
-use crate::cluster::spool::{self, LifeEnd, Reader, Record, SpoolError, SpoolReading};
+use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolReading, StartEnd};
 use crate::store::{ElementUpdate, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
 
@@ -78,7 +78,7 @@ impl DispatchLoop {
             if !damaged {
                 continue;
             }
-            // Nobody reads it any more, and it must not run beside its successor.
+            // Nothing reads its spool any more, and it must not run at the same time as its successor.
             let at = slot.job.and_then(|(key, element)| {
                 let job = self.jobs.iter().find(|job| job.key == key)?;
                 Some((job.id, job.layout.element(element)))
@@ -128,7 +128,7 @@ impl DispatchLoop {
             }
             match said {
                 Some(said) if said.state == State::Pending => {
-                    if slot.life.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
+                    if slot.start.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
                         // Wait for one more poll: its last records may be on their way.
                         slot.absent += 1;
                         continue;
@@ -145,16 +145,16 @@ impl DispatchLoop {
                     slot.absent = 0;
                     slot.expected = true;
                     slot.hurried = false;
-                    turn(slot);
+                    advance(slot);
                 }
                 said => {
                     slot.expected = true;
-                    if turn(slot) {
+                    if advance(slot) {
                         slot.absent = 0;
                         continue;
                     }
                     slot.absent += 1;
-                    let unborn = slot.level > StopRequest::GoOn && slot.life.is_none();
+                    let unborn = slot.level > StopRequest::GoOn && slot.start.is_none();
                     if slot.absent >= SETTLED || unborn {
                         self.conclude(index, place, said).await;
                     }
@@ -186,17 +186,17 @@ impl DispatchLoop {
             false => format!(" on {node}"),
         };
         if slot.held.has_result() {
-            slot.life_ended("succeeded", Time::now().0, &mut self.news);
+            slot.start_ended("succeeded", Time::now().0, &mut self.news);
             slot.deliver().await;
         } else if slot.level > StopRequest::GoOn
             && state.is_none_or(|state| state == State::Cancelled)
         {
-            slot.life_ended("stopped", Time::now().0, &mut self.news);
+            slot.start_ended("stopped", Time::now().0, &mut self.news);
             slot.killed().await;
         } else {
             let at_checkpoint = matches!(
                 slot.over,
-                Some(LifeEnd::TimeLimit {
+                Some(StartEnd::TimeLimit {
                     at_checkpoint: true
                 })
             );
@@ -205,8 +205,8 @@ impl DispatchLoop {
                 message,
                 again,
             } = end_reason(slot, state, &name, &at, &printed);
-            slot.life_ended(reason, Time::now().0, &mut self.news);
-            // A job in which no life began counts as a try as well.
+            slot.start_ended(reason, Time::now().0, &mut self.news);
+            // A job in which no start began counts as a try as well.
             let wasted = wasted.max(u32::from(!at_checkpoint));
             let wasted = slot.wasted.saturating_add(wasted);
             let requeue = self.to.profile.requeue;
@@ -242,7 +242,7 @@ impl DispatchLoop {
         }
     }
 
-    /// Lives that an element has wasted in its current job.
+    /// The number of starts that an element has wasted in its current job.
     async fn wasted_here(&self, index: usize) -> u32 {
         let Some((key, element)) = self.slots[index].job else {
             return 0;
@@ -252,7 +252,7 @@ impl DispatchLoop {
         };
         let dir = spool::element_dir(&job.dir, element);
         // The file system may hang.
-        let counted = tokio::task::spawn_blocking(move || spool::all_wasted_lives(&dir));
+        let counted = tokio::task::spawn_blocking(move || spool::all_wasted_starts(&dir));
         counted.await.unwrap_or(0)
     }
 
@@ -283,13 +283,13 @@ struct EndReason {
     again: bool,
 }
 
-/// The end of an element of job `name`, by Slurm's last `state` of it (`at`: its node) and its output `printed`.
+/// Why an element of job `name` ended, by its last `state` in Slurm. `at`: its node; `printed`: the job's output.
 fn end_reason(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> EndReason {
     let said_why = matches!(
         slot.over,
-        Some(LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. })
+        Some(StartEnd::TimeLimit { .. } | StartEnd::Again { .. })
     );
-    let never_began = slot.life.is_none() && slot.over.is_none();
+    let never_began = slot.start.is_none() && slot.over.is_none();
     let (reason, message, again) = match state {
         _ if said_why => (
             "not started again",
@@ -367,23 +367,23 @@ fn read_some(readers: Vec<(usize, Reader)>, room: u64) -> Vec<Read> {
     readers.into_iter().map(&mut read_one).collect()
 }
 
-/// The end of a life, with this state in Slurm, that has not reported it.
+/// How a start ended that has not reported its end, by its state in Slurm.
 pub(super) fn reason(state: State) -> &'static str {
     state.fault().unwrap_or("died without reporting a reason")
 }
 
-/// Goes on with the next life of an element, if there is one and the last has been read to its end.
-fn turn(slot: &mut Slot) -> bool {
-    slot.reader.as_mut().is_some_and(Reader::turn)
+/// Goes on to the next start of an element, if that has begun. Returns whether it has.
+fn advance(slot: &mut Slot) -> bool {
+    slot.reader.as_mut().is_some_and(Reader::advance)
 }
 
-/// Slurm lets an element wait. If it ran before, it has lost its node or was preempted.
+/// Handles an element that waits in Slurm's queue. If it was running, it has lost its node or was preempted.
 fn waits(
     slot: &mut Slot,
     said: &ElementStatus,
     news: &mut Vec<(crate::store::JobKey, usize, ElementUpdate)>,
 ) {
-    slot.lose_life(Time::now().0, true);
+    slot.lose_start(Time::now().0, true);
     slot.phase = Phase::Queued;
     if slot.why != said.reason {
         slot.why.clone_from(&said.reason);
@@ -427,7 +427,7 @@ mod tests {
                 readers.push((element, reader));
             }
             let after: u64 = readers.iter().map(|(_, reader)| reader.cost()).sum();
-            // The rest of the room, and the current record.
+            // The limit may be exceeded by one record.
             assert!(
                 after - before <= (4 << 20) + (4 << 20),
                 "{}",

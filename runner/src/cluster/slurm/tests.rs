@@ -268,7 +268,7 @@ fn every_option_of_a_profile_reaches_sbatch() {
 #[test]
 fn starts_in_the_accounts() {
     let past = |place, state, ended| {
-        Some(PastLife {
+        Some(PastStart {
             place,
             state,
             ended,
@@ -293,7 +293,7 @@ fn starts_in_the_accounts() {
         ("17|NODE_FAIL|n1", None),
         ("", None),
     ] {
-        assert_eq!(past_life(text), expected, "{text}");
+        assert_eq!(past_start(text), expected, "{text}");
     }
 }
 

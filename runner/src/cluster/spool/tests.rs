@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use retort_abi::Part;
 
-use super::order::ORDER;
+use super::job_spec::JOB_SPEC;
 use super::*;
 use crate::frame::{Line, Task};
 
@@ -23,35 +23,35 @@ fn all(reader: &mut Reader) -> Vec<Record> {
 }
 
 #[test]
-fn what_is_written_is_read_once_and_in_order_through_pieces_and_lives() {
+fn what_is_written_is_read_once_and_in_order_through_pieces_and_starts() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("3");
     let mut reader = Reader::new(dir.clone());
     assert!(all(&mut reader).is_empty(), "nothing has begun");
     let mut numbers = Vec::new();
-    for life in 0..3 {
-        assert!(!reader.turn(), "the next has not begun");
+    for start in 0..3 {
+        assert!(!reader.advance(), "the next has not begun");
         let mut writer = Writer::open(&dir).unwrap();
-        assert_eq!((writer.life(), reader.turn()), (life, life > 0));
-        assert!(all(&mut reader).is_empty() && reader.life() == life);
+        assert_eq!((writer.start(), reader.advance()), (start, start > 0));
+        assert!(all(&mut reader).is_empty() && reader.start() == start);
         // More pieces and records than are read at once.
         for size in [10, CHUNK + 5, 3, PIECE as usize, 1] {
             writer.push(said(&"x".repeat(size)));
             writer.flush().unwrap();
             numbers.extend(all(&mut reader).iter().map(|record| record.number));
         }
-        writer.push(SpoolEvent::Over(LifeEnd::Done));
-        writer.close(life == 1).unwrap();
+        writer.push(SpoolEvent::Over(StartEnd::Done));
+        writer.close(start == 1).unwrap();
         numbers.extend(all(&mut reader).iter().map(|record| record.number));
-        assert_eq!(numbers.len(), 6 * (life as usize + 1));
+        assert_eq!(numbers.len(), 6 * (start as usize + 1));
     }
     assert!(numbers.is_sorted());
-    assert_eq!((wasted_lives(&dir, 2), all_wasted_lives(&dir)), (1, 2));
+    assert_eq!((wasted_starts(&dir, 2), all_wasted_starts(&dir)), (1, 2));
     let mut again = Reader::new(dir);
     let mut once_more = Vec::new();
     loop {
         once_more.extend(all(&mut again).iter().map(|record| record.number));
-        if !again.turn() {
+        if !again.advance() {
             break;
         }
     }
@@ -70,13 +70,13 @@ fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
     for make in [pipe, folder, device] {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
-        for name in [STOP, ORDER, "life-0", "0.0.open"] {
+        for name in [STOP, JOB_SPEC, "life-0", "0.0.open"] {
             make(&at(name));
         }
         assert!(!is_to_stop(root.path()));
         for error in [
             ask_to_stop(root.path(), true).unwrap_err(),
-            read_order(root.path()).unwrap_err(),
+            read_job_spec(root.path()).unwrap_err(),
             Reader::new(root.path().to_owned())
                 .look(&mut Vec::new())
                 .unwrap_err(),
@@ -87,11 +87,11 @@ fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
                 "{error}"
             );
         }
-        // The name is taken: the next life gets the next number, and cannot notify the previous one.
+        // The name is taken: the next start gets the next number, and cannot notify the previous one.
         let mut writer = Writer::open(root.path()).unwrap();
-        assert_eq!(writer.life(), 1);
+        assert_eq!(writer.start(), 1);
         assert!(!writer.supersede());
-        assert_eq!(wasted_lives(root.path(), 1), 1);
+        assert_eq!(wasted_starts(root.path(), 1), 1);
         fs::remove_file(at("life-1")).unwrap();
         make(&at("life-1"));
         assert!(!writer.is_superseded());
@@ -101,7 +101,7 @@ fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
 }
 
 #[test]
-fn what_a_superseded_life_has_left_is_read_before_the_next() {
+fn what_a_superseded_start_has_left_is_read_before_the_next() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().to_owned();
     let mut reader = Reader::new(dir.clone());
@@ -129,21 +129,21 @@ fn what_a_superseded_life_has_left_is_read_before_the_next() {
     assert!(second.supersede());
     second.push(said("the next"));
     second.flush().unwrap();
-    // `turn` may be called more than once before the next read.
-    assert!(reader.turn() && reader.turn());
+    // `advance` may be called more than once before the next read.
+    assert!(reader.advance() && reader.advance());
     assert_eq!(texts(&mut reader), ["whole", "the next"]);
-    assert_eq!((reader.life(), reader.turn()), (1, false));
+    assert_eq!((reader.start(), reader.advance()), (1, false));
     second.push(said("the last"));
     second.close(true).unwrap();
     assert_eq!(texts(&mut reader), ["the last"]);
     let mut again = Reader::new(dir);
-    assert!(again.turn());
+    assert!(again.advance());
     let all = ["read in time", "whole", "the next", "the last"];
     assert_eq!(texts(&mut again), all);
 }
 
 #[test]
-fn a_life_learns_that_another_has_begun() {
+fn a_start_learns_that_another_has_begun() {
     let root = tempfile::tempdir().unwrap();
     let old = Writer::open(root.path()).unwrap();
     assert!(!old.supersede() && !old.is_superseded());
@@ -193,7 +193,7 @@ fn a_torn_end_is_nothing_yet() {
     assert!(error.contains("0.0.sealed is damaged"), "{error}");
 }
 
-fn order(elements: Vec<Option<Part>>) -> JobSpec {
+fn spec(elements: Vec<Option<Part>>) -> JobSpec {
     JobSpec {
         format: FORMAT,
         elements,
@@ -216,15 +216,15 @@ fn order(elements: Vec<Option<Part>>) -> JobSpec {
 fn orders_that_make_no_sense_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let part = |index, of| Some(Part { index, of });
-    let parts = || order(vec![part(0, 3), part(2, 3)]);
-    let check = |order: JobSpec, expected: &str| {
-        // Neither written nor, if somebody else wrote it, read.
-        let written = write_order(root.path(), &order);
+    let parts = || spec(vec![part(0, 3), part(2, 3)]);
+    let check = |spec: JobSpec, expected: &str| {
+        // Such a file is not written and, if another program wrote it, not read.
+        let written = write_job_spec(root.path(), &spec);
         assert_eq!(written.is_ok(), expected.is_empty(), "{written:?}");
-        let text = serde_json::to_vec(&order).unwrap();
-        fs::write(root.path().join(ORDER), text).unwrap();
-        match read_order(root.path()) {
-            Ok(read) => assert_eq!((read, ""), (order, expected)),
+        let text = serde_json::to_vec(&spec).unwrap();
+        fs::write(root.path().join(JOB_SPEC), text).unwrap();
+        match read_job_spec(root.path()) {
+            Ok(read) => assert_eq!((read, ""), (spec, expected)),
             Err(error) => {
                 let said = error.to_string();
                 assert!(!expected.is_empty() && said.contains(expected), "{said}");
@@ -232,7 +232,7 @@ fn orders_that_make_no_sense_are_refused() {
             }
         }
     };
-    check(order(vec![None]), "");
+    check(spec(vec![None]), "");
     check(parts(), "");
     for elements in [
         vec![],
@@ -242,7 +242,7 @@ fn orders_that_make_no_sense_are_refused() {
         vec![part(2, 2)],
         vec![part(0, 2), part(1, 3)],
     ] {
-        check(order(elements), "are not parts of one stage");
+        check(spec(elements), "are not parts of one stage");
     }
     for interval in [Duration::ZERO, Duration::MAX] {
         check(
@@ -255,7 +255,7 @@ fn orders_that_make_no_sense_are_refused() {
     }
     for (wasted, expected) in [
         (vec![0, 3], ""),
-        (vec![1], "wasted lives of 1 elements, of 2"),
+        (vec![1], "wasted starts of 1 elements, of 2"),
     ] {
         check(JobSpec { wasted, ..parts() }, expected);
     }
@@ -269,7 +269,7 @@ fn orders_that_make_no_sense_are_refused() {
         },
         "another retort",
     );
-    let path = root.path().join(ORDER);
+    let path = root.path().join(JOB_SPEC);
     for text in [
         // Three million elements in a short file.
         format!(
@@ -279,16 +279,16 @@ fn orders_that_make_no_sense_are_refused() {
         " ".repeat(20 << 20),
     ] {
         fs::write(&path, text).unwrap();
-        let error = read_order(root.path()).unwrap_err();
+        let error = read_job_spec(root.path()).unwrap_err();
         assert!(matches!(error, SpoolError::Damaged { .. }), "{error}");
     }
     // A link to a valid one, and a folder that is a link.
-    write_order(root.path(), &parts()).unwrap();
+    write_job_spec(root.path(), &parts()).unwrap();
     let other = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink(&path, other.path().join(ORDER)).unwrap();
+    std::os::unix::fs::symlink(&path, other.path().join(JOB_SPEC)).unwrap();
     std::os::unix::fs::symlink(root.path(), other.path().join("folder")).unwrap();
     for dir in [other.path().to_owned(), other.path().join("folder")] {
-        let error = read_order(&dir).unwrap_err().to_string();
+        let error = read_job_spec(&dir).unwrap_err().to_string();
         assert!(error.contains("a symbolic link"), "{error}");
     }
 }
@@ -308,14 +308,14 @@ fn nothing_is_written_through_a_link() {
     std::os::unix::fs::symlink(&mine, mark(&element, 0)).unwrap();
     writer.close(true).unwrap_err();
     assert_eq!(fs::read(&mine).unwrap(), b"mine");
-    // Nobody else in the group may write there, whatever the umask.
+    // No one else in the group may write there, whatever the umask.
     use std::os::unix::fs::PermissionsExt;
     for dir in [&spool, &element] {
         assert_eq!(fs::metadata(dir).unwrap().permissions().mode() & 0o022, 0);
     }
     std::os::unix::fs::symlink(root.path(), root.path().join("link")).unwrap();
     make_dir(&root.path().join("link")).unwrap_err();
-    // A directory that somebody else in the group has made, or made writable for others, is not used.
+    // A directory that another user has made, or that is writable by others, is not used.
     let job = root.path().join(FOLDER).join("job");
     make_dir(&job).unwrap();
     ask_to_stop(&job, true).unwrap();
@@ -358,12 +358,12 @@ fn a_sealed_piece_that_is_cut_off_is_damage() {
     assert_eq!(all(&mut reader).len(), 1);
     fs::write(&path, &whole).unwrap();
     assert_eq!(all(&mut reader).len(), 1);
-    // Records from another life.
+    // Records from another start.
     fs::rename(&path, piece_path(&dir, 1, 0, true)).unwrap();
     let mut reader = Reader::new(dir);
-    assert!(reader.turn());
+    assert!(reader.advance());
     let error = reader.look(&mut Vec::new()).unwrap_err().to_string();
-    assert!(error.contains("belongs to another life"), "{error}");
+    assert!(error.contains("belongs to another start"), "{error}");
 }
 
 #[test]
@@ -399,7 +399,7 @@ fn a_handle_that_fails_is_opened_anew() {
     let mut next = Writer::open(&dir).unwrap();
     assert!(
         !is_over(&dir, 0) && !is_over(&dir, 1),
-        "the next life goes on"
+        "the next start goes on"
     );
     next.push(said("four"));
     fs::remove_file(piece_path(&dir, 1, 0, false)).unwrap();
@@ -431,7 +431,7 @@ fn records_wait_until_the_next_piece_can_be_made() {
     assert_eq!(all(&mut reader).len(), 1);
     assert!(piece_path(&dir, 0, 0, true).exists() && piece_path(&dir, 0, 1, true).exists());
     assert!(is_over(&dir, 0) && all(&mut Reader::new(dir.clone())).len() == 3);
-    // A file that somebody has written to, or a link, is not used.
+    // A file that already has content, or a link, is not used.
     fs::write(&next, "x").unwrap();
     assert!(new_piece(&next).is_err());
     fs::remove_file(&next).unwrap();

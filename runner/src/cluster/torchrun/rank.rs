@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use retort_abi::Part;
 use tokio::task::JoinHandle;
 
-use super::{LaunchedRank, PostedJobs};
+use super::{LaunchedRank, TrainingBoard};
 use crate::cluster::spool::{self, JobSpec, Reader, Record, SpoolError, SpoolEvent, SpoolReading};
 use crate::frame::{Task, ToWorker};
 use crate::store::Usage;
 use crate::worker::death::ExitStatus;
-use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::process::{WorkerEvent, WorkerExit};
 use crate::worker::remote::{ClusterEnd, ElementEvent};
 
 /// How often a spool is read.
@@ -26,8 +26,8 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// A training that is posted for the ranks in other processes.
 #[derive(Debug)]
-pub struct PostedJob {
-    posted_jobs: Arc<PostedJobs>,
+pub struct PostedTraining {
+    board: Arc<TrainingBoard>,
     dir: PathBuf,
     name: String,
     threads: usize,
@@ -37,12 +37,12 @@ pub struct PostedJob {
     ended_at: OnceLock<Instant>,
 }
 
-impl PostedJob {
+impl PostedTraining {
     /// A training with its spool in a work directory.
-    pub fn new(posted_jobs: &Arc<PostedJobs>, work_dir: &Path, threads: usize) -> Arc<Self> {
-        let name = posted_jobs.name_of_next();
+    pub fn new(board: &Arc<TrainingBoard>, work_dir: &Path, threads: usize) -> Arc<Self> {
+        let name = board.name_of_next();
         Arc::new(Self {
-            posted_jobs: Arc::clone(posted_jobs),
+            board: Arc::clone(board),
             dir: work_dir.join(spool::FOLDER).join(&name),
             name,
             threads,
@@ -58,7 +58,7 @@ impl PostedJob {
 
     /// This process's rank.
     pub fn place(&self) -> &LaunchedRank {
-        self.posted_jobs.place()
+        self.board.place()
     }
 
     fn post(&self, task: &Task) -> io::Result<()> {
@@ -66,10 +66,10 @@ impl PostedJob {
         if *posted {
             return Ok(());
         }
-        let of = self.posted_jobs.place().size;
+        let of = self.board.place().size;
         let other = |error: SpoolError| io::Error::other(error.to_string());
         spool::make_dir(&self.dir)?;
-        let order = JobSpec {
+        let spec = JobSpec {
             format: spool::FORMAT,
             elements: (0..of).map(|index| Some(Part { index, of })).collect(),
             task: task.clone(),
@@ -81,44 +81,44 @@ impl PostedJob {
             ranks: true,
             meeting: self.name.clone(),
         };
-        spool::write_order(&self.dir, &order).map_err(other)?;
+        spool::write_job_spec(&self.dir, &spec).map_err(other)?;
         spool::ask_to_stop(&self.dir, false).map_err(other)?;
-        self.posted_jobs.assign(&self.dir)?;
+        self.board.assign(&self.dir)?;
         *posted = true;
         Ok(())
     }
 }
 
-impl Drop for PostedJob {
+impl Drop for PostedTraining {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
 /// A reader, the records that it read, and the outcome.
-type Look = (Reader, Vec<Record>, Result<SpoolReading, SpoolError>);
+type SpoolRead = (Reader, Vec<Record>, Result<SpoolReading, SpoolError>);
 
 /// The runner's handle of one rank.
 #[derive(Debug)]
 pub struct RemoteRank {
-    job: Arc<PostedJob>,
+    job: Arc<PostedTraining>,
     /// None while it is reading.
     reader: Option<Reader>,
-    looking: Option<JoinHandle<Look>>,
+    looking: Option<JoinHandle<SpoolRead>>,
     heard: VecDeque<WorkerEvent>,
-    exit: Exit,
+    exit: WorkerExit,
     over: bool,
 }
 
 impl RemoteRank {
     /// Of a training.
-    pub fn new(job: &Arc<PostedJob>, rank: usize) -> Self {
+    pub fn new(job: &Arc<PostedTraining>, rank: usize) -> Self {
         Self {
             reader: Some(Reader::new(spool::element_dir(&job.dir, rank))),
             looking: None,
             job: Arc::clone(job),
             heard: VecDeque::new(),
-            exit: Exit {
+            exit: WorkerExit {
                 status: ExitStatus::Signal(libc::SIGKILL),
                 usage: Usage::default(),
                 out_of_memory: Some(false),
@@ -205,7 +205,7 @@ impl RemoteRank {
                     usage,
                     out_of_memory,
                 } => {
-                    self.exit = Exit {
+                    self.exit = WorkerExit {
                         status,
                         usage,
                         out_of_memory: Some(out_of_memory),

@@ -13,7 +13,7 @@ use crate::executor::event::Event;
 use crate::executor::spec::{AttemptSpec, title};
 use crate::frame::{Answer, FromWorker, Points};
 use crate::store::{ArtifactRecord, LogLine, LogSource, ReadMark, StoreError, Time};
-use crate::worker::death::{Death, ExitStatus};
+use crate::worker::death::{ExitStatus, UnexpectedExit};
 use crate::worker::process::WorkerEvent;
 use crate::worker::remote::{ClusterEnd, ElementEvent};
 use crate::worker::shortened;
@@ -254,7 +254,7 @@ impl WorkerReport {
             }
             _ => {
                 let last_words = self.last_words.iter().map(String::as_str);
-                End::Died(Death::new(exit, last_words, out_of_memory))
+                End::Died(UnexpectedExit::new(exit, last_words, out_of_memory))
             }
         }
     }

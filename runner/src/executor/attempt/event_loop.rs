@@ -18,7 +18,7 @@ use crate::executor::spec::Stop;
 use crate::frame::{FromWorker, ToWorker};
 use crate::store::{StoreError, Usage};
 use crate::worker::heartbeat::{self, Heartbeat};
-use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::process::{WorkerEvent, WorkerExit};
 use crate::worker::remote::ElementEvent;
 
 /// Parts that are gone without a reason, and the nodes of all parts.
@@ -47,7 +47,7 @@ pub(super) struct FinishedWorker {
     pub(super) part: Option<Part>,
     pub(super) report: WorkerReport,
     pub(super) shutdown: ShutdownSequence,
-    pub(super) exit: Exit,
+    pub(super) exit: WorkerExit,
 }
 
 impl FinishedWorker {
@@ -184,7 +184,7 @@ impl Supervisor<'_> {
             tokio::select! {
                 event = self.next_event(&mut worker) => match event {
                     WorkerEvent::Exited(exit) => {
-                        break Exit {
+                        break WorkerExit {
                             usage: admission::usage(exit.usage),
                             ..exit
                         };

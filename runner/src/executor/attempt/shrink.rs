@@ -3,7 +3,7 @@
 use super::event_loop::LostWorkers;
 use crate::executor::end::End;
 use crate::executor::spec::AttemptSpec;
-use crate::worker::death::Cause;
+use crate::worker::death::ExitCause;
 
 /// Ends of cluster jobs that mean a lost worker or node.
 const LOSSES: [&str; 11] = [
@@ -23,7 +23,7 @@ const LOSSES: [&str; 11] = [
 /// The end of an attempt with local processes or externally started ranks. If workers were lost and a retry is left, the next
 /// attempt starts with all of them.
 pub(super) fn tried_again(spec: &AttemptSpec, end: End) -> End {
-    let no_memory = matches!(&end, End::Died(death) if matches!(death.cause, Cause::KernelMemory | Cause::Memory));
+    let no_memory = matches!(&end, End::Died(death) if matches!(death.cause, ExitCause::KernelMemory | ExitCause::Memory));
     if !spec.stage.together || spec.retries == 0 || !is_loss(&end) || no_memory {
         return end;
     }

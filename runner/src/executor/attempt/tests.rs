@@ -14,8 +14,8 @@ use crate::executor::end::Hang;
 use crate::frame::Progress;
 use crate::plan::{Digest, PlannedStage, PluginIdentity, Threads};
 use crate::store::StageId;
-use crate::worker::death::{Death, ExitStatus};
-use crate::worker::process::Exit;
+use crate::worker::death::{ExitStatus, UnexpectedExit};
+use crate::worker::process::WorkerExit;
 
 fn spec() -> AttemptSpec {
     AttemptSpec {
@@ -206,7 +206,11 @@ fn the_loss_of_a_worker_is_tried_again_and_no_other_failure() {
     spec.stage.workers = vec!["cpu".into(); 2];
     let killed = |out_of_memory| {
         let status = ExitStatus::Signal(libc::SIGKILL);
-        End::Died(Death::new(status, std::iter::empty(), out_of_memory))
+        End::Died(UnexpectedExit::new(
+            status,
+            std::iter::empty(),
+            out_of_memory,
+        ))
     };
     let failed = |code, retryable| {
         End::Failed(Failure {
@@ -331,7 +335,7 @@ fn the_part_that_says_most_is_the_reason() {
         part: part(index),
         report: WorkerReport::default(),
         shutdown: shutdown(cause, sent),
-        exit: Exit {
+        exit: WorkerExit {
             status: ExitStatus::Signal(libc::SIGKILL),
             usage: Usage::default(),
             out_of_memory: None,

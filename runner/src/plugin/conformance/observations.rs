@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use retort_abi::{Failure, FailureCode, StageResult};
 use serde_json::Value;
 
-use super::{CheckResult, ExaminationOptions, NotPassed, failed, skipped};
+use super::{CheckFailure, CheckResult, ConformanceRunOptions, failed, skipped};
 use crate::frame::{Answer, FromWorker, Points, Progress, Task, ToWorker};
 use crate::store::ArtifactRecord;
-use crate::worker::death::Death;
-use crate::worker::process::{Exit, Worker, WorkerEvent};
+use crate::worker::death::UnexpectedExit;
+use crate::worker::process::{Worker, WorkerEvent, WorkerExit};
 
 /// When a stage is asked to stop.
 #[derive(Clone, Copy, PartialEq)]
@@ -29,7 +29,7 @@ pub(super) struct Observations {
     pub(super) artifacts: BTreeMap<u64, ArtifactRecord>,
     pub(super) progress: Vec<Progress>,
     pub(super) points: Vec<Points>,
-    pub(super) exit: Option<Exit>,
+    pub(super) exit: Option<WorkerExit>,
     pub(super) last_words: Vec<String>,
     /// Calls after `run` had returned.
     pub(super) late: u64,
@@ -44,7 +44,7 @@ pub(super) async fn watch(
     task: Task,
     temporary: &Path,
     stopping: Stopping,
-    &ExaminationOptions { limit, grace, .. }: &ExaminationOptions,
+    &ConformanceRunOptions { limit, grace, .. }: &ConformanceRunOptions,
 ) -> std::io::Result<Observations> {
     let begun = Instant::now();
     let mut worker = Worker::spawn(1, &[("TMPDIR", temporary.into())])?;
@@ -114,7 +114,7 @@ pub(super) async fn watch(
 
 impl Observations {
     /// The output and the summary of a successful stage.
-    pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), NotPassed> {
+    pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), CheckFailure> {
         let result = self.answered()?;
         match self.artifacts.get(&result.output) {
             Some(record) if record.kind == kind => Ok((record.clone(), result.summary.clone())),
@@ -127,7 +127,7 @@ impl Observations {
     }
 
     /// The answer of a job that succeeded.
-    pub(super) fn answered(&self) -> Result<&StageResult, NotPassed> {
+    pub(super) fn answered(&self) -> Result<&StageResult, CheckFailure> {
         if let Some(message) = &self.not_loaded {
             return failed(message);
         }
@@ -147,7 +147,7 @@ impl Observations {
             return "it ended its process".into();
         };
         let last_words = self.last_words.iter().map(String::as_str);
-        let death = Death::new(exit.status, last_words, false);
+        let death = UnexpectedExit::new(exit.status, last_words, false);
         let written = match self.last_words.last() {
             Some(line) => format!("; the last line it wrote: {}", line.trim()),
             None => String::new(),
@@ -270,7 +270,7 @@ mod tests {
         ] {
             assert!(matches!(
                 seen(bad).steps_are_monotonic(),
-                Err(NotPassed::Failed(_))
+                Err(CheckFailure::Failed(_))
             ));
         }
     }
@@ -284,15 +284,15 @@ mod tests {
         assert!(seen(&[1, 1, 9]).progress_is_monotonic().is_ok());
         assert!(matches!(
             seen(&[2, 1]).progress_is_monotonic(),
-            Err(NotPassed::Failed(_))
+            Err(CheckFailure::Failed(_))
         ));
         assert!(matches!(
             seen(&[1, 10]).progress_is_monotonic(),
-            Err(NotPassed::Failed(_))
+            Err(CheckFailure::Failed(_))
         ));
         assert!(matches!(
             seen(&[]).progress_is_monotonic(),
-            Err(NotPassed::Skipped(_))
+            Err(CheckFailure::Skipped(_))
         ));
     }
 }

@@ -8,11 +8,11 @@ use std::time::SystemTime;
 
 use retort_abi::Input;
 
-use super::{CheckResult, NotPassed, TEMPORARY, failed};
+use super::{CheckFailure, CheckResult, TEMPORARY, failed};
 use crate::artifact;
 
 /// Checks that an attempt left only allowed files in its directory.
-pub(super) fn strays(place: &Path) -> Result<(), NotPassed> {
+pub(super) fn strays(place: &Path) -> Result<(), CheckFailure> {
     let names = |dir: &Path| {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()

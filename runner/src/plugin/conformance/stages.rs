@@ -8,14 +8,14 @@ use retort_abi::{Description, Input, Part, StageJob};
 
 use super::observations::{Observations, Stopping, same};
 use super::side_effects::{WatchedFiles, strays};
-use super::{Examination, LINGER, NotPassed, OPERATIONS, failed, skipped};
+use super::{CheckFailure, ConformanceRun, LINGER, OPERATIONS, failed, skipped};
 use crate::artifact;
 use crate::plan::{Plan, PlannedStage};
 
 /// The number of parts for divisible kinds.
 const PARTS: usize = 2;
 
-impl Examination<'_> {
+impl ConformanceRun<'_> {
     /// Reports that there is no recipe for running stages.
     pub fn skip_stages(&mut self, description: &Description) {
         for kind in description
@@ -30,7 +30,7 @@ impl Examination<'_> {
     }
 
     /// Runs the stages of a plan, and examines those of this plugin.
-    pub fn examine_stages(&mut self, description: &Description, plan: &Plan) {
+    pub fn check_stages(&mut self, description: &Description, plan: &Plan) {
         let mut made: BTreeMap<String, Input> = BTreeMap::new();
         let Ok(place) = tempfile::tempdir() else {
             return;
@@ -171,7 +171,7 @@ impl Examination<'_> {
         tested: &StageUnderTest<'_>,
         take: &str,
         part: Part,
-    ) -> Result<(), NotPassed> {
+    ) -> Result<(), CheckFailure> {
         let place = tested.place.join(take);
         let job = StageJob {
             part: Some(part),
@@ -189,14 +189,14 @@ impl Examination<'_> {
         take: &str,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Observations, NotPassed> {
+    ) -> Result<Observations, CheckFailure> {
         let place = tested.place.join(take);
         let job = tested.job(&place);
         self.attempt(&tested.stage.plugin.path, job, &place, stopping, linger)
     }
 }
 
-/// A stage under examination, its inputs and a directory for its files.
+/// A stage under test, its inputs and a directory for its files.
 pub(super) struct StageUnderTest<'a> {
     pub(super) plan: &'a Plan,
     pub(super) stage: &'a PlannedStage,

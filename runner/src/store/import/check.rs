@@ -1,8 +1,8 @@
-//! Whether every value of a draft is one that a store could have written.
+//! Checks that every value of a draft is one that a store could have written.
 //!
-//! The tables are our own: their rules (not null, unique, one of these states) hold already. The checks here are those that
-//! SQL cannot express: ids and hashes are well-formed, JSON has the shape that readers expect, paths stay within their
-//! artifact, an artifact's hash matches its list of files, and blocks of points match their summaries.
+//! The tables are our own, so their constraints (not null, unique, one of these states) already hold. The checks here are
+//! those that SQL cannot express: ids and hashes are well-formed, JSON has the shape that readers expect, paths stay within
+//! their artifact, an artifact's hash matches its list of files, and blocks of points match their summaries.
 
 use std::collections::HashMap;
 
@@ -25,17 +25,17 @@ use crate::store::{StoreError, Time, block};
 use crate::sweep::{MAX_POINTS, Parameter, Sweep};
 
 /// Why a draft is refused.
-pub(super) enum Refusal {
+pub(super) enum ImportError {
     /// A wrong value: where it is, and what was expected.
     Fault(String),
     /// The draft could not be read.
     Store(StoreError),
 }
 
-impl From<sqlx::Error> for Refusal {
+impl From<sqlx::Error> for ImportError {
     fn from(error: sqlx::Error) -> Self {
         match error {
-            // A text that is no UTF-8.
+            // A text that is not UTF-8.
             error @ (sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_)) => {
                 Self::Fault(error.to_string())
             }
@@ -46,7 +46,7 @@ impl From<sqlx::Error> for Refusal {
 
 /// What a column may hold.
 #[derive(Clone, Copy)]
-enum Rule {
+enum ColumnRule {
     RunId,
     Hash,
     /// A short text without control characters.
@@ -65,20 +65,20 @@ enum Rule {
     Json(fn(&str) -> bool),
 }
 
-use Rule::{Hash, Json, Key, Moment, Name, Natural, Number, Point, Text};
+use ColumnRule::{Hash, Json, Key, Moment, Name, Natural, Number, Point, Text};
 
 /// The tables' columns with their allowed values; a `?` after the name means that null is allowed. For other columns the type
 /// is sufficient.
-const RULES: &[(&str, &[(&str, Rule)])] = &[
+const RULES: &[(&str, &[(&str, ColumnRule)])] = &[
     (
         "runs",
         &[
             ("key", Key),
-            ("id", Rule::RunId),
+            ("id", ColumnRule::RunId),
             ("recipe", Name),
             ("recipe_path", Text),
             ("command", Json(is::<Vec<String>>)),
-            ("resumed_from?", Rule::RunId),
+            ("resumed_from?", ColumnRule::RunId),
             ("error?", Text),
             ("created", Moment),
             ("finished?", Moment),
@@ -191,8 +191,8 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
     ("results", &[("position", Natural), ("points", Natural)]),
 ];
 
-/// Looks at every row of the draft.
-pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+/// Checks every row of the draft.
+pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     for (table, columns) in RULES {
         let names: Vec<&str> = columns
             .iter()
@@ -231,11 +231,11 @@ async fn each(
     connection: &mut SqliteConnection,
     sql: String,
     mut look: impl FnMut(&SqliteRow) -> Result<(), String>,
-) -> Result<(), Refusal> {
+) -> Result<(), ImportError> {
     let mut rows = connection.fetch_many(sqlx::query(AssertSqlSafe(sql)));
     while let Some(step) = rows.try_next().await? {
         match step {
-            Either::Right(row) => look(&row).map_err(Refusal::Fault)?,
+            Either::Right(row) => look(&row).map_err(ImportError::Fault)?,
             Either::Left(_) => return Ok(()),
         }
     }
@@ -244,7 +244,7 @@ async fn each(
 }
 
 /// What was expected, and what is there instead.
-fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<(), String> {
+fn check(row: &SqliteRow, place: usize, optional: bool, rule: ColumnRule) -> Result<(), String> {
     if row.try_get_raw(place).is_ok_and(|value| value.is_null()) {
         return match optional {
             true => Ok(()),
@@ -272,7 +272,7 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
         light(row.try_get(place).unwrap_or_default())?;
     }
     match rule {
-        Rule::RunId => text(is_run_id, "the id of a run"),
+        ColumnRule::RunId => text(is_run_id, "the id of a run"),
         Hash => text(is_hash, "a hash (64 digits and letters from a to f)"),
         Name => text(
             is_name,
@@ -296,7 +296,7 @@ fn light(text: &str) -> Result<&str, String> {
     match json::check_weight(text.as_bytes(), HEAVIEST_RUN) {
         Ok(()) => Ok(text),
         Err(_) => Err(format!(
-            "it would take more than {} MiB of memory, and a whole run may take as much",
+            "it would take more than {} MiB of memory, the limit for a whole run",
             HEAVIEST_RUN >> 20
         )),
     }
@@ -375,8 +375,8 @@ const HEAVIEST_RUN: usize = 96 << 20;
 /// Attempts that a run may have, all stages together.
 const MOST_ATTEMPTS: usize = 20_000;
 
-/// A run has no more stages than a recipe may have, and bounded attempts.
-async fn counted(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+/// Checks that a run has no more stages than a recipe may have, and not too many attempts.
+async fn counted(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     let sql = format!(
         "select r.id, count(*), sum(octet_length(s.options) + ifnull(octet_length(s.components), 0) + octet_length(s.inputs))
          from main.stages s join main.runs r on r.key = s.run group by r.key
@@ -406,8 +406,8 @@ async fn counted(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     .await
 }
 
-/// What a run names, as often as it names it.
-async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+/// Checks the size of what a run refers to, counting each reference.
+async fn repeated(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     let sql = format!(
         "with listed as materialized (select hash, octet_length(files) as bytes from main.artifacts),
               given as materialized (select attempt, count(*) as count from main.inputs group by attempt),
@@ -432,8 +432,8 @@ async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     .await
 }
 
-/// What the JSON values of a run take in memory, and of a sweep. An attempt counts as often as it is referenced.
-async fn weighed(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+/// Checks the memory that the JSON values of a run, or of a sweep, take. An attempt counts as often as it is referenced.
+async fn weighed(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     let of_runs = "select key, command from main.runs
          union all select run, resolved from main.documents
          union all select run, environment from main.documents
@@ -483,7 +483,7 @@ async fn weighed(connection: &mut SqliteConnection) -> Result<(), Refusal> {
 async fn weights(
     connection: &mut SqliteConnection,
     sql: &str,
-) -> Result<HashMap<i64, usize>, Refusal> {
+) -> Result<HashMap<i64, usize>, ImportError> {
     let mut weights: HashMap<i64, usize> = HashMap::new();
     each(connection, sql.into(), |row| {
         let wrong = |error: sqlx::Error| error.to_string();
@@ -498,7 +498,7 @@ async fn weights(
 }
 
 /// Checks that a sweep's points are complete and numbered from 1, and that its runs and rungs refer to them.
-async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+async fn sweeps(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     let sql = "select w.id from main.sweeps w
          where w.points != (select count(*) from main.sweep_points p where p.sweep = w.key)
             or w.points != (select coalesce(max(p.point), 0) from main.sweep_points p where p.sweep = w.key)
@@ -526,7 +526,7 @@ async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
 }
 
 /// Checks blocks of points: each must match its summary, and those of a series must not overlap.
-async fn blocks(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+async fn blocks(connection: &mut SqliteConnection) -> Result<(), ImportError> {
     let mut before = None;
     let sql = "select b.series, b.first_step, b.last_step, b.points, b.numbers, k.data, e.base
          from main.blocks b join main.series e on e.key = b.series left join main.packs k on k.key = b.pack

@@ -1,6 +1,6 @@
 //! Copies the draft into the store in pieces: transactions of whole runs, between which others can write.
 //!
-//! A run is there with everything that belongs to it, the files of its artifacts included, or not at all. So an interrupted
+//! A run is imported with everything that belongs to it, including the files of its artifacts, or not at all. So an interrupted
 //! import leaves whole runs, and the next one continues after them, because known runs are skipped.
 
 use std::collections::HashMap;
@@ -17,14 +17,14 @@ use crate::store::transfer::{self, Copied, Copy, Transfer};
 
 /// Approximate duration of a piece: it ends with the current run.
 pub(super) const PIECE: Duration = Duration::from_millis(250);
-/// How long the store is left to others between two pieces: SQLite's longest polling interval.
+/// The pause between two pieces, in which others can write: SQLite's longest polling interval.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
-/// How long a piece goes on until the runs are there of which one in it reuses a stage. What is missing then is made up
-/// for by a later piece.
+/// The longest extension of a piece: it goes on until it has the runs whose stages its own runs reuse. A later piece adds
+/// what is missing after that.
 const LONGEST: Duration = Duration::from_secs(2);
 
-/// Copies all runs of the database attached as `source`, which is sound, into `main`, and files of artifacts to their
-/// places. `between` is called with nothing locked.
+/// Copies all runs of the database attached as `source`, which has been checked, into `main`, and files of artifacts to their
+/// places. `between` is called while nothing is locked.
 pub(super) async fn copy_all(
     connection: &mut SqliteConnection,
     mut staged: Staged,

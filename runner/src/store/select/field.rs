@@ -131,8 +131,8 @@ fn own(name: &str) -> Option<FieldTarget> {
     })
 }
 
-/// The key of the name that is meant: the name itself; the name after a common prefix; with `/` for `.`; the only one with this
-/// ending. Otherwise the nearest name.
+/// The key of the name that is meant: the name itself, the name after a common prefix, the name with `/` for `.`, or the only
+/// name with this ending. Otherwise the nearest name.
 fn find_name(
     field: &Field,
     name: &str,
@@ -158,7 +158,7 @@ fn find_name(
             .filter(|(_, known)| dotted(known).ends_with(&end));
         match (found.next(), found.next()) {
             (Some(only), None) => Some(only),
-            // A series has two names, with and without its stage: the shorter one stands for both.
+            // A series has two names, with and without its stage: the shorter one is suggested for both.
             (Some(first), Some(second)) if found.next().is_none() => {
                 let (short, long) = if first.1.len() < second.1.len() {
                     (first, second)

@@ -38,7 +38,8 @@ impl Store {
     }
 }
 
-/// Appends points, of any number of series, to an attempt, of which `known` is remembered; what is to be remembered then.
+/// Appends points of any number of series to an attempt. `known` is what is remembered of its series; returns what to remember
+/// afterwards.
 pub(in crate::store) async fn append_points(
     write: &mut SqliteConnection,
     attempt: AttemptId,
@@ -55,7 +56,7 @@ pub(in crate::store) async fn append_points(
         let Some(series) = known.get_mut(&batch.series) else {
             continue;
         };
-        // What is read of a series has to be there, and it grows by one row at a time.
+        // What is read of a series must be in the database, where the series grows by one row at a time.
         if !grown.insert(series.key) || changes.blocks.len() >= ROWS_AT_ONCE {
             changes.write(write).await?;
         }
@@ -71,7 +72,7 @@ pub(in crate::store) async fn append_points(
 /// Rows of many series that are written together: a statement for a thousand rows costs little more than one for a single row.
 #[derive(Default)]
 struct Changes {
-    /// Open blocks that others replace: series and first step.
+    /// Open blocks that are replaced: series and first step.
     replaced: Vec<(i64, i64)>,
     blocks: Vec<(i64, Summary, Vec<u8>)>,
     growth: Vec<Growth>,
@@ -103,7 +104,7 @@ impl Changes {
         }));
     }
 
-    /// Writes all of it, and is empty then.
+    /// Writes everything. It is empty afterwards.
     async fn write(&mut self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         for replaced in std::mem::take(&mut self.replaced).chunks(ROWS_AT_ONCE) {
             let mut delete =
@@ -178,7 +179,7 @@ async fn insert_blocks(
     run_once(insert, connection).await
 }
 
-/// Points by step; of several at one step, the last.
+/// Points by step; of several at the same step, the last.
 fn in_order(points: &[MetricPoint], base: Time) -> Vec<BlockPoint> {
     let mut packed: Vec<BlockPoint> = points
         .iter()
@@ -195,7 +196,7 @@ fn in_order(points: &[MetricPoint], base: Time) -> Vec<BlockPoint> {
     packed
 }
 
-/// Keeps only the last of neighbours at one step.
+/// Keeps only the last of several neighbours at the same step.
 fn keep_last(points: &mut Vec<BlockPoint>) {
     points.reverse();
     points.dedup_by_key(|point| point.step);
@@ -339,7 +340,7 @@ async fn find_or_insert(
     })
 }
 
-/// What another opening of the store has left of a series.
+/// The state of a series that another process has left.
 async fn known(
     connection: &mut SqliteConnection,
     key: i64,
@@ -367,7 +368,7 @@ async fn known(
     })
 }
 
-/// Repeats what is known of an attempt's series in the results of the runs that have it, or reuse it.
+/// Copies the summaries of an attempt's series to the results of the runs that made or reuse it.
 pub(in crate::store) async fn note_results(
     connection: &mut SqliteConnection,
     attempt: AttemptId,
@@ -378,7 +379,7 @@ pub(in crate::store) async fn note_results(
     run_once(statement, connection).await
 }
 
-/// The same of some series: what they cost does not depend on how many others the attempt has.
+/// The same for some of the series, at a cost independent of how many others the attempt has.
 async fn note_new_results(
     connection: &mut SqliteConnection,
     series: &BTreeSet<i64>,
@@ -425,7 +426,7 @@ pub(in crate::store) async fn name_series(
     Ok(())
 }
 
-/// Packs the rows of the table `points`, which stores of schema 1 have.
+/// Packs the rows of the table `points` of schema 1.
 pub(in crate::store) async fn pack_points(
     transaction: &mut Transaction<'_, Sqlite>,
 ) -> Result<(), StoreError> {

@@ -136,7 +136,7 @@ fn found_runs_are_sorted() {
     check(|dir| async move {
         let store = four_runs(&dir).await;
         let ask = async |filter: &str, sort: &str| recipes(&store, filter, sort).await;
-        // What has no value comes last; here everything is turned round.
+        // Runs without a value come last; here the order is reversed.
         assert_eq!(
             ask("recipe", "metrics.loss.last").await.unwrap(),
             "bdac".chars().collect::<String>()
@@ -413,7 +413,7 @@ fn a_statement_is_answered_and_cannot_write() {
                 {"run": run.0, "stage": "distill", "step": 2, "value": null, "bytes": "00ff", "gap": null},
             ])
         );
-        // No rows still have heads.
+        // A result without rows still has column names.
         let none = ask(&store, "select id, state from v_runs where false")
             .await
             .unwrap();
@@ -488,7 +488,10 @@ fn the_latest_run_is_the_last_one_recorded() {
         assert_eq!(listed, runs);
         let last = store.last_execution("digits", "distill").await.unwrap();
         assert_eq!(last.unwrap().run, runs[2]);
-        let before = store.turn_before(&runs[2], "distill").await.unwrap();
+        let before = store
+            .earlier_stage_record(&runs[2], "distill")
+            .await
+            .unwrap();
         assert_eq!(before.unwrap().run, runs[1]);
     });
 }

@@ -1,4 +1,4 @@
-//! Two machines and one store: the other one is imagined, by what it says in `hosts`.
+//! Two machines and one store: the other one is simulated by its files in `hosts`.
 
 use super::*;
 
@@ -32,7 +32,7 @@ fn a_machine_that_has_lost_the_store_writes_nothing_more() {
             .execute(store.pool())
             .await
             .unwrap();
-        // It was stopped in the midst of a transaction, and another machine has taken the store meanwhile.
+        // It was stopped in the middle of a transaction, and another machine has taken the store since.
         let begun = store.write().await.unwrap();
         take(&dir, 7);
         store.host_lock.as_ref().unwrap().disbelieve();
@@ -70,7 +70,7 @@ fn a_heart_beats_where_the_database_takes_nothing() {
             .unwrap();
         let before = beat();
         tokio::time::sleep(Duration::from_millis(5)).await;
-        // It waits for the other one, and has said before that it is there.
+        // It waits for the other one. It has claimed the store before.
         let mut heartbeat = Box::pin(store.heartbeat(&run));
         let said = async {
             while beat() <= before {
@@ -112,7 +112,7 @@ fn who_reads_writes_nothing_to_a_store_that_another_machine_has() {
                 detail.summary.error,
             )
         };
-        // It may: this machine takes the store for a moment, and only where there is something to write.
+        // It may: this machine takes the store for a moment, and only if there is something to write.
         let known = hosts();
         reader
             .scheduler_says(&left, Some("Priority"))

@@ -39,7 +39,7 @@ fn a_store_of_the_first_schema_is_taken_along() {
             .unwrap();
         old.close().await.unwrap();
 
-        // An older program is at work in it.
+        // An older program is using it.
         let refused = Store::open(&dir, Access::ReadWrite).await.unwrap_err();
         assert!(matches!(refused, StoreError::InUse), "{refused}");
         let mut old = connect(&connection::path_of(&dir)).await;
@@ -119,7 +119,7 @@ fn many_processes_migrate_one_old_store_at_once() {
         let store = open(&dir).await;
         let points = store.metric_series(&RunId("r1".into()), "loss").await;
         assert_eq!(points.unwrap().len(), 100_000);
-        // Copied once, as it was: whoever came second found the work done.
+        // Copied once, as it was: the second process found the work done.
         let copies = std::fs::read_dir(&dir).unwrap().filter(|entry| {
             let name = entry.as_ref().unwrap().file_name();
             name.to_string_lossy().contains("backup")

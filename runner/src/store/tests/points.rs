@@ -1,4 +1,4 @@
-//! Points and curves: whatever comes in whatever order is kept, and summed up as it is.
+//! Points and curves: all points are kept, in whatever order they come, and summarised exactly.
 
 use super::*;
 

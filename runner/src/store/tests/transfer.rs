@@ -40,7 +40,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
     (first, second)
 }
 
-/// An artifact that lies in its place.
+/// An artifact whose files are in place.
 fn artifact_file(store: &Store, text: &str) -> ArtifactRecord {
     let staging = store.dir().join("draft");
     std::fs::create_dir_all(&staging).unwrap();
@@ -64,7 +64,7 @@ fn two_stores_are_merged_by_way_of_a_file() {
         let (first, second) = a_pair(&here).await;
         let own = a_pair(&there).await;
         let file = dir.join("odd name % #1?.db");
-        // The one that was asked for, and the one that it takes a stage from.
+        // The named run, and the one from which it reuses a stage.
         let runs = std::slice::from_ref(&second);
         let done = export(here.dir(), Some(runs), &file, true).await.unwrap();
         assert_eq!(done.runs, [first.clone(), second.clone()]);
@@ -87,7 +87,7 @@ fn two_stores_are_merged_by_way_of_a_file() {
         );
 
         for run in [&first, &second] {
-            // Keys are others, and what people see is the same.
+            // The keys differ, but everything that is shown is the same.
             let shown = async |store: &Store| {
                 let mut detail =
                     serde_json::to_value(store.run_detail(run).await.unwrap()).unwrap();
@@ -123,7 +123,7 @@ fn two_stores_are_merged_by_way_of_a_file() {
             ..RunFilter::default()
         };
         assert_eq!(there.list_runs(&filter).await.unwrap().len(), 2);
-        // A whole store can be taken over as well.
+        // A whole store can be imported as well.
         let third = open(&dir.join("third")).await;
         there.close().await;
         let done = third
@@ -135,7 +135,7 @@ fn two_stores_are_merged_by_way_of_a_file() {
     });
 }
 
-/// Every run is there with all that belongs to it, or not at all.
+/// Checks that each run is imported with everything that belongs to it, or not at all.
 async fn whole_runs(store: &Store, of: &Store) -> usize {
     let runs = store.list_runs(&RunFilter::default()).await.unwrap();
     for run in &runs {
@@ -225,7 +225,7 @@ fn others_write_while_an_import_goes_on_and_one_that_ends_half_way_leaves_whole_
         assert_eq!((again.artifacts, again.lost), all);
         assert_eq!(whole_runs(&there, &here).await, 8);
 
-        // Files that nobody needed until then are collected meanwhile.
+        // Files that were not needed until then are collected at the same time.
         let third = open(&dir.join("third")).await;
         artifact_file(&third, "other bytes");
         let place = third.dir().join("artifacts").join(&made.hash);

@@ -25,7 +25,7 @@ pub(in crate::store) struct Copied {
 }
 
 impl Copied {
-    /// Records which attempt of the destination is one of the source.
+    /// Records which attempt of the destination corresponds to one of the source.
     fn pair(&mut self, there: i64, here: i64) {
         self.attempts.insert(there, here);
         for (stage, piece) in self.waiting.remove(&there).unwrap_or_default() {
@@ -47,7 +47,7 @@ impl Copied {
     }
 }
 
-/// Copying runs from `source` to `main`.
+/// Copies runs from `source` to `main`.
 pub(in crate::store) struct Copy<'c> {
     connection: &'c mut SqliteConnection,
     copied: &'c mut Copied,
@@ -149,7 +149,7 @@ impl<'c> Copy<'c> {
                 "insert into main.imported (run) select ?2 where ?1 is not null",
             ),
             (
-                // Nobody could find a run without its recipe.
+                // A run without its recipe could not be found.
                 "that it has no recipe",
                 "insert or ignore into main.documents (run, recipe_text, resolved, environment)
                  select ?2, '', 'null', '{}' where ?1 is not null",

@@ -28,7 +28,7 @@ pub(super) async fn put_files(
     let damaged = |message: String| StoreError::Damaged { message };
     let files: Vec<ArtifactFile> =
         serde_json::from_str(&files).map_err(|error| damaged(error.to_string()))?;
-    // The record may be somebody else's, and no path may lead outside. The hash of the list verifies that.
+    // The record may come from another person, and no path may lead outside. The hash of the list guarantees that.
     if artifact::list_hash(&files) != hash {
         return Err(damaged("its files are not what its hash says".to_owned()));
     }
@@ -50,7 +50,10 @@ async fn put_file(
         source,
     };
     let changed = || StoreError::Damaged {
-        message: format!("`{}` is not what it was when it was made", file.path),
+        message: format!(
+            "the content of `{}` has changed since it was written",
+            file.path
+        ),
     };
     let mut reader = artifact::open_inner(dir, &file.path).map_err(io)?;
     let mut hasher = blake3::Hasher::new();

@@ -172,7 +172,7 @@ document.addEventListener('keydown', (event) => {
     return;
   }
   before = event.key === 'g' ? 'g' : '';
-  // A click beside everything leaves the keys with what holds the page.
+  // After a click on empty space, key presses go to the body or to `main`. Enter then opens the selected row.
   const free = event.target === body || event.target.id === 'main';
   const act = event.key === 'Enter' && free ? keys.o : keys[event.key];
   if (act) {
@@ -259,7 +259,7 @@ function follow() {
     source.addEventListener('open', () => pulse(true));
     source.addEventListener('error', () => pulse(false));
     source.addEventListener('change', (event) => {
-      // Told to look although nothing was written: only what is under way may have died.
+      // `again` comes although nothing was written. It matters only for runs under way: their process may have died.
       if (event.data === 'again' && !one('.pill.now, .meter')) return;
       const wait = Math.max(0, 900 - (Date.now() - last));
       setTimeout(refresh, wait);

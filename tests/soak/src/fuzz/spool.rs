@@ -1,6 +1,7 @@
-//! A compute node's files for the runner: a job's order, and pieces of records.
+//! A compute node's files for the runner: a job's specification, and pieces of records.
 //!
-//! The first byte selects the file: `o` for the order, `s` for a sealed piece, anything else for an open one.
+//! The first byte selects the file: `o` for the specification (`order.json`), `s` for a sealed piece, anything else for an
+//! open one.
 
 use std::fs;
 
@@ -44,11 +45,11 @@ fn exercise(bytes: &[u8]) -> String {
     FOLDER.with(|folder| {
         if kind == b"o" {
             fs::write(folder.path().join("order.json"), rest).expect("a file");
-            return match spool::read_order(folder.path()) {
-                Ok(order) => {
-                    assert!(!order.interval.is_zero() && order.threads > 0);
-                    let count = order.elements.len().checked_ilog2();
-                    format!("{:?} {count:?}", order.layout())
+            return match spool::read_job_spec(folder.path()) {
+                Ok(spec) => {
+                    assert!(!spec.interval.is_zero() && spec.threads > 0);
+                    let count = spec.elements.len().checked_ilog2();
+                    format!("{:?} {count:?}", spec.layout())
                 }
                 Err(error) => error.to_string(),
             };
@@ -75,7 +76,7 @@ fn exercise(bytes: &[u8]) -> String {
             }
         }
         for record in records.iter().take(8) {
-            assert_eq!(record.number >> 32, 0, "of another life");
+            assert_eq!(record.number >> 32, 0, "of another start");
             outcome.extend(format!("{:.16?}", record.word).chars().take(40));
         }
         format!("{outcome} {:?}", records.len().checked_ilog2())

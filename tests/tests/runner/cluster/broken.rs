@@ -82,7 +82,7 @@ impl Fake {
     }
 }
 
-/// The first life of the job's only element, already begun.
+/// The first start of the job's only element, already begun.
 fn begin(spool: &std::path::Path) -> (PathBuf, Writer) {
     let dir = spool::element_dir(spool, 0);
     let mut writer = Writer::open(&dir).unwrap();
@@ -154,7 +154,7 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     fs::write(fake.path("silent"), "").unwrap();
     let mut resumed = fake.start(&["resume"]);
     // It retries for half a minute; an answer within that time would suffice.
-    resumed.wait_for_words("what became of the job of this spool is not known now");
+    resumed.wait_for_words("the state of this spool's job cannot be determined at the moment");
     let said = resumed.end();
     assert_ne!(said.code, Some(0), "{}", said.stderr);
     assert!(dir.join("0.0.open").exists(), "nothing of it is removed");

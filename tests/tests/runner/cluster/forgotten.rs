@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::SystemTime;
 
-use retort::cluster::spool::{self, LifeEnd, SpoolEvent, Writer};
+use retort::cluster::spool::{self, SpoolEvent, StartEnd, Writer};
 use retort::frame::{FromWorker, Points};
 use retort::store::LogSource;
 
@@ -75,7 +75,7 @@ impl Forgetful {
     }
 }
 
-/// Begins the next life of the only element of a job.
+/// Begins the next start of the only element of a job.
 fn begin(spool: &Path) -> Writer {
     let mut writer = Writer::open(&spool::element_dir(spool, 0)).unwrap();
     writer.push(SpoolEvent::Began {
@@ -139,10 +139,15 @@ fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     let _writer = begin(&spool);
-    let lives = "select reason, node from v_job_lives where job = 1";
-    let lives = || cluster.retort(&["query", "--json", lives]).expect(0).json();
-    wait_for("a life in the history", || {
-        (lives()[0]["node"] == "n1").then_some(())
+    let starts = "select reason, node from v_job_lives where job = 1";
+    let starts = || {
+        cluster
+            .retort(&["query", "--json", starts])
+            .expect(0)
+            .json()
+    };
+    wait_for("a start in the history", || {
+        (starts()[0]["node"] == "n1").then_some(())
     });
     running.signal(9);
     running.end();
@@ -161,8 +166,8 @@ fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
         "{error}"
     );
     let running = cluster.start(&["resume"]);
-    wait_for("the end of the job's life", || {
-        let reason = lives()[0]["reason"].as_str()?.to_owned();
+    wait_for("the end of the job's start", || {
+        let reason = starts()[0]["reason"].as_str()?.to_owned();
         assert_eq!(reason, "out of memory in Slurm");
         Some(())
     });
@@ -170,10 +175,13 @@ fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
     running.end();
 }
 
-/// How jobs' lives have ended so far, in order.
+/// How jobs' starts have ended so far, in order.
 fn reasons(cluster: &Forgetful) -> Vec<String> {
-    let lives = "select reason from v_job_lives order by job, life";
-    let rows = cluster.retort(&["query", "--json", lives]).expect(0).json();
+    let starts = "select reason from v_job_lives order by job, life";
+    let rows = cluster
+        .retort(&["query", "--json", starts])
+        .expect(0)
+        .json();
     let rows = rows.as_array().unwrap().iter();
     rows.map(|row| row["reason"].as_str().unwrap_or("none").to_owned())
         .collect()
@@ -192,10 +200,10 @@ fn why_a_job_was_started_again_the_accounts_know() {
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     let _writer = begin(&spool);
-    wait_for("a life in the history", || {
+    wait_for("a start in the history", || {
         (reasons(&cluster) == ["none"]).then_some(())
     });
-    // Three starts: the first was before this life, and the last has not ended.
+    // Three starts: the first was before this start, and the last has not ended.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let now = now.unwrap().as_secs();
     let accounts = format!(
@@ -205,7 +213,7 @@ fn why_a_job_was_started_again_the_accounts_know() {
     );
     fs::write(cluster.path("accounts"), accounts).unwrap();
     fs::write(cluster.path("queue"), "1|N/A|PENDING|BeginTime|\n").unwrap();
-    wait_for("the end of the job's life", || {
+    wait_for("the end of the job's start", || {
         let known = reasons(&cluster);
         (known != ["none"]).then(|| assert_eq!(known, ["node failed"]))
     });
@@ -250,25 +258,25 @@ fn what_an_element_wrote_before_it_was_lost_is_kept() {
 }
 
 #[test]
-fn lives_in_all_jobs_of_a_stage_are_counted() {
+fn starts_in_all_jobs_of_a_stage_are_counted() {
     let cluster = Forgetful::of("a: {kind: do, act: kill}");
     fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
     let running = cluster.start_run();
     let first = cluster.spool(1);
     let mut writer = begin(&first);
-    writer.push(SpoolEvent::Over(LifeEnd::Again {
+    writer.push(SpoolEvent::Over(StartEnd::Again {
         reason: "its worker was killed by SIGKILL".into(),
     }));
     writer.close(false).unwrap();
     let _writer = begin(&first);
-    wait_for("two lives in the history", || {
+    wait_for("two starts in the history", || {
         let known = reasons(&cluster);
         (known == ["its worker was killed by SIGKILL", "none"]).then_some(())
     });
-    // The job disappears with its second life: the next job has the last life.
+    // The job disappears with its second start: the next job has the last start.
     fs::write(cluster.path("queue"), "").unwrap();
     let second = cluster.spool(2);
-    assert_eq!(spool::read_order(&second).unwrap().wasted, [2]);
+    assert_eq!(spool::read_job_spec(&second).unwrap().wasted, [2]);
     fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
     let done = start_job(&second);
     assert!(!done.status.success());

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use retort::artifact;
-use retort::cluster::spool::{self, JobSpec, LifeEnd, SpoolEvent, Writer};
+use retort::cluster::spool::{self, JobSpec, SpoolEvent, StartEnd, Writer};
 use retort::frame::{Answer, Call, FromWorker, Points, Progress};
 use retort::store::{ArtifactRecord, Usage};
 use retort::worker::death::ExitStatus;
@@ -60,7 +60,7 @@ struct Element {
     writer: Option<Writer>,
     next: Instant,
     done: usize,
-    lives: usize,
+    starts: usize,
 }
 
 /// The fate of a cluster, by its seed.
@@ -88,12 +88,12 @@ struct Cluster {
     scale: Scale,
     fate: Fate,
     dir: PathBuf,
-    orders: Vec<(PathBuf, JobSpec)>,
+    specs: Vec<(PathBuf, JobSpec)>,
     elements: Vec<Element>,
     lost: BTreeSet<usize>,
     /// Elements that have already failed once.
     failed: BTreeSet<usize>,
-    /// How lives ended in the simulation.
+    /// How starts ended in the simulation.
     ends: BTreeMap<&'static str, usize>,
     /// Parts that two elements worked on at the same time.
     twice: BTreeSet<usize>,
@@ -135,16 +135,16 @@ pub(super) fn programs(dir: &Path) {
 impl Cluster {
     fn take_jobs(&mut self) {
         loop {
-            let job = self.orders.len() + 1;
+            let job = self.specs.len() + 1;
             let Ok(arguments) = fs::read_to_string(self.dir.join(format!("jobs/{job}/args")))
             else {
                 return;
             };
             let value = |name: &str| arguments.lines().find_map(|line| line.strip_prefix(name));
             let spool = PathBuf::from(value("--chdir=").unwrap());
-            let order = spool::read_order(&spool).unwrap();
+            let spec = spool::read_job_spec(&spool).unwrap();
             let array = value("--array=").is_some();
-            for (index, part) in order.elements.iter().enumerate() {
+            for (index, part) in spec.elements.iter().enumerate() {
                 self.elements.push(Element {
                     job,
                     index: array.then_some(index),
@@ -154,10 +154,10 @@ impl Cluster {
                     writer: None,
                     next: Instant::now(),
                     done: 0,
-                    lives: 0,
+                    starts: 0,
                 });
             }
-            self.orders.push((spool, order));
+            self.specs.push((spool, spec));
         }
     }
 
@@ -175,7 +175,7 @@ impl Cluster {
                 continue;
             }
             let Some(node) = places.pop() else { return };
-            let (spool, _) = &self.orders[element.job - 1];
+            let (spool, _) = &self.specs[element.job - 1];
             let mut writer =
                 Writer::open(&spool::element_dir(spool, element.index.unwrap_or(0))).unwrap();
             writer.push(SpoolEvent::Began {
@@ -185,7 +185,7 @@ impl Cluster {
             });
             writer.flush().unwrap();
             (element.state, element.node, element.writer) = ("RUNNING", Some(node), Some(writer));
-            element.lives += 1;
+            element.starts += 1;
             // Not all at the same time.
             element.next =
                 Instant::now() + self.scale.pace * u32::try_from(number % 50).unwrap() / 50;
@@ -220,7 +220,7 @@ impl Cluster {
                 continue;
             };
             let writer = element.writer.as_mut().unwrap();
-            // An earlier life's output exists.
+            // An earlier start's output exists.
             while work_dir.join(format!("{}-{}", part, element.done)).exists() {
                 element.done += 1;
             }
@@ -266,7 +266,7 @@ impl Cluster {
             1 => ("NODE_FAIL", "node failed"),
             _ => {
                 let reason = "its worker was killed by SIGKILL".to_owned();
-                writer.push(SpoolEvent::Over(LifeEnd::Again { reason }));
+                writer.push(SpoolEvent::Over(StartEnd::Again { reason }));
                 writer.close(false).unwrap();
                 ("PENDING", "its worker was killed by SIGKILL")
             }
@@ -290,7 +290,7 @@ impl Cluster {
             usage: Usage::default(),
             out_of_memory: false,
         });
-        writer.push(SpoolEvent::Over(LifeEnd::Done));
+        writer.push(SpoolEvent::Over(StartEnd::Done));
         writer.close(true).unwrap();
         (element.state, element.node) = ("COMPLETED", None);
         self.ended("succeeded");
@@ -298,8 +298,8 @@ impl Cluster {
 
     /// All shards, as one artifact.
     fn make_the_whole(&mut self, number: usize, work_dir: &Path) {
-        let (spool, order) = &self.orders[self.elements[number].job - 1];
-        let Call::Run { artifacts, .. } = &order.task.call else {
+        let (spool, spec) = &self.specs[self.elements[number].job - 1];
+        let Call::Run { artifacts, .. } = &spec.task.call else {
             panic!()
         };
         let staging = spool.join("staging");
@@ -359,7 +359,7 @@ impl Cluster {
             let node = element
                 .node
                 .map_or(String::new(), |node| format!("node{node}"));
-            let reason = if element.lives > 0 {
+            let reason = if element.starts > 0 {
                 "BeginTime"
             } else {
                 "Resources"
@@ -380,7 +380,7 @@ fn nodes(scale: Scale, fate: Fate, dir: PathBuf, shared: Arc<Shared>) {
         scale,
         fate,
         dir,
-        orders: Vec::new(),
+        specs: Vec::new(),
         elements: Vec::new(),
         lost: BTreeSet::new(),
         failed: BTreeSet::new(),
@@ -392,9 +392,9 @@ fn nodes(scale: Scale, fate: Fate, dir: PathBuf, shared: Arc<Shared>) {
         cluster.start_what_has_room();
         cluster.look_for_parts_at_work_twice();
         let work_dir = cluster
-            .orders
+            .specs
             .first()
-            .and_then(|(_, order)| match &order.task.call {
+            .and_then(|(_, spec)| match &spec.task.call {
                 Call::Run { job, .. } => job.work_dir.clone(),
                 _ => None,
             });
@@ -594,10 +594,10 @@ fn simulate(scale: Scale) {
     let points = "select count(*) as n from v_metrics";
     let points = retort(&command, &["query", "--json", points]).json();
     assert_eq!(points[0]["n"], scale.elements * SHARDS);
-    // Each life's end is recorded correctly.
-    let lives = "select reason, count(*) as n from v_job_lives group by reason";
-    let lives = retort(&command, &["query", "--json", lives]).json();
-    let known: BTreeMap<String, usize> = lives
+    // Each start's end is recorded correctly.
+    let starts = "select reason, count(*) as n from v_job_lives group by reason";
+    let starts = retort(&command, &["query", "--json", starts]).json();
+    let known: BTreeMap<String, usize> = starts
         .as_array()
         .unwrap()
         .iter()

@@ -13,7 +13,7 @@ use retort_tests::digits::Digits;
 
 use super::site::{self, Site};
 use super::stages::{
-    began, ends, flag, held, made, release, wait_for_lives, wait_for_watch, working,
+    began, ends, flag, held, made, release, wait_for_starts, wait_for_watch, working,
 };
 use super::{profiles, restarts};
 use crate::lab::{Lab, Running, binary, compile, signal_process, wait_for, wait_until_gone};
@@ -491,7 +491,7 @@ fn time_limit(site: &Site) {
     // the start.
     let lab = held("pieces");
     let running = site.start_run(&lab, &["--slurm", "time=1", "--slurm", "signal=55s"]);
-    wait_for_lives(site, &lab, 2);
+    wait_for_starts(site, &lab, 2);
     release(&lab);
     running.end().expect(0);
     let ends = ends(site, &lab);
@@ -536,11 +536,13 @@ fn ranks(site: &Site) {
     };
     let lab = training(10);
     site.run(&lab, &own).expect(0);
-    let lives = "select node from v_job_lives where element is not null";
-    let lives = site.retort(&lab, &["query", "--json", lives]).expect(0);
-    let lives = lives.json();
-    let lives = lives.as_array().unwrap().iter();
-    let nodes: BTreeSet<&str> = lives.map(|life| life["node"].as_str().unwrap()).collect();
+    let starts = "select node from v_job_lives where element is not null";
+    let starts = site.retort(&lab, &["query", "--json", starts]).expect(0);
+    let starts = starts.json();
+    let starts = starts.as_array().unwrap().iter();
+    let nodes: BTreeSet<&str> = starts
+        .map(|start| start["node"].as_str().unwrap())
+        .collect();
     assert_eq!(nodes, BTreeSet::from(["n1", "n2"]));
     // The undivided stage has a separate job.
     assert_eq!(ends(site, &lab), ["succeeded"; 3]);
@@ -554,7 +556,7 @@ fn ranks(site: &Site) {
     let running = site.start_run(&lab, &own);
     let [watch, _] = watches(&lab);
     signal_process(child_of(watch), KILL);
-    wait_for_lives(site, &lab, 4);
+    wait_for_starts(site, &lab, 4);
     release(&lab);
     running.end().expect(0);
     let count = |lab: &Lab, wanted: &str| {
@@ -570,7 +572,7 @@ fn ranks(site: &Site) {
     let running = site.start_run(&lab, &own);
     let [_, watch] = watches(&lab);
     signal_process(child_of(watch), libc::SIGSTOP);
-    wait_for_lives(site, &lab, 4);
+    wait_for_starts(site, &lab, 4);
     release(&lab);
     running.end().expect(0);
     let told = ends(site, &lab);
@@ -582,7 +584,7 @@ fn ranks(site: &Site) {
     let running = site.start_run(&lab, &own);
     watches(&lab);
     site.administer("scancel", &["--signal=USR1", "--user=root"]);
-    wait_for_lives(site, &lab, 4);
+    wait_for_starts(site, &lab, 4);
     release(&lab);
     running.end().expect(0);
     // The first rank asks for the restart, which may end the other before it has reported why it stopped.
@@ -610,7 +612,7 @@ fn ranks(site: &Site) {
     let running = site.start_run(&lab, &[&own[..], &["--slurm", "shrink-after=1s"]].concat());
     watches(&lab);
     site.set_node("n2", "down");
-    wait_for_lives(site, &lab, 3);
+    wait_for_starts(site, &lab, 3);
     release(&lab);
     running.end().expect(0);
     let attempts = "select reason from v_attempts order by attempt";

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::site::Site;
-use super::stages::{ends, held, release, wait_for_lives, wait_for_watch};
+use super::stages::{ends, held, release, wait_for_starts, wait_for_watch};
 use crate::lab::{Lab, wait_for};
 
 /// The same work on this machine, where it ends quickly, has the same bytes.
@@ -42,7 +42,7 @@ pub fn preempted(site: &Site) {
     ];
     let said = site.slurm("sbatch", &high);
     assert!(said.contains("Submitted"), "{said}");
-    wait_for_lives(site, &lab, 2);
+    wait_for_starts(site, &lab, 2);
     release(&lab);
     running.end().expect(0);
     assert_eq!(ends(site, &lab), ["preempted", "succeeded"]);
@@ -66,9 +66,9 @@ fn a_node_that_dies() {
         let down = |line: &str| line.starts_with(node) && line.contains(" down");
         nodes.lines().any(down).then_some(())
     });
-    wait_for_lives(site, &lab, 2);
-    // The life that Slurm presumed dead was alive, and sees that another has begun.
-    wait_for("the end of the first life", || {
+    wait_for_starts(site, &lab, 2);
+    // The start that Slurm presumed dead was alive, and sees that another has begun.
+    wait_for("the end of the first start", || {
         (!Path::new(&format!("/proc/{watch}/task/{watch}/children")).exists()).then_some(())
     });
     release(&lab);

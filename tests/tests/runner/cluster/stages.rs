@@ -1,4 +1,4 @@
-//! Stages for Slurm's jobs: that work for a while or until they are released, the lives of their jobs, and their outputs.
+//! Stages for Slurm's jobs: that work for a while or until they are released, the starts of their jobs, and their outputs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ pub fn made(lab: &Lab) -> PathBuf {
         .join("thing.txt")
 }
 
-/// How the jobs' lives of all runs ended, in order.
+/// How the jobs' starts of all runs ended, in order.
 pub fn ends(site: &Site, lab: &Lab) -> Vec<String> {
     let said = site.retort(
         lab,
@@ -60,11 +60,11 @@ pub fn ends(site: &Site, lab: &Lab) -> Vec<String> {
         .collect()
 }
 
-/// Waits until this many lives of a run's jobs have begun.
-pub fn wait_for_lives(site: &Site, lab: &Lab, lives: usize) {
-    wait_for("another life", || {
+/// Waits until this many starts of a run's jobs have begun.
+pub fn wait_for_starts(site: &Site, lab: &Lab, starts: usize) {
+    wait_for("another start", || {
         let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
-        (said.stdout.lines().filter_map(began).count() >= lives).then_some(())
+        (said.stdout.lines().filter_map(began).count() >= starts).then_some(())
     });
 }
 

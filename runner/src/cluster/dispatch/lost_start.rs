@@ -1,49 +1,52 @@
-//! Why a life ended without a report while Slurm keeps its element: of a restarted job, Slurm only says that it waits.
+//! Why a start ended without a report although Slurm keeps its element: Slurm only says that a restarted job is waiting.
 //!
-//! Sources, in order: Slurm's accounts, if any; the state of the node; the records of other ranks and of the life itself.
+//! Sources, in order: Slurm's accounts, if any; the state of the node; the records of other ranks and of the start itself.
 
 use std::collections::BTreeSet;
 
 use retort_abi::LogLevel;
 
 use super::DispatchLoop;
-use super::slot::{LostLife, Phase};
-use crate::cluster::slurm::{Layout, PastLife};
+use super::slot::{LostStart, Phase};
+use crate::cluster::slurm::{Layout, PastStart};
 use crate::store::{ElementUpdate, JobKey};
 
-/// The reason for a life that ended without a report, if nothing else is known.
+/// The reason for a start that ended without a report, if nothing else is known.
 const LOST: &str = "node failed, or preempted";
 
 impl DispatchLoop {
-    /// Finds out why unreported lives ended, and records it.
+    /// Finds out why starts ended that have not reported it, and records the reasons.
     pub(super) async fn explain(&mut self) {
         let mut lost = Vec::new();
         for (index, slot) in self.slots.iter_mut().enumerate() {
-            lost.extend(slot.lost.drain(..).map(|life| (index, life)));
+            lost.extend(slot.lost.drain(..).map(|start| (index, start)));
         }
         if lost.is_empty() {
             return;
         }
-        let ids: BTreeSet<u64> = lost.iter().filter_map(|(_, life)| self.id(life)).collect();
+        let ids: BTreeSet<u64> = lost
+            .iter()
+            .filter_map(|(_, start)| self.id(start))
+            .collect();
         let ids: Vec<u64> = ids.into_iter().collect();
-        let past = self.to.slurm.past_lives(&ids).await.unwrap_or_default();
+        let past = self.to.slurm.past_starts(&ids).await.unwrap_or_default();
         let nodes: BTreeSet<&str> = lost
             .iter()
-            .flat_map(|(_, life)| self.nodes(life, &lost))
+            .flat_map(|(_, start)| self.nodes(start, &lost))
             .collect();
         let down = self.to.slurm.failed_nodes(&nodes).await.unwrap_or_default();
         let reasons: Vec<&str> = lost
             .iter()
-            .map(|(_, life)| {
-                let failed = self.nodes(life, &lost).any(|node| down.contains(node));
-                self.in_accounts(life, &past)
-                    .unwrap_or_else(|| reason(failed, self.another_asked(life), life.terminated))
+            .map(|(_, start)| {
+                let failed = self.nodes(start, &lost).any(|node| down.contains(node));
+                self.in_accounts(start, &past)
+                    .unwrap_or_else(|| reason(failed, self.another_asked(start), start.terminated))
             })
             .collect();
         for ((index, lost), reason) in lost.iter().zip(reasons) {
             let (key, element) = lost.job;
             let ended = ElementUpdate::Ended {
-                life: lost.life,
+                start: lost.start,
                 reason: reason.to_owned(),
                 at: lost.at,
             };
@@ -68,16 +71,16 @@ impl DispatchLoop {
         Some(job.layout)
     }
 
-    fn id(&self, lost: &LostLife) -> Option<u64> {
+    fn id(&self, lost: &LostStart) -> Option<u64> {
         let job = self.jobs.iter().find(|job| job.key == lost.job.0)?;
         Some(job.id)
     }
 
-    /// The nodes whose failure would have ended a life: its own, or those of all ranks.
+    /// The nodes whose failure would have ended a start: its own, or those of all ranks.
     fn nodes<'a>(
         &'a self,
-        lost: &'a LostLife,
-        all: &'a [(usize, LostLife)],
+        lost: &'a LostStart,
+        all: &'a [(usize, LostStart)],
     ) -> impl Iterator<Item = &'a str> {
         let (key, _) = lost.job;
         let ranks = matches!(self.layout(key), Some(Layout::Ranks(_)));
@@ -94,20 +97,20 @@ impl DispatchLoop {
     }
 
     /// The reason according to Slurm's accounts.
-    fn in_accounts(&self, lost: &LostLife, past: &[PastLife]) -> Option<&'static str> {
+    fn in_accounts(&self, lost: &LostStart, past: &[PastStart]) -> Option<&'static str> {
         let (key, element) = lost.job;
         let place = (self.id(lost)?, self.layout(key)?.element(element));
-        // A start that ended before this life began is an earlier one; later starts end later.
-        let later = |life: &&PastLife| life.place == place && life.ended > lost.began / 1000;
+        // One that ended before this start began is an earlier start. Of the others, the first to end is this one.
+        let later = |start: &&PastStart| start.place == place && start.ended > lost.began / 1000;
         past.iter()
             .filter(later)
-            .min_by_key(|life| life.ended)?
+            .min_by_key(|start| start.ended)?
             .state
             .fault()
     }
 
-    /// Whether another rank of the job has asked for a restart since the life began, which ended it.
-    fn another_asked(&self, lost: &LostLife) -> bool {
+    /// Whether another rank of the job has asked for a restart since the start began, which ended it.
+    fn another_asked(&self, lost: &LostStart) -> bool {
         let (key, element) = lost.job;
         let others = self.slots.iter().filter(|slot| {
             slot.job

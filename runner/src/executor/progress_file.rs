@@ -22,7 +22,7 @@ const LONGEST: u64 = 1 << 20;
 
 /// A stage's progress, and when it was first seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Reading {
+pub struct ProgressReading {
     /// How far.
     #[serde(flatten)]
     pub progress: Progress,
@@ -34,7 +34,7 @@ pub struct Reading {
     pub at: i64,
 }
 
-impl Reading {
+impl ProgressReading {
     /// Remaining seconds at the current rate; None while unknown.
     pub fn left(&self, now: Time) -> Option<f64> {
         let done = self
@@ -49,20 +49,20 @@ impl Reading {
     }
 }
 
-/// Writes the file.
+/// The file, for the process that writes it.
 #[derive(Debug)]
-pub struct Gauge {
+pub struct ProgressFile {
     path: PathBuf,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    stages: BTreeMap<String, Reading>,
+    stages: BTreeMap<String, ProgressReading>,
     written: Option<Instant>,
 }
 
-impl Gauge {
+impl ProgressFile {
     /// For the run that stages its files in `staging`.
     pub fn new(staging: &Path) -> Self {
         Self {
@@ -71,21 +71,22 @@ impl Gauge {
         }
     }
 
-    /// Takes notice of an event.
+    /// Notes an event of the run, and writes the file if that is due.
     pub fn hear(&self, event: &Event) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let due = match event {
             Event::Progress { stage, progress } => {
                 let at = Time::now().0;
-                let reading = state
-                    .stages
-                    .entry(stage.clone())
-                    .or_insert_with(|| Reading {
-                        progress: progress.clone(),
-                        from: progress.done,
-                        since: at,
-                        at,
-                    });
+                let reading =
+                    state
+                        .stages
+                        .entry(stage.clone())
+                        .or_insert_with(|| ProgressReading {
+                            progress: progress.clone(),
+                            from: progress.done,
+                            since: at,
+                            at,
+                        });
                 // A stage may change units: first images read, then steps.
                 let other = (&reading.progress.unit, reading.progress.total)
                     != (&progress.unit, progress.total);
@@ -111,7 +112,7 @@ impl Gauge {
 }
 
 /// The progress of a run's stages, by its staging directory; empty if unknown.
-pub fn read(staging: &Path) -> BTreeMap<String, Reading> {
+pub fn read(staging: &Path) -> BTreeMap<String, ProgressReading> {
     let bytes = retort_checkpoint::regular::read(&path(staging), LONGEST);
     let read = bytes
         .ok()
@@ -125,7 +126,7 @@ pub fn path(staging: &Path) -> PathBuf {
 }
 
 /// Readers see either the old or the new file.
-fn write(path: &Path, stages: &BTreeMap<String, Reading>) -> std::io::Result<()> {
+fn write(path: &Path, stages: &BTreeMap<String, ProgressReading>) -> std::io::Result<()> {
     let draft = path.with_extension("new");
     let mut file = retort_checkpoint::regular::create_itself(&draft)?;
     file.write_all(&serde_json::to_vec(stages)?)?;
@@ -151,10 +152,10 @@ mod tests {
     fn what_is_heard_can_be_read_until_the_stage_ends() {
         let staging = tempfile::tempdir().unwrap();
         assert!(read(staging.path()).is_empty());
-        let gauge = Gauge::new(staging.path());
-        gauge.hear(&progress(10));
+        let progress_file = ProgressFile::new(staging.path());
+        progress_file.hear(&progress(10));
         // Too soon for another write.
-        gauge.hear(&progress(20));
+        progress_file.hear(&progress(20));
         let reading = read(staging.path()).remove("a").unwrap();
         assert_eq!((reading.progress.done, reading.from), (10, 10));
         assert_eq!(reading.left(Time::now()), None);
@@ -164,7 +165,7 @@ mod tests {
 
     #[test]
     fn what_is_left_follows_from_what_was_done_by_this_attempt() {
-        let reading = Reading {
+        let reading = ProgressReading {
             progress: Progress {
                 done: 60,
                 total: 100,

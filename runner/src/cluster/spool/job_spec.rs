@@ -1,4 +1,4 @@
-//! A job's order, a file in its spool: the work of its elements.
+//! A job's specification, the file `order.json` in its spool: the work of its elements.
 
 use std::io;
 use std::path::Path;
@@ -12,8 +12,8 @@ use super::{FORMAT, SpoolError, failed, open_own, patiently, put};
 use crate::cluster::slurm::Layout;
 use crate::frame::{self, Task};
 
-/// The most bytes of an order.
-const LONGEST_ORDER: u64 = 16 << 20;
+/// The most bytes of a specification.
+const LONGEST_SPEC: u64 = 16 << 20;
 /// The most elements of a job.
 const MOST_ELEMENTS: usize = 1 << 17;
 /// The time between two writes of an element.
@@ -21,10 +21,10 @@ const INTERVALS: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
 /// The most threads of an element.
 const MOST_THREADS: usize = 1 << 16;
-/// The file with a job's order.
-pub(super) const ORDER: &str = "order.json";
+/// The file with a job's specification.
+pub(super) const JOB_SPEC: &str = "order.json";
 
-/// The work of a job. Written once, before it is submitted.
+/// The work of a job. Written once, before the job is submitted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
     /// [`FORMAT`].
@@ -37,12 +37,12 @@ pub struct JobSpec {
     pub threads: usize,
     /// How often an element may be restarted after an end without a result, over all its jobs.
     pub requeue: u32,
-    /// Lives that earlier jobs have wasted, per element; empty for the first job.
+    /// How many starts earlier jobs have wasted, per element; empty for the first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub wasted: Vec<u32>,
     /// The time between two writes of an element.
     pub interval: Duration,
-    /// Whether a worker that Slurm stops ahead of the time limit requests the next life itself.
+    /// Whether a worker that Slurm stops ahead of the time limit asks for the next start itself.
     pub again: bool,
     /// Whether the elements are ranks: tasks of one job that run at the same time.
     #[serde(default)]
@@ -53,7 +53,7 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// Checks that the order is valid.
+    /// Checks that it is valid.
     ///
     /// # Errors
     /// The problem.
@@ -80,7 +80,7 @@ impl JobSpec {
         }
         if !self.wasted.is_empty() && self.wasted.len() != count {
             let known = self.wasted.len();
-            return Err(format!("wasted lives of {known} elements, of {count}"));
+            return Err(format!("wasted starts of {known} elements, of {count}"));
         }
         if !INTERVALS.contains(&self.interval) {
             return Err(format!(
@@ -94,7 +94,7 @@ impl JobSpec {
         }
     }
 
-    /// The number of an element's lives that earlier jobs have wasted.
+    /// The number of an element's starts that earlier jobs have wasted.
     pub fn wasted_before(&self, element: usize) -> u32 {
         self.wasted.get(element).copied().unwrap_or(0)
     }
@@ -109,39 +109,39 @@ impl JobSpec {
     }
 }
 
-/// Writes a job's order, and syncs it.
+/// Writes a job's specification, and syncs it.
 ///
 /// # Errors
 /// [`SpoolError::Io`].
-pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
-    let path = dir.join(ORDER);
+pub fn write_job_spec(dir: &Path, spec: &JobSpec) -> Result<(), SpoolError> {
+    let path = dir.join(JOB_SPEC);
     let wrong = |message| SpoolError::Damaged {
         path: path.clone(),
         message,
     };
-    order.check().map_err(wrong)?;
-    let text = serde_json::to_vec(order).map_err(|error| wrong(error.to_string()))?;
+    spec.check().map_err(wrong)?;
+    let text = serde_json::to_vec(spec).map_err(|error| wrong(error.to_string()))?;
     put(&path, &text).map_err(failed("write", &path))
 }
 
-/// Reads a job's order.
+/// Reads a job's specification.
 ///
 /// # Errors
 /// [`SpoolError`].
-pub fn read_order(dir: &Path) -> Result<JobSpec, SpoolError> {
-    let path = dir.join(ORDER);
+pub fn read_job_spec(dir: &Path) -> Result<JobSpec, SpoolError> {
+    let path = dir.join(JOB_SPEC);
     let damaged = |message: String| SpoolError::Damaged {
         path: path.clone(),
         message,
     };
     let text =
-        patiently(|| regular::whole(open_own(&path)?, LONGEST_ORDER)).map_err(
+        patiently(|| regular::whole(open_own(&path)?, LONGEST_SPEC)).map_err(
             |error| match error.kind() {
                 io::ErrorKind::FileTooLarge => damaged(error.to_string()),
                 _ => failed("read", &path)(error),
             },
         )?;
-    let order: JobSpec = frame::decode(&text).map_err(|error| damaged(error.to_string()))?;
-    order.check().map_err(damaged)?;
-    Ok(order)
+    let spec: JobSpec = frame::decode(&text).map_err(|error| damaged(error.to_string()))?;
+    spec.check().map_err(damaged)?;
+    Ok(spec)
 }
