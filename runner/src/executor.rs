@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::artifact::Layout;
 use crate::executor::source::SourceFile;
@@ -45,6 +45,9 @@ pub use report::{Outcome, RunReport, StageReport};
 use describe::new_run;
 use report::why;
 use scheduler::Scheduler;
+
+/// How long a detached run's last rows may take.
+const LAST_ROWS: Duration = Duration::from_secs(10);
 
 /// Runs a plan, and handles signals. `roles` has one entry per stage of the plan ([`crate::plan::decision::select`]).
 ///
@@ -140,6 +143,8 @@ async fn carry_out(
             rung: options.rung.clone(),
             judged: Mutex::new(None),
             reached: Notify::new(),
+            leaving: watch::Sender::new(false),
+            unsubmitted: Arc::default(),
             cluster: options.cluster.clone(),
             training_board: options.training_board.clone(),
         });
@@ -195,7 +200,10 @@ async fn carry_out(
 
 /// Detaches from a run's jobs, which the cluster continues.
 async fn detach(mut scheduler: Scheduler<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
-    // This cancels nothing.
+    // Attempts write down what they have read. This cancels nothing.
+    scheduler.context.leaving.send_replace(true);
+    let attempts = async { while scheduler.workers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(LAST_ROWS, attempts).await;
     scheduler.workers.shutdown().await;
     let (store, run) = (Arc::clone(&scheduler.context.store), scheduler.run.clone());
     let elapsed = scheduler.context.pauses.worked(began, Duration::ZERO);

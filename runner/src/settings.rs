@@ -340,6 +340,16 @@ impl Settings {
                 check_option(option, origin)?;
             }
         }
+        let signal = time("signal", DEFAULT_SIGNAL, |partial| partial.signal.as_ref())?;
+        if let Some((limit, origin)) = self.pick(kind, |partial| partial.time.as_ref())
+            && seconds(&limit.text()).is_some_and(|limit| limit <= signal.as_secs())
+        {
+            return Err(wrong(format!(
+                "{origin}: slurm.time is `{}`, not more than slurm.signal ({} s): a job would be asked to stop as soon as it starts",
+                limit.text(),
+                signal.as_secs()
+            )));
+        }
         self.check_trusted(kind, "sbatch", |partial| partial.sbatch.is_some())?;
         self.check_trusted(kind, "prologue", |partial| partial.prologue.is_some())?;
         Ok(Profile {
@@ -358,7 +368,7 @@ impl Settings {
             requeue: self
                 .pick(kind, |partial| partial.requeue.as_ref())
                 .map_or(DEFAULT_REQUEUE, |(count, _)| *count),
-            signal: time("signal", DEFAULT_SIGNAL, |partial| partial.signal.as_ref())?,
+            signal,
             poll: time("poll", DEFAULT_POLL, |partial| partial.poll.as_ref())?,
             shrink_after: time("shrink-after", DEFAULT_SHRINK_AFTER, |partial| {
                 partial.shrink_after.as_ref()
@@ -494,6 +504,32 @@ const DEFAULTS: [(&str, &str); 14] = [
     ("poll", DEFAULT_POLL),
     ("shrink-after", DEFAULT_SHRINK_AFTER),
 ];
+
+/// The seconds of a time limit as Slurm writes it: minutes, `m:s`, `h:m:s`, `d-h`, `d-h:m`, `d-h:m:s`. None for a word, such
+/// as `UNLIMITED`, and for what only Slurm can judge.
+fn seconds(limit: &str) -> Option<u64> {
+    let (days, clock) = match limit.trim().split_once('-') {
+        Some((days, clock)) => (Some(days.parse::<u64>().ok()?), clock),
+        None => (None, limit.trim()),
+    };
+    let parts: Vec<u64> = clock
+        .split(':')
+        .map(|part| part.parse().ok())
+        .collect::<Option<_>>()?;
+    let (hours, minutes, seconds) = match (days, parts.as_slice()) {
+        (Some(_), &[hours]) => (hours, 0, 0),
+        (Some(_), &[hours, minutes]) => (hours, minutes, 0),
+        (None, &[minutes]) => (0, minutes, 0),
+        (None, &[minutes, seconds]) => (0, minutes, seconds),
+        (_, &[hours, minutes, seconds]) => (hours, minutes, seconds),
+        _ => return None,
+    };
+    let hours = days.unwrap_or(0).checked_mul(24)?.checked_add(hours)?;
+    let minutes = hours.checked_mul(60)?.checked_add(minutes)?;
+    // Slurm takes 0 for no limit.
+    let all = minutes.checked_mul(60)?.checked_add(seconds)?;
+    (all > 0).then_some(all)
+}
 
 /// Whether Slurm resources are GPUs, or shares of them.
 fn has_gpus(resources: &str) -> bool {

@@ -3,18 +3,36 @@
 use std::collections::HashMap;
 
 use crate::cli::{Context, Error, output};
-use crate::cluster::slurm::{ElementStatus, Slurm, State};
+use crate::cluster::slurm::{ElementStatus, Slurm, SlurmError, State};
 use crate::store::{DetachedJobs, Store};
 
 /// Asks Slurm about runs with unfinished jobs but no runner, and corrects their states in the store. Returns those that Slurm
 /// still runs, or whose state is unknown.
 pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
-    let left = store.left_to_scheduler().await?;
+    let mut left = store.left_to_scheduler().await?;
     if left.is_empty() {
         return Ok(left);
     }
-    let jobs: Vec<u64> = left.iter().flat_map(|left| left.jobs.clone()).collect();
     let slurm = Slurm::default();
+    let silent = |error: SlurmError| {
+        if !context.quiet {
+            output::say(&format!(
+                "{error}; runs that were left to it are shown as they were last known"
+            ));
+        }
+    };
+    for run in &mut left {
+        for name in &run.names {
+            match slurm.find(name).await {
+                Ok(job) => run.jobs.extend(job),
+                Err(error) => {
+                    silent(error);
+                    return Ok(left);
+                }
+            }
+        }
+    }
+    let jobs: Vec<u64> = left.iter().flat_map(|left| left.jobs.clone()).collect();
     let known = slurm.look_back(&jobs, |known| {
         let is_known = |job: &u64| known.keys().any(|(known, _)| known == job);
         !jobs.iter().all(is_known)
@@ -22,11 +40,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
     let known = match known.await {
         Ok(known) => known,
         Err(error) => {
-            if !context.quiet {
-                output::say(&format!(
-                    "{error}; runs that were left to it are shown as they were last known"
-                ));
-            }
+            silent(error);
             return Ok(left);
         }
     };

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use retort_abi::Part;
@@ -16,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::dispatch::slot::{Phase, Slot, StopRequest};
+use crate::cluster::dispatch::slot::{Phase, Slot, StopRequest, Unsubmitted};
 use crate::cluster::slurm::{Key, Layout, Slurm};
 use crate::cluster::spool::{self, JobSpec, Reader, SpoolError};
 use crate::frame::{Task, ToWorker};
@@ -29,6 +30,7 @@ use crate::worker::remote::ClusterEnd;
 mod lost_start;
 mod script;
 mod slot;
+mod stopping;
 mod submission;
 mod watch;
 
@@ -63,6 +65,8 @@ pub struct StageSubmission {
     pub store: Arc<Store>,
     /// Slurm.
     pub slurm: Arc<Slurm>,
+    /// Counts elements that have no job yet.
+    pub unsubmitted: Arc<AtomicUsize>,
     /// Receives its events.
     pub listener: Box<dyn Fn(DispatchEvent) + Send + Sync>,
     /// The stage's name.
@@ -86,6 +90,7 @@ pub struct StageSubmission {
 /// A stage's jobs.
 pub struct Dispatcher {
     commands: mpsc::UnboundedSender<Command>,
+    unsubmitted: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -101,6 +106,7 @@ impl Drop for Dispatcher {
 pub struct Element {
     part: Option<Part>,
     commands: mpsc::UnboundedSender<Command>,
+    unsubmitted: Arc<AtomicUsize>,
     heard: mpsc::Receiver<WorkerEvent>,
     /// The other end of `heard`, until the task is sent. Then only the dispatcher has it, so that its end is noticed.
     tell: Option<mpsc::Sender<WorkerEvent>>,
@@ -112,6 +118,7 @@ enum Command {
         part: Option<Part>,
         task: Box<Task>,
         tell: mpsc::Sender<WorkerEvent>,
+        unsubmitted: Unsubmitted,
     },
     Stop {
         part: Option<Part>,
@@ -131,6 +138,7 @@ impl Element {
                     part,
                     task: task.clone(),
                     tell,
+                    unsubmitted: Unsubmitted::new(&self.unsubmitted),
                 }
             }
             ToWorker::StopAtCheckpoint => Command::Stop {
@@ -174,6 +182,7 @@ impl Dispatcher {
     /// [`StoreError`].
     pub async fn open(submission: StageSubmission) -> Result<Self, StoreError> {
         let (commands, requests) = mpsc::unbounded_channel();
+        let unsubmitted = Arc::clone(&submission.unsubmitted);
         let mut dispatch = DispatchLoop::new(submission);
         let waiting = dispatch.waiting.as_deref();
         dispatch
@@ -183,7 +192,11 @@ impl Dispatcher {
             .await?;
         dispatch.recall().await?;
         let task = tokio::spawn(dispatch.run(requests));
-        Ok(Self { commands, task })
+        Ok(Self {
+            commands,
+            unsubmitted,
+            task,
+        })
     }
 
     /// Closes the jobs, after all ends have been reported.
@@ -200,6 +213,7 @@ impl Dispatcher {
         Element {
             part,
             commands: self.commands.clone(),
+            unsubmitted: Arc::clone(&self.unsubmitted),
             heard,
             tell: Some(tell),
         }
@@ -225,6 +239,8 @@ struct Job {
     given_up: Vec<bool>,
     /// Whether its elements have been asked to stop.
     stopping: bool,
+    /// Whether it was over before this runner came: only results in its spool are of use.
+    results_only: bool,
     over: bool,
 }
 
@@ -245,6 +261,9 @@ struct DispatchLoop {
     waiting: Option<String>,
     /// Whether the user has been warned that Slurm does not answer.
     silent: bool,
+    /// When to cancel again after Slurm did not answer, and the jobs of other runners for which that is still to be done.
+    cancel_at: Instant,
+    to_cancel: Vec<u64>,
     submitted: u32,
     /// The element to read first.
     heard_from: usize,
@@ -266,6 +285,8 @@ impl DispatchLoop {
             chunk: None,
             waiting: Some("not submitted".into()),
             silent: false,
+            cancel_at: now,
+            to_cancel: Vec::new(),
             submitted: 0,
             heard_from: 0,
             waits_since: None,
@@ -291,6 +312,9 @@ impl DispatchLoop {
                 // A job whose specification cannot be read now may be running.
                 Err(error) => return Err(unknown(&dir, error)),
             };
+            if open.over && spec.is_none() {
+                continue;
+            }
             let id = match open.job {
                 Some(id) => Some(id),
                 // The runner ended after submitting it and before recording its id.
@@ -299,7 +323,7 @@ impl DispatchLoop {
             let (Some(id), Some(spec)) = (id, spec) else {
                 match id {
                     Some(id) => {
-                        let _ = self.to.slurm.cancel(id, &[None], false).await;
+                        self.to_cancel.push(id);
                         self.to.store.job_over(open.key).await?;
                     }
                     None => self.to.store.job_refused(open.key).await?,
@@ -328,10 +352,14 @@ impl DispatchLoop {
                 wasted: (0..slots)
                     .map(|element| spec.wasted_before(element))
                     .collect(),
+                // The result of a whole stage whose attempt has ended was seen, and was not enough.
+                given_up: (spec.elements.iter())
+                    .map(|part| open.over && open.ended && part.is_none())
+                    .collect(),
                 elements: spec.elements,
                 marks,
-                given_up: vec![false; slots],
                 stopping: false,
+                results_only: open.over,
                 over: false,
             });
         }
@@ -388,17 +416,35 @@ impl DispatchLoop {
     async fn close(&mut self) -> Result<(), StoreError> {
         let news = std::mem::take(&mut self.news);
         self.to.store.note_elements(&news).await?;
-        for job in self.jobs.iter_mut().filter(|job| !job.over) {
+        let open = |job: &&mut Job| !job.over && !job.results_only;
+        for job in self.jobs.iter_mut().filter(open) {
+            // Left by another runner, and of no use to this attempt.
+            if job.slots.iter().all(Option::is_none) {
+                let _ = spool::ask_to_end(&job.dir);
+                self.to_cancel.push(job.id);
+            }
             job.over = true;
             self.to.store.job_over(job.key).await?;
+        }
+        self.cancel_at = Instant::now();
+        self.cancel_left().await;
+        for job in &self.to_cancel {
+            self.warn(format!(
+                "job {job}, which is of no use any more, could not be cancelled: `scancel {job}` does it"
+            ));
         }
         Ok(())
     }
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Submit { part, task, tell } => {
-                self.slots.push(Slot::new(part, *task, tell));
+            Command::Submit {
+                part,
+                task,
+                tell,
+                unsubmitted,
+            } => {
+                self.slots.push(Slot::new(part, *task, tell, unsubmitted));
                 self.submit_at = self.submit_at.min(Instant::now() + GATHER);
                 self.submit_at = self.submit_at.max(Instant::now() + GATHER / 2);
             }
@@ -416,7 +462,11 @@ impl DispatchLoop {
     fn next_look(&self) -> Instant {
         let now = Instant::now();
         if self.slots.iter().all(|slot| slot.phase == Phase::Over) {
-            return now + Duration::from_secs(3600);
+            let settled = |job: &Job| job.over || job.slots.iter().all(Option::is_none);
+            return match self.jobs.iter().all(settled) {
+                true => now + Duration::from_secs(3600),
+                false => now + LOOK,
+            };
         }
         let heard = self.slots.iter().filter(|slot| slot.is_heard()).count();
         let look = LOOK.max(Duration::from_millis(
@@ -432,6 +482,7 @@ impl DispatchLoop {
     /// A round: stop, submit, read, poll.
     async fn tick(&mut self) -> Result<(), StoreError> {
         self.stop().await;
+        self.cancel_left().await;
         if Instant::now() >= self.submit_at {
             self.adopt().await?;
             self.submit().await?;
@@ -464,8 +515,13 @@ impl DispatchLoop {
         if since.elapsed() < self.to.profile.shrink_after {
             return;
         }
+        if Instant::now() < self.cancel_at {
+            return;
+        }
         for id in self.open_jobs() {
-            let _ = self.to.slurm.cancel(id, &[None], false).await;
+            if let Err(error) = self.to.slurm.cancel(id, &[None], false).await {
+                return self.is_not_cancelled(&error);
+            }
         }
         let ended = ClusterEnd {
             reason: "no nodes".into(),
@@ -490,7 +546,7 @@ impl DispatchLoop {
             let done = |slot: &Option<usize>| {
                 slot.is_none_or(|slot| {
                     let slot = &self.slots[slot];
-                    slot.phase == Phase::Over || slot.job.is_none_or(|(at, _)| at != job.key)
+                    slot.is_told() || slot.job.is_none_or(|(at, _)| at != job.key)
                 })
             };
             // Elements that the executor has not requested yet may still be wanted.
@@ -532,71 +588,25 @@ impl DispatchLoop {
         for slot in &mut self.slots {
             slot.end(ended.clone()).await;
         }
-    }
-
-    /// Carries out stop requests.
-    async fn stop(&mut self) {
-        for index in 0..self.slots.len() {
-            let slot = &mut self.slots[index];
-            if slot.phase == Phase::New && slot.level > StopRequest::GoOn {
-                slot.cancelled().await;
-            }
-        }
-        let slots = &self.slots;
+        // They are not recorded as over.
         for job in &mut self.jobs {
-            let wish_of = |index: &Option<usize>| match index.map(|index| &slots[index]) {
-                Some(slot) if slot.phase != Phase::Over => Some(slot.level),
-                _ => None,
-            };
-            let wishes = job.slots.iter().map(wish_of).collect::<Vec<_>>();
-            if wishes
-                .iter()
-                .flatten()
-                .all(|level| *level == StopRequest::GoOn)
-            {
-                continue;
-            }
-            let wanted = |level: StopRequest| -> Vec<Option<usize>> {
-                let some = wishes.iter().enumerate();
-                let some = some.filter(|(_, found)| **found == Some(level));
-                let mut names: Vec<_> = some
-                    .map(|(element, _)| job.layout.element(element))
-                    .collect();
-                names.dedup(); // ranks share one job
-                names
-            };
-            if !std::mem::replace(&mut job.stopping, true) {
-                let _ = spool::ask_to_stop(&job.dir, true);
-                let _ = self
-                    .to
-                    .slurm
-                    .cancel(job.id, &wanted(StopRequest::Checkpoint), true)
-                    .await;
-            }
-            let now = wanted(StopRequest::Now);
-            if !now.is_empty() {
-                let _ = self.to.slurm.cancel(job.id, &now, false).await;
-            }
-            self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
-        }
-        for slot in &mut self.slots {
-            // Once is enough; Slurm reports the outcome.
-            if slot.level == StopRequest::Now {
-                slot.level = StopRequest::Ending;
-            }
+            job.over = true;
         }
     }
 
     /// Slurm's ids of unfinished jobs.
     fn open_jobs(&self) -> Vec<u64> {
-        let open = self.jobs.iter().filter(|job| !job.over);
+        let open = self.jobs.iter();
+        let open = open.filter(|job| !job.over && !job.results_only);
         open.map(|job| job.id).collect()
     }
 
     /// Matches slots without a job with elements that another runner submitted.
     async fn adopt(&mut self) -> Result<(), StoreError> {
         let new = |slot: &Slot| slot.phase == Phase::New && slot.level == StopRequest::GoOn;
-        let unclaimed = |job: &Job| !job.over && job.slots.iter().all(Option::is_none);
+        let unclaimed = |job: &Job| {
+            !job.over && job.slots.iter().all(Option::is_none) && job.given_up.contains(&false)
+        };
         if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
         }
@@ -609,6 +619,7 @@ impl DispatchLoop {
         let places: Vec<Key> = self
             .jobs
             .iter()
+            .filter(|job| !job.results_only)
             .flat_map(|job| {
                 let elements = (0..job.elements.len()).filter(|element| wanted(job, *element));
                 elements.map(|element| (job.id, job.layout.element(element)))
@@ -619,7 +630,7 @@ impl DispatchLoop {
             places.iter().any(|key| !known.contains_key(key))
         });
         let known = known.await;
-        let mut taken = BTreeSet::new();
+        let (mut taken, mut count) = (BTreeSet::new(), 0);
         for index in 0..self.slots.len() {
             if !new(&self.slots[index]) {
                 continue;
@@ -641,12 +652,28 @@ impl DispatchLoop {
                     known.get(&key).is_some_and(|said| !said.state.is_final())
                 });
                 let goes_on = said.unwrap_or(true);
+                let goes_on = goes_on && !job.results_only;
+                // Ranks work together: results of some of them are of no use.
+                let needed = match (job.results_only, job.layout) {
+                    (true, Layout::Ranks(ranks)) => (0..ranks)
+                        .map(|rank| spool::element_dir(&job.dir, rank))
+                        .collect(),
+                    _ => vec![dir.clone()],
+                };
                 // A spool may be long, and the file system may hang.
-                let read = dir.clone();
-                let judged = move || slot::is_worth_taking(&read, goes_on);
+                let judged = move || {
+                    let mut needed = needed.iter();
+                    needed.try_fold(true, |all, dir| {
+                        Ok::<_, SpoolError>(all && slot::is_worth_taking(dir, goes_on)?)
+                    })
+                };
                 let judged = tokio::task::spawn_blocking(judged).await;
                 let judged = judged.map_err(|error| unknown(&dir, error))?;
                 if !judged.map_err(|error| unknown(&dir, error))? {
+                    if job.results_only {
+                        self.jobs[at].given_up[element] = true;
+                        continue;
+                    }
                     // It ended while no runner was there.
                     let key = (job.id, job.layout.element(element));
                     let said = known.as_ref().ok().and_then(|known| known.get(&key));
@@ -664,25 +691,25 @@ impl DispatchLoop {
                     continue;
                 }
                 let (key, mark) = (job.key, job.marks[element]);
+                let results_only = job.results_only;
                 self.slots[index].wasted = job.wasted[element];
                 self.jobs[at].slots[element] = Some(index);
                 self.slots[index].place((key, element), Reader::new(dir), mark);
+                // Its records are there.
+                self.slots[index].expected = results_only;
+                // A runner must not leave before what follows them is submitted.
+                self.slots[index].unsubmitted.set(results_only);
                 taken.insert(key);
+                count += 1;
                 break;
             }
         }
         for key in taken {
             self.to.store.job_taken(key, self.to.attempt).await?;
         }
-        let taken: usize = self
-            .jobs
-            .iter()
-            .flat_map(|job| &job.slots)
-            .flatten()
-            .count();
-        if taken > 0 {
+        if count > 0 {
             self.warn(format!(
-                "{taken} of {} elements were submitted before and are taken up",
+                "{count} of {} elements were submitted before and are taken up",
                 self.slots.len()
             ));
         }
@@ -691,13 +718,20 @@ impl DispatchLoop {
         let whole = self.slots.iter().all(|slot| slot.part.is_none());
         for job in &mut self.jobs {
             let of_parts = job.elements.iter().any(Option::is_some);
-            if job.over || job.slots.iter().any(Option::is_some) || (of_parts == whole) {
+            if job.over
+                || job.results_only
+                || job.slots.iter().any(Option::is_some)
+                || (of_parts == whole)
+            {
                 continue;
             }
             job.over = true;
-            let _ = self.to.slurm.cancel(job.id, &[None], false).await;
+            let _ = spool::ask_to_end(&job.dir);
+            self.to_cancel.push(job.id);
             self.to.store.job_over(job.key).await?;
         }
+        // Before their successors are submitted.
+        self.cancel_left().await;
         Ok(())
     }
 }

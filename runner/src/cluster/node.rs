@@ -27,6 +27,8 @@ const STOP_INTERVAL: Duration = Duration::from_secs(2);
 const LAST_MOMENTS: Duration = Duration::from_secs(20);
 /// How long to retry records that cannot be written.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// How often a controller that does not answer is asked for a restart.
+const REQUEUE_INTERVAL: Duration = Duration::from_secs(5);
 /// Bytes that may wait to be written; beyond that, metrics and lines are dropped.
 const MOST_PENDING: usize = 64 << 20;
 
@@ -51,6 +53,10 @@ pub struct ElementIdentity {
 
 /// The variable that names a training's rendezvous when several trainings share an address.
 pub const MEETING: &str = "RETORT_MEETING";
+
+/// The variable by which ranks know that nobody but them listens at their address: what a `torchrun` above this process says
+/// is about another one.
+pub const OWN_ADDRESS: (&str, &str) = ("TORCHELASTIC_USE_AGENT_STORE", "False");
 
 /// A rank's variables, with torchrun's names.
 pub fn rank_variables(part: Part, on_this_node: usize) -> [(&'static str, OsString); 3] {
@@ -205,16 +211,35 @@ async fn first_rank_ends(place: &ElementIdentity, start: u32) -> bool {
     false
 }
 
-/// Asks Slurm to restart this job, which ends this process. If that fails the runner will do it.
+/// Asks Slurm to restart this job, which ends this process. A controller that does not answer is asked again: there may be no
+/// runner. If Slurm refuses, or the time limit comes first, the runner will do it.
 async fn requeue(job: &str) {
-    let asked = tokio::process::Command::new("scontrol")
-        .args(["requeue", job])
-        .stdin(Stdio::null())
-        .status();
-    match tokio::time::timeout(Duration::from_secs(60), asked).await {
-        // Gives Slurm time to end this process. If it exited by itself, Slurm would count that as the job's end.
-        Ok(Ok(status)) if status.success() => tokio::time::sleep(Duration::from_secs(60)).await,
-        _ => {}
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        let asked = tokio::process::Command::new("scontrol")
+            .args(["requeue", job])
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .output();
+        match tokio::time::timeout(Duration::from_secs(60), asked).await {
+            // Gives Slurm time to end this process: exiting first would count as a different end.
+            Ok(Ok(output)) if output.status.success() => {
+                return tokio::time::sleep(Duration::from_secs(60)).await;
+            }
+            Ok(Ok(output)) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                eprintln!("{said}");
+                let silent = ["nable to contact", "timed out", "Zero Bytes"];
+                if !silent.iter().any(|words| said.contains(words)) {
+                    return;
+                }
+            }
+            Ok(Err(_)) => return,
+            Err(_) => {}
+        }
+        tokio::time::sleep(REQUEUE_INTERVAL).await;
     }
 }
 
@@ -266,7 +291,14 @@ impl SupervisedWorker<'_> {
         {
             // The rendezvous address comes from the environment.
             variables.extend(rank_variables(part, self.place.local_rank));
-            variables.push((MEETING, self.spec.meeting.clone().into()));
+            let mut meeting = self.spec.meeting.clone();
+            // Jobs of Slurm. Another one may have the same port on this node, and so may an earlier start of this one.
+            if self.spec.again && !meeting.is_empty() {
+                let start = std::env::var("SLURM_RESTART_COUNT").unwrap_or_default();
+                meeting = format!("{meeting}-{start}");
+                variables.push((OWN_ADDRESS.0, OWN_ADDRESS.1.into()));
+            }
+            variables.push((MEETING, meeting.into()));
         }
         // Slurm signals every process of a job. The worker ignores that; it is stopped from here, through its socket.
         let mut worker = Worker::spawn_in_job(self.spec.threads, &variables)?;

@@ -16,8 +16,10 @@ use tokio::sync::OnceCell;
 use crate::settings::Profile;
 
 mod refusal;
+mod variables;
 
 use refusal::refusal;
+use variables::is_stray;
 
 /// How long a program may take. `sbatch` itself retries while the queue is full.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -251,8 +253,24 @@ impl Slurm {
             return Err(refusal(&output, busy));
         }
         // `id`, or in a federation `id;cluster`.
-        let id = output.stdout.trim().split(';').next().unwrap_or_default();
-        id.parse().map_err(|_| odd("sbatch", &output.stdout))
+        let answer = output.stdout.trim();
+        let (id, elsewhere) = answer.split_once(';').unwrap_or((answer, ""));
+        let id = id.parse().map_err(|_| odd("sbatch", &output.stdout))?;
+        let here = self.cluster().await.name;
+        if !elsewhere.is_empty() && !here.is_empty() && !elsewhere.eq_ignore_ascii_case(&here) {
+            // Nobody would watch it there.
+            let there = [format!("--clusters={elsewhere}"), format!("{id}")];
+            let _ = call("scancel", &there).await;
+            return Err(SlurmError::Refused {
+                said: format!(
+                    "`sbatch` has sent it to the cluster {}, not to {here}",
+                    bounded(elsewhere)
+                ),
+                hint: "retort submits to this machine's cluster only; run it on a machine that submits to the other cluster"
+                    .into(),
+            });
+        }
+        Ok(id)
     }
 
     /// The status of jobs from Slurm's controller; jobs that it does not know, or has forgotten, are left out.
@@ -459,6 +477,11 @@ impl Slurm {
         let _ = call("scontrol", &words).await;
     }
 
+    /// Releases a job that Slurm holds. Best effort.
+    pub async fn release(&self, job: u64, element: Option<usize>) {
+        let _ = call("scontrol", &["release".to_owned(), id(job, element)]).await;
+    }
+
     /// Slurm's version, and whether its controller answers, for people.
     ///
     /// # Errors
@@ -655,6 +678,12 @@ fn bounded(text: &str) -> String {
 /// Runs a program to its end, within limits.
 async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, SlurmError> {
     let mut command = tokio::process::Command::new(program);
+    let in_job = std::env::var_os("SLURM_JOB_ID").is_some();
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| is_stray(name, in_job)) {
+            command.env_remove(name);
+        }
+    }
     if program == "sacct" {
         // Times as seconds since 1970. Not for `sbatch`, whose environment its jobs inherit.
         command.env("SLURM_TIME_FORMAT", "%s");

@@ -580,7 +580,9 @@ impl Reader {
         let next = self.start + 1;
         self.is_final |= [false, true]
             .into_iter()
-            .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists());
+            .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists())
+            // The next was killed before it made a piece, if another follows it.
+            || mark(&self.dir, next + 1).exists();
         self.is_final
     }
 
@@ -648,7 +650,8 @@ impl Reader {
         for sealed in [true, false, true] {
             let path = piece_path(&self.dir, self.start, self.piece, sealed);
             // Most pieces are still open. Looking is cheaper than a failed attempt to open.
-            if sealed && fs::symlink_metadata(&path).is_err() {
+            let is_absent = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+            if sealed && fs::symlink_metadata(&path).is_err_and(is_absent) {
                 continue;
             }
             match patiently(|| open_own(&path)) {

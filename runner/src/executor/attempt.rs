@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cluster::dispatch::Dispatcher;
-use crate::executor::end::End;
+use crate::executor::end::{End, StopOutcome};
 use crate::executor::event::Event;
 use crate::executor::handle::{self, Placement};
 use crate::executor::recorder::Recorder;
@@ -88,7 +88,26 @@ pub async fn run(
     if dispatcher.is_none() {
         supervisor.began();
     }
-    let (finished, usage, lost) = supervisor.run_workers(whole, parts).await?;
+    let finished = tokio::select! {
+        biased;
+        finished = supervisor.run_workers(whole, parts) => Some(finished?),
+        () = context.left() => None,
+    };
+    let Some((finished, usage, lost)) = finished else {
+        // At once: it would take what nobody reads any more for heard.
+        drop(dispatcher);
+        recorder.end().await;
+        // Nobody is told: the attempt goes on.
+        return Ok(AttemptOutcome {
+            end: End::Interrupted {
+                outcome: StopOutcome::Otherwise,
+            },
+            artifacts: Vec::new(),
+            last_words: Vec::new(),
+            tainted: false,
+            lost: Vec::new(),
+        });
+    };
     if let Some(dispatcher) = dispatcher {
         Dispatcher::close(dispatcher).await;
     }

@@ -5,11 +5,12 @@
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use retort_abi::{Failure, FailureCode, Part};
 
 use crate::cluster::dispatch::{DispatchEvent, Dispatcher, Element, StageSubmission};
-use crate::cluster::node::{MEETING, rank_variables};
+use crate::cluster::node::{MEETING, OWN_ADDRESS, rank_variables};
 use crate::cluster::torchrun::{PostedTraining, RemoteRank};
 use crate::executor::end::End;
 use crate::executor::event::Event;
@@ -18,7 +19,7 @@ use crate::executor::spec::{AttemptSpec, RunContext};
 use crate::frame::{FrameError, ToWorker};
 use crate::plan::Threads;
 use crate::settings::Profile;
-use crate::store::{AttemptId, StoreError};
+use crate::store::{AttemptId, StoreError, Time};
 use crate::worker::process::{Worker, WorkerEvent};
 use crate::worker::remote::ClusterEnd;
 
@@ -144,11 +145,12 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
             true => free_port()?,
             false => 0,
         };
+        let meeting = meeting();
         let spawn = |part: Option<Part>| -> std::io::Result<WorkerHandle> {
             let part_of_all = part.filter(|_| spec.stage.together);
             let variables = match (part_of_all, &posted) {
                 (None, _) => Vec::new(),
-                (Some(part), None) => ranks(part, port),
+                (Some(part), None) => ranks(part, port, &meeting),
                 (Some(part), Some(posted)) if part.index > 0 => {
                     let rank = RemoteRank::new(posted, part.index);
                     return Ok(WorkerHandle::Rank(Box::new(rank)));
@@ -181,13 +183,22 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
 }
 
 /// The rendezvous of local processes, in the variables of `torchrun`.
-fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
+fn ranks(part: Part, port: u16, meeting: &str) -> Vec<(&'static str, OsString)> {
     let mut variables = vec![
         ("MASTER_ADDR", "127.0.0.1".into()),
         ("MASTER_PORT", port.to_string().into()),
+        (MEETING, meeting.into()),
+        (OWN_ADDRESS.0, OWN_ADDRESS.1.into()),
     ];
     variables.extend(rank_variables(part, part.index));
     variables
+}
+
+/// A name that no other training has: another one may get the same port, which is free until somebody listens there.
+fn meeting() -> String {
+    static TRAININGS: AtomicU64 = AtomicU64::new(0);
+    let number = TRAININGS.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{}-{number}", std::process::id(), Time::now().0)
 }
 
 /// A free local port.
@@ -226,6 +237,7 @@ impl ClusterPlacement {
         let dispatcher = Dispatcher::open(StageSubmission {
             store: Arc::clone(&context.store),
             slurm: self.cluster.slurm,
+            unsubmitted: Arc::clone(&context.unsubmitted),
             listener: Box::new(move |dispatched| listener(event(&stage, dispatched))),
             stage: spec.stage.name.clone(),
             attempt,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use retort_abi::Input;
@@ -175,7 +176,8 @@ impl<'p> Scheduler<'p> {
                     }
                 }
                 () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
-                    if self.context.store.is_submitted(&self.run).await? {
+                    let is_complete = self.context.unsubmitted.load(Ordering::Relaxed) == 0;
+                    if is_complete && self.context.store.is_submitted(&self.run).await? {
                         self.detached = true;
                     }
                 }
@@ -549,6 +551,7 @@ async fn run_stage(
         }
         tokio::select! {
             _ = stop.changed() => return Ok(StageEnd::Stopped),
+            () = context.left() => return Ok(StageEnd::Stopped),
             () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
         }
     };

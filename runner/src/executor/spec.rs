@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use retort_abi::{Input, Part};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::artifact::{Layout, Staging};
 use crate::cluster::torchrun::TrainingBoard;
@@ -38,6 +39,10 @@ pub struct RunContext {
     pub judged: Mutex<Option<f64>>,
     /// Notified on arrival.
     pub reached: Notify,
+    /// Whether the run is being left to the cluster.
+    pub leaving: watch::Sender<bool>,
+    /// Elements of stages that have no job yet.
+    pub unsubmitted: Arc<AtomicUsize>,
     /// The cluster whose jobs do the work; None for local processes.
     pub cluster: Option<Cluster>,
     /// The trainings for ranks that `torchrun` started.
@@ -48,6 +53,14 @@ impl RunContext {
     /// The value by which the run is judged; None before its rung.
     pub fn judged(&self) -> Option<f64> {
         *self.judged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the run is left to the cluster. Cancel-safe.
+    pub(in crate::executor) async fn left(&self) {
+        let mut leaving = self.leaving.subscribe();
+        if leaving.wait_for(|leaving| *leaving).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     /// Checks a stage's new points for the rung.

@@ -239,3 +239,35 @@ fn a_file_that_others_could_change_is_refused() {
         "{hint}"
     );
 }
+
+#[test]
+fn a_job_has_more_time_than_its_signal_takes() {
+    let root = tempfile::tempdir().unwrap();
+    let of = |time: &str| {
+        let given = Overrides {
+            slurm: vec![format!("time={time}"), "signal=90s".into()],
+            ..Overrides::default()
+        };
+        let profile = Settings::read(root.path(), &given).unwrap().profile("do");
+        profile.map(|_| ()).map_err(|error| error.message)
+    };
+    for time in ["1", "1:30", "0:1:30", "0-0:1"] {
+        let message = of(time).unwrap_err();
+        assert!(
+            message.contains("not more than slurm.signal (90 s)"),
+            "{message}"
+        );
+    }
+    for time in [
+        "2",
+        "1:31",
+        "0:1:31",
+        "1-0",
+        "0-0:2",
+        "0",
+        "UNLIMITED",
+        "soon",
+    ] {
+        assert_eq!(of(time), Ok(()), "{time}");
+    }
+}

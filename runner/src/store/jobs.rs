@@ -18,7 +18,7 @@ pub(super) const STATE_BY_STAGES: &str = "case
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobKey(pub i64);
 
-/// An unfinished job, as recorded.
+/// A job that another runner may take over, as recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OpenJob {
     /// Its key.
@@ -29,6 +29,10 @@ pub struct OpenJob {
     pub job: Option<u64>,
     /// The read mark of each element.
     pub imported: Vec<(usize, u64)>,
+    /// Whether nothing of it is left to do: only results in its spool are of use.
+    pub over: bool,
+    /// Whether the attempt that had it last has been recorded as ended.
+    pub ended: bool,
 }
 
 /// A job, for people.
@@ -63,6 +67,8 @@ pub struct DetachedJobs {
     pub detached: bool,
     /// Slurm's ids.
     pub jobs: Vec<u64>,
+    /// The names of those whose id the runner did not live to record.
+    pub names: Vec<String>,
 }
 
 /// An update about an element.
@@ -170,20 +176,28 @@ impl Store {
         write.commit().await
     }
 
-    /// The jobs for a stage with this digest that are not over, in order.
+    /// The jobs for a stage with this digest that are not over, and those that are, while no attempt has succeeded with their
+    /// results; in order.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn open_jobs(&self, digest: &str) -> Result<Vec<OpenJob>, StoreError> {
         let rows = sqlx::query(
-            "select key, name, job from jobs where digest = ?1 and over is null order by key",
+            "select j.key, j.name, j.job, j.over is not null as over, a.state <> 'running' as ended
+             from jobs j join attempts a on a.key = coalesce(j.taken_by, j.attempt)
+             where j.digest = ?1 and (j.over is null or (j.job is not null and a.state <> 'succeeded'))
+             order by j.key",
         )
         .bind(digest)
         .fetch_all(self.pool())
         .await?;
         let mut jobs = Vec::new();
         for row in rows {
-            jobs.push(self.open_job(&row).await?);
+            jobs.push(OpenJob {
+                over: row.try_get("over")?,
+                ended: row.try_get("ended")?,
+                ..self.open_job(&row).await?
+            });
         }
         Ok(jobs)
     }
@@ -231,6 +245,8 @@ impl Store {
                     Some((usize::try_from(element).ok()?, number.cast_unsigned()))
                 })
                 .collect(),
+            over: false,
+            ended: false,
         })
     }
 
@@ -440,10 +456,10 @@ impl Store {
         let gone = self.without_runner().await?;
         let mut left = Vec::new();
         for (key, id, detached) in gone {
-            let jobs: Vec<i64> = sqlx::query_scalar(
-                "select distinct j.job from jobs j
+            let open: Vec<(Option<i64>, String)> = sqlx::query_as(
+                "select distinct j.job, j.name from jobs j
                  join attempts a on a.key in (j.attempt, j.taken_by) join stages s on s.key = a.stage
-                 where s.run = ?1 and j.over is null and j.job is not null",
+                 where s.run = ?1 and j.over is null",
             )
             .bind(key)
             .fetch_all(self.pool())
@@ -451,7 +467,13 @@ impl Store {
             left.push(DetachedJobs {
                 run: RunId(id),
                 detached,
-                jobs: jobs.into_iter().map(i64::cast_unsigned).collect(),
+                jobs: (open.iter())
+                    .filter_map(|(job, _)| job.map(i64::cast_unsigned))
+                    .collect(),
+                names: open
+                    .into_iter()
+                    .filter_map(|(job, name)| job.is_none().then_some(name))
+                    .collect(),
             });
         }
         Ok(left)

@@ -437,6 +437,7 @@ fn a_run_is_at_work_when_slurm_says_so_though_its_runner_never_did() {
             run: run.clone(),
             detached: false,
             jobs: vec![1],
+            names: Vec::new(),
         };
         store.scheduler_says(&left, None).await.unwrap();
         assert_eq!(states().await, (RunState::Running, StageState::Running));

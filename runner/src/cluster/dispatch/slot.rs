@@ -1,6 +1,8 @@
 //! The runner's record of one element: its task, its job, and its events so far.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
@@ -88,11 +90,45 @@ pub struct LostStart {
     pub is_news: bool,
 }
 
+/// Counts an element while it has no job.
+#[derive(Debug)]
+pub struct Unsubmitted {
+    count: Arc<AtomicUsize>,
+    is_counted: bool,
+}
+
+impl Unsubmitted {
+    pub fn new(count: &Arc<AtomicUsize>) -> Self {
+        let mut new = Self {
+            count: Arc::clone(count),
+            is_counted: false,
+        };
+        new.set(true);
+        new
+    }
+
+    pub fn set(&mut self, unsubmitted: bool) {
+        let before = std::mem::replace(&mut self.is_counted, unsubmitted);
+        if unsubmitted && !before {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        } else if before && !unsubmitted {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Unsubmitted {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
 #[derive(Debug)]
 pub struct Slot {
     pub part: Option<Part>,
     pub task: Task,
     tell: mpsc::Sender<WorkerEvent>,
+    pub unsubmitted: Unsubmitted,
     pub phase: Phase,
     pub level: StopRequest,
     /// Why it waits.
@@ -124,15 +160,23 @@ pub struct Slot {
     pub expected: bool,
     /// Whether Slurm has been asked to start it without delay.
     pub hurried: bool,
+    /// How often it was released after Slurm could not launch it.
+    pub released: u32,
     begun: bool,
 }
 
 impl Slot {
-    pub fn new(part: Option<Part>, task: Task, tell: mpsc::Sender<WorkerEvent>) -> Self {
+    pub fn new(
+        part: Option<Part>,
+        task: Task,
+        tell: mpsc::Sender<WorkerEvent>,
+        unsubmitted: Unsubmitted,
+    ) -> Self {
         Self {
             part,
             task,
             tell,
+            unsubmitted,
             phase: Phase::New,
             level: StopRequest::GoOn,
             why: String::new(),
@@ -151,12 +195,14 @@ impl Slot {
             absent: 0,
             expected: false,
             hurried: false,
+            released: 0,
             begun: false,
         }
     }
 
     /// Assigns a job to it.
     pub fn place(&mut self, job: (JobKey, usize), reader: Reader, mark: u64) {
+        self.unsubmitted.set(false);
         self.job = Some(job);
         self.reader = Some(reader);
         self.mark = mark;
@@ -170,6 +216,7 @@ impl Slot {
     /// Takes its job away, so that it is submitted again.
     pub fn again(&mut self) {
         self.phase = Phase::New;
+        self.unsubmitted.set(true);
         (self.job, self.reader) = (None, None);
     }
 
@@ -178,9 +225,21 @@ impl Slot {
         self.begun && self.phase == Phase::Queued
     }
 
+    /// Whether Slurm holds it because it could not launch it, by the reason for which it waits. Slurm may forget that reason.
+    pub fn is_held(&self, reason: &str) -> bool {
+        let reason = reason.replace('_', " ").to_lowercase();
+        reason.contains("launch failed") || (reason == "jobheldadmin" && self.released > 0)
+    }
+
     /// Whether there may be records to read.
     pub fn is_heard(&self) -> bool {
-        self.reader.is_some() && (self.phase == Phase::Running || self.expected)
+        let may_write = self.phase == Phase::Running || self.expected;
+        self.reader.is_some() && may_write && self.phase != Phase::Over
+    }
+
+    /// Whether its end, and everything before it, has been received: then its records are no longer only in its spool.
+    pub fn is_told(&self) -> bool {
+        self.phase == Phase::Over && self.tell.is_closed()
     }
 
     async fn send(&self, heard: WorkerEvent) {
@@ -446,6 +505,7 @@ impl Slot {
         let exit = self.held.exit.unwrap_or(left);
         self.send(WorkerEvent::Exited(exit)).await;
         self.phase = Phase::Over;
+        self.unsubmitted.set(false);
     }
 
     /// Reports that it was stopped before its start, or between two starts.

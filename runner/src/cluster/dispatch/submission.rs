@@ -141,7 +141,7 @@ impl DispatchLoop {
         );
         let dir = self.spools().join(&name);
         let script = dir.join("batch.sh");
-        let spec = self.spec(slots);
+        let spec = self.spec(slots, &name);
         if let Err(message) = self.make_spool(&dir, &script, &spec) {
             let ended = ClusterEnd {
                 reason: "not submitted".into(),
@@ -196,6 +196,7 @@ impl DispatchLoop {
             given_up: vec![false; spec.elements.len()],
             elements: spec.elements,
             stopping: false,
+            results_only: false,
             over: false,
         });
         self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
@@ -203,7 +204,7 @@ impl DispatchLoop {
     }
 
     /// The specification of a job of these slots.
-    fn spec(&self, slots: &[usize]) -> JobSpec {
+    fn spec(&self, slots: &[usize], name: &str) -> JobSpec {
         let to = &self.to;
         let elements: Vec<Option<Part>> =
             slots.iter().map(|index| self.slots[*index].part).collect();
@@ -220,7 +221,7 @@ impl DispatchLoop {
                 .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
             again: true,
             ranks: to.together && elements[0].is_some(),
-            meeting: String::new(),
+            meeting: name.to_owned(),
             elements,
         }
     }

@@ -1,5 +1,7 @@
 //! Reads elements' spools, and asks Slurm about silent ones.
 
+use std::collections::BTreeSet;
+
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
@@ -84,8 +86,15 @@ impl DispatchLoop {
                 Some((job.id, job.layout.element(element)))
             });
             if let Some((job, element)) = at {
-                let _ = self.to.slurm.cancel(job, &[element], false).await;
+                if Instant::now() < self.cancel_at {
+                    continue;
+                }
+                if let Err(error) = self.to.slurm.cancel(job, &[element], false).await {
+                    self.is_not_cancelled(&error);
+                    continue;
+                }
             }
+            let slot = &mut self.slots[index];
             slot.end(ClusterEnd {
                 reason: "spool damaged".into(),
                 message,
@@ -118,7 +127,7 @@ impl DispatchLoop {
         if std::mem::replace(&mut self.silent, false) {
             self.warn("Slurm answers again");
         }
-        let mut hurried = 0;
+        let (mut hurried, mut released) = (0, BTreeSet::new());
         for (index, place) in places.into_iter().enumerate() {
             let Some(place) = place else { continue };
             let said = known.get(&place).cloned();
@@ -127,6 +136,41 @@ impl DispatchLoop {
                 continue;
             }
             match said {
+                Some(said) if said.state == State::Pending && slot.is_held(&said.reason) => {
+                    waits(slot, &said, &mut self.news);
+                    if slot.released < self.to.profile.requeue {
+                        slot.released += 1;
+                        let held = format!(
+                            "Slurm could not launch it ({}); it is released",
+                            said.reason
+                        );
+                        slot.note(LogLevel::Warn, held).await;
+                        // Ranks are one job.
+                        if released.insert(place) {
+                            self.to.slurm.release(place.0, place.1).await;
+                        }
+                        continue;
+                    }
+                    if Instant::now() < self.cancel_at {
+                        continue;
+                    }
+                    if let Err(error) = self.to.slurm.cancel(place.0, &[place.1], false).await {
+                        self.is_not_cancelled(&error);
+                        continue;
+                    }
+                    slot.end(ClusterEnd {
+                        reason: "launch failed".into(),
+                        message: format!(
+                            "Slurm could not launch job {} ({}), after all restarts that `requeue` allows",
+                            id(place.0, place.1),
+                            said.reason
+                        ),
+                        hint: Some("who runs the cluster sees why in the log of the node; `retort resume` tries again".into()),
+                    })
+                    .await;
+                    let over = |(key, element)| (key, element, ElementUpdate::Over);
+                    self.news.extend(slot.job.map(over));
+                }
                 Some(said) if said.state == State::Pending => {
                     if slot.start.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
                         // Wait for one more poll: its last records may be on their way.

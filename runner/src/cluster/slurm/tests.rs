@@ -333,3 +333,24 @@ fn what_a_cluster_says_of_itself() {
     assert_eq!(cluster_config(""), ClusterConfig::default());
     assert_eq!(cluster_config("MaxArraySize = 0").array_size, 1);
 }
+
+#[test]
+fn variables_of_the_shell_that_steer_slurm() {
+    for name in [
+        "SLURM_CLUSTERS",
+        "SBATCH_CLUSTERS",
+        "SBATCH_ARRAY_INX",
+        "SBATCH_WAIT",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_JOB_ID",
+        "SLURM_PROCID",
+        "SQUEUE_PARTITION",
+        "SCANCEL_STATE",
+    ] {
+        assert!(is_stray(name, false), "{name}");
+    }
+    for name in ["SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "PATH"] {
+        assert!(!is_stray(name, false) && !is_stray(name, true), "{name}");
+    }
+    assert!(!is_stray("SLURM_CPU_BIND", false) && is_stray("SLURM_CPU_BIND", true));
+}

@@ -47,7 +47,7 @@ pub struct JobSpec {
     /// Whether the elements are ranks: tasks of one job that run at the same time.
     #[serde(default)]
     pub ranks: bool,
-    /// The name of the ranks' rendezvous, if others share its address.
+    /// The name of the ranks' rendezvous, since others may share its address.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub meeting: String,
 }

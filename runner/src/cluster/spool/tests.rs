@@ -59,6 +59,25 @@ fn what_is_written_is_read_once_and_in_order_through_pieces_and_starts() {
 }
 
 #[test]
+fn a_start_that_was_killed_before_its_first_piece_holds_nothing_up() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("0");
+    for start in [0, 3] {
+        let mut writer = Writer::open(&dir).unwrap();
+        assert_eq!(writer.start(), start);
+        writer.push(said("here"));
+        writer.flush().unwrap();
+        for gap in [1, 2] {
+            fs::write(mark(&dir, gap), "").unwrap();
+        }
+    }
+    let (mut reader, mut records) = (Reader::new(dir), Vec::new());
+    while reader.look_on(&mut records).unwrap() {}
+    let numbers: Vec<u64> = records.iter().map(|record| record.number).collect();
+    assert_eq!((numbers, reader.start()), (vec![0, 3 << 32], 3));
+}
+
+#[test]
 fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
     type Make = fn(&Path);
     let pipe: Make = |path| {

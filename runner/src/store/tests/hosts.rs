@@ -98,6 +98,7 @@ fn who_reads_writes_nothing_to_a_store_that_another_machine_has() {
             run: run.clone(),
             detached: true,
             jobs: vec![1],
+            names: Vec::new(),
         };
         let hosts = || std::fs::read_dir(dir.join("hosts")).unwrap().count();
         let shown = async || {

@@ -11,6 +11,7 @@ use retort_tests::program::script;
 
 use crate::lab::{CommandOutput, Lab, Running, wait_for};
 
+const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
 /// A lab with scripts as Slurm's programs.
@@ -21,8 +22,8 @@ struct Fake {
 impl Fake {
     fn new() -> Self {
         let lab = Lab::new(&["a: {kind: do}"]);
-        let bin = lab.dir.path().join("bin");
-        fs::create_dir(&bin).unwrap();
+        fs::create_dir(lab.dir.path().join("bin")).unwrap();
+        let fake = Self { lab };
         let scripts = [
             (
                 "sbatch",
@@ -41,13 +42,16 @@ impl Fake {
             ("scontrol", "echo 'MaxArraySize = 1001'"),
         ];
         for (name, text) in scripts {
-            let path = bin.join(name);
-            let cd = lab.dir.path().display();
-            script(&path, &format!("#!/bin/sh\ncd '{cd}'\n{text}\n"));
+            fake.program(name, text);
         }
-        let fake = Self { lab };
         fake.queue("1|N/A|RUNNING|None|node1\n");
         fake
+    }
+
+    fn program(&self, name: &str, text: &str) {
+        let cd = self.lab.dir.path().display();
+        let text = format!("#!/bin/sh\ncd '{cd}'\n{text}\n");
+        script(&self.path("bin").join(name), &text);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -150,8 +154,17 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     running.signal(KILL);
     running.end();
     fs::remove_file(fake.path("slow")).unwrap();
+    // Slurm knows the job by its name.
+    let state = || {
+        let mut show = fake.command(&["runs", "show", "--json"]);
+        let said = show.output().unwrap();
+        let shown: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        shown["state"].clone()
+    };
+    assert_eq!(state(), "running");
     let (dir, _writer) = begin(&spool);
     fs::write(fake.path("silent"), "").unwrap();
+    assert_eq!(state(), "running");
     let mut resumed = fake.start(&["resume"]);
     // It retries for half a minute; an answer within that time would suffice.
     resumed.wait_for_words("the state of this spool's job cannot be determined at the moment");
@@ -169,5 +182,64 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     assert!(
         !fake.path("submitted").exists(),
         "nothing is submitted again"
+    );
+}
+
+#[test]
+fn what_slurm_did_not_hear_is_cancelled_again() {
+    let deaf = "echo >> tries; [ $(wc -l < tries) -gt 2 ] || {
+             echo 'scancel: error: Unable to contact slurm controller' >&2; exit 1
+         }
+         echo \"$@\" >> cancelled
+         case \"$*\" in *PENDING*) ;; *) echo '1|N/A|CANCELLED|None|node1' > queue;; esac";
+    // The user ends the run.
+    let fake = Fake::new();
+    fake.program("scancel", deaf);
+    let mut running = fake.start(&["run", "r.yaml", "-v"]);
+    running.wait_for_words("submitted as job");
+    running.signal(INTERRUPT);
+    wait_for("a cancellation", || {
+        fake.path("tries").exists().then_some(())
+    });
+    running.signal(INTERRUPT);
+    running
+        .end()
+        .expect(130)
+        .saying(&["Unable to contact", "trying again"]);
+    let cancelled = fs::read_to_string(fake.path("cancelled")).unwrap();
+    assert!(
+        cancelled.lines().any(|line| line == "--quiet 1"),
+        "{cancelled}"
+    );
+
+    // The job must not run beside its successor.
+    let fake = Fake::new();
+    fake.program("scancel", deaf);
+    let running = fake.start(&["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool());
+    let bytes = fs::read(dir.join("0.0.open")).unwrap();
+    fs::write(dir.join("torn"), [&bytes[..], &bytes[..20]].concat()).unwrap();
+    fs::rename(dir.join("torn"), dir.join("0.0.sealed")).unwrap();
+    check_is_cancelled(&fake, running.end(), &["its last record is cut off"]);
+}
+
+#[test]
+fn a_job_that_slurm_holds_after_a_failed_launch_is_released() {
+    let fake = Fake::new();
+    fake.program(
+        "scontrol",
+        "echo \"$@\" >> requests; echo 'MaxArraySize = 1001'",
+    );
+    fake.queue("1|N/A|PENDING|launch failed requeued held|\n");
+    let said = fake.start(&["run", "r.yaml", "--slurm", "requeue=2"]).end();
+    said.expect(100)
+        .saying(&["launch failed", "Slurm could not launch job 1"]);
+    let requests = fs::read_to_string(fake.path("requests")).unwrap();
+    let released = requests.lines().filter(|line| *line == "release 1");
+    assert_eq!(released.count(), 2, "{requests}");
+    let cancelled = fs::read_to_string(fake.path("cancelled")).unwrap();
+    assert!(
+        cancelled.lines().any(|line| line == "--quiet 1"),
+        "{cancelled}"
     );
 }

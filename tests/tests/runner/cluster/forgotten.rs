@@ -3,16 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use retort::cluster::spool::{self, SpoolEvent, StartEnd, Writer};
-use retort::frame::{FromWorker, Points};
-use retort::store::LogSource;
+use retort::frame::{Answer, FromWorker, Points};
+use retort::store::{LogSource, Usage};
+use retort::worker::death::ExitStatus;
+use retort_abi::{Part, StageResult};
 
 use super::imagined::programs;
 use retort_tests::program::script;
 
-use crate::lab::{CommandOutput, Lab, Running, wait_for};
+use crate::lab::{CommandOutput, Lab, Running, compile, wait_for};
 
 /// A cluster whose programs print files: `queue` and `accounts`.
 struct Forgetful {
@@ -30,6 +32,16 @@ impl Forgetful {
         Self { lab }
     }
 
+    /// With a stage of three parts.
+    fn divided() -> Self {
+        let cluster = Self::of("a: {kind: do, plugin: parted, workers: 3}");
+        fs::create_dir(cluster.path("plugins")).unwrap();
+        let flags = ["-DFAULTY_NAME=\"parted\"", "-DFAULTY_DIVISIBLE=\"true\""];
+        let library = cluster.path("plugins/libretort_parted.so");
+        compile("faulty.c", &flags, &library);
+        cluster
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.lab.dir.path().join(name)
     }
@@ -42,6 +54,9 @@ impl Forgetful {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.lab.command(arguments);
         let path = std::env::var("PATH").unwrap_or_default();
+        if self.path("plugins").exists() {
+            command.arg("--plugin-dir").arg(self.path("plugins"));
+        }
         command
             .env("PATH", format!("{}:{path}", self.path("bin").display()))
             .env("SIM", self.lab.dir.path());
@@ -77,7 +92,25 @@ impl Forgetful {
 
 /// Begins the next start of the only element of a job.
 fn begin(spool: &Path) -> Writer {
-    let mut writer = Writer::open(&spool::element_dir(spool, 0)).unwrap();
+    begin_element(spool, 0)
+}
+
+/// Plays the node of an element that succeeds with its part.
+fn finish_part(spool: &Path, element: usize) {
+    let mut writer = begin_element(spool, element);
+    let result = Answer::Result(StageResult::of_part());
+    writer.push(SpoolEvent::Frame(FromWorker::Answer(result)));
+    writer.push(SpoolEvent::Exited {
+        status: ExitStatus::Code(0),
+        usage: Usage::default(),
+        out_of_memory: false,
+    });
+    writer.push(SpoolEvent::Over(StartEnd::Done));
+    writer.close(true).unwrap();
+}
+
+fn begin_element(spool: &Path, element: usize) -> Writer {
+    let mut writer = Writer::open(&spool::element_dir(spool, element)).unwrap();
     writer.push(SpoolEvent::Began {
         job: "1".into(),
         node: "n1".into(),
@@ -292,4 +325,248 @@ fn starts_in_all_jobs_of_a_stage_are_counted() {
         "its worker was killed by SIGKILL",
     ];
     assert_eq!(reasons(&cluster), expected);
+}
+
+const THREE: &str = "1|0|RUNNING|None|n1\n1|1|RUNNING|None|n1\n1|2|RUNNING|None|n1\n";
+
+#[test]
+fn only_what_has_no_result_is_submitted_again() {
+    let cluster = Forgetful::divided();
+    fs::write(cluster.path("queue"), THREE).unwrap();
+    let running = cluster.start_run();
+    let spool = cluster.spool(1);
+    finish_part(&spool, 0);
+    finish_part(&spool, 2);
+    let mut writer = begin_element(&spool, 1);
+    writer.push(SpoolEvent::Over(StartEnd::OutOfTries {
+        reason: "its worker was killed by SIGKILL".into(),
+    }));
+    writer.close(false).unwrap();
+    running
+        .end()
+        .expect(100)
+        .saying(&["after all restarts that `requeue` allows"]);
+    let state = || {
+        let shown = cluster.retort(&["runs", "show", "--json"]).expect(0).json();
+        shown["state"].clone()
+    };
+    assert_eq!(state(), "failed");
+    let open = "select count(*) as n from v_jobs where over is null";
+    let open = || cluster.retort(&["query", "--json", open]).expect(0).json()[0]["n"].clone();
+    assert_eq!(open(), 0);
+
+    let queue = "2|0|RUNNING|None|n1\n3|N/A|RUNNING|None|n1\n";
+    fs::write(cluster.path("queue"), queue).unwrap();
+    let running = cluster.start(&["resume"]);
+    let spool = cluster.spool(2);
+    let arguments = fs::read_to_string(cluster.path("jobs/2/args")).unwrap();
+    assert!(
+        arguments.lines().any(|line| line == "--array=0-0"),
+        "{arguments}"
+    );
+    let missing = Part { index: 1, of: 3 };
+    assert_eq!(
+        spool::read_job_spec(&spool).unwrap().elements,
+        [Some(missing)]
+    );
+    finish_part(&spool, 0);
+    work(&cluster.spool(3));
+    running.end().expect(0).saying(&["2 of 3 elements"]);
+    assert!(!cluster.path("jobs/4").exists());
+    assert_eq!((state(), open()), ("succeeded".into(), 0.into()));
+    // Each start once, although those of the first job were read twice.
+    let mut reasons = reasons(&cluster);
+    reasons.sort_unstable();
+    assert_eq!(
+        reasons,
+        [
+            "its worker was killed by SIGKILL",
+            "succeeded",
+            "succeeded",
+            "succeeded",
+            "succeeded"
+        ]
+    );
+}
+
+#[test]
+fn a_training_starts_again_with_all_its_workers() {
+    let cluster = Forgetful::of("a: {kind: train, plugin: ranks, workers: 2}");
+    fs::create_dir(cluster.path("plugins")).unwrap();
+    compile("ranks.c", &[], &cluster.path("plugins/libretort_ranks.so"));
+    let queue = "1|N/A|RUNNING|None|n1\n2|N/A|RUNNING|None|n1\n";
+    fs::write(cluster.path("queue"), queue).unwrap();
+    let running = cluster.start_run();
+    let spool = cluster.spool(1);
+    finish_part(&spool, 0);
+    let mut writer = begin_element(&spool, 1);
+    writer.push(SpoolEvent::Over(StartEnd::GaveUp));
+    writer.close(false).unwrap();
+    running.end().expect(100);
+    let running = cluster.start(&["resume"]);
+    let both = [0, 1].map(|index| Some(Part { index, of: 2 }));
+    let order = spool::read_job_spec(&cluster.spool(2)).unwrap();
+    assert_eq!((order.elements.as_slice(), order.ranks), (&both[..], true));
+    running.signal(9);
+    running.end();
+}
+
+#[test]
+fn parts_that_are_done_are_not_submitted_beside_the_job_that_joins_them() {
+    let cluster = Forgetful::divided();
+    let queue = format!("{THREE}2|N/A|PENDING|Resources|\n");
+    fs::write(cluster.path("queue"), queue).unwrap();
+    let mut running = cluster.start_run();
+    let spool = cluster.spool(1);
+    for part in 0..3 {
+        finish_part(&spool, part);
+    }
+    let whole = cluster.spool(2);
+    running.wait_for_words("submitted as job 2");
+    running.signal(9);
+    running.end();
+    fs::write(cluster.path("queue"), "2|N/A|PENDING|Resources|\n").unwrap();
+    let mut running = cluster.start(&["resume"]);
+    running.wait_for_words("3 of 3 elements");
+    fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
+    work(&whole);
+    running.end().expect(0);
+    assert!(!cluster.path("jobs/3").exists());
+}
+
+#[test]
+fn what_a_job_said_while_the_runner_left_is_in_the_log() {
+    let cluster = Forgetful::new();
+    cluster
+        .lab
+        .recipe(&["a: {kind: do}", "b: {kind: do, text: b}"]);
+    // The first job is over before its id is known; the second one waits.
+    cluster.program(
+        "sbatch",
+        "n=1; while ! mkdir \"$SIM/jobs/$n\" 2>/dev/null; do n=$((n+1)); done
+         printf '%s\\n' \"$@\" > \"$SIM/jobs/$n/draft\"; mv \"$SIM/jobs/$n/draft\" \"$SIM/jobs/$n/args\"
+         for script; do :; done
+         [ $n = 1 ] && SLURM_JOB_ID=1 SLURM_PROCID=0 SLURMD_NODENAME=n1 bash \"$script\" > /dev/null 2>&1
+         echo $n",
+    );
+    fs::write(cluster.path("queue"), "2|N/A|PENDING|Resources|\n").unwrap();
+    let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
+    let run = [&["run", "r.yaml", "--detach", "--jobs", "2"], &slurm[..]].concat();
+    cluster.retort(&run).expect(0).saying(&["is left to Slurm"]);
+    let log = cluster.retort(&["log", "latest"]).expect(0).stdout;
+    assert_eq!(log.matches("job 1 began on n1").count(), 1, "{log}");
+    fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
+    let resumed = cluster.start(&["resume"]);
+    work(&cluster.spool(2));
+    resumed.end().expect(0);
+    assert!(!cluster.path("jobs/3").exists());
+}
+
+#[test]
+fn a_runner_leaves_once_every_element_has_a_job() {
+    let cluster = Forgetful::divided();
+    cluster.program("scontrol", "echo 'MaxArraySize = 2'");
+    cluster.program(
+        "sbatch",
+        "[ -e \"$SIM/jobs/1\" ] && ! [ -e \"$SIM/room\" ] && {
+             touch \"$SIM/refused\"; echo 'Slurm temporarily unable to accept job' >&2; exit 1
+         }
+         n=1; while ! mkdir \"$SIM/jobs/$n\" 2>/dev/null; do n=$((n+1)); done
+         printf '%s\\n' \"$@\" > \"$SIM/jobs/$n/draft\"; mv \"$SIM/jobs/$n/draft\" \"$SIM/jobs/$n/args\"; echo $n",
+    );
+    fs::write(cluster.path("queue"), THREE).unwrap();
+    let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
+    let mut running = cluster.start(&[&["run", "r.yaml", "--detach"], &slurm[..]].concat());
+    let _writer = begin_element(&cluster.spool(1), 0);
+    wait_for("a refusal", || {
+        cluster.path("refused").exists().then_some(())
+    });
+    // One part runs, one waits, and one has no job.
+    wait_for("a start in the history", || {
+        (reasons(&cluster) == ["none"]).then_some(())
+    });
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(running.child.try_wait().unwrap().is_none());
+    fs::write(cluster.path("room"), "").unwrap();
+    running.end().expect(0).saying(&["is left to Slurm"]);
+    assert!(cluster.path("jobs/2").exists());
+}
+
+#[test]
+fn a_controller_that_does_not_answer_is_asked_for_a_restart_again() {
+    let cluster = Forgetful::of("a: {kind: do, act: kill}");
+    cluster.program(
+        "scontrol",
+        "[ \"$1\" = requeue ] || { echo 'MaxArraySize = 1001'; exit; }
+         echo \"$2\" >> \"$SIM/asked\"
+         [ $(wc -l < \"$SIM/asked\") -gt 2 ] && exit
+         echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1",
+    );
+    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
+    let running = cluster.start_run();
+    let spool = cluster.spool(1);
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut node = Command::new("bash")
+        .arg(spool.join("batch.sh"))
+        .env("PATH", format!("{}:{path}", cluster.path("bin").display()))
+        .env("SIM", cluster.lab.dir.path())
+        .envs([
+            ("SLURM_JOB_ID", "1"),
+            ("SLURM_PROCID", "0"),
+            ("SLURMD_NODENAME", "n1"),
+        ])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the third request", || {
+        let asked = fs::read_to_string(cluster.path("asked")).ok()?;
+        (asked == "1\n1\n1\n").then_some(())
+    });
+    node.kill().unwrap();
+    node.wait().unwrap();
+    running.signal(9);
+    running.end();
+}
+
+#[test]
+fn the_shell_steers_no_job() {
+    let cluster = Forgetful::new();
+    cluster.program(
+        "scontrol",
+        "echo 'ClusterName = here'; echo 'MaxArraySize = 1001'",
+    );
+    cluster.program("scancel", "echo \"$@\" >> \"$SIM/cancelled\"");
+    cluster.program(
+        "sbatch",
+        "env | grep -e ^SLURM_ -e ^SBATCH_ > \"$SIM/variables\"; echo \"1;$WHERE\"",
+    );
+    fs::write(cluster.path("queue"), "1|N/A|PENDING|Resources|\n").unwrap();
+    let run = |place: &str| {
+        let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
+        let mut command = cluster.command(&[&["run", "r.yaml", "--detach"], &slurm[..]].concat());
+        command
+            .envs([
+                ("SLURM_JOB_ID", "9"),
+                ("SLURM_ARRAY_TASK_ID", "5"),
+                ("SLURM_CLUSTERS", "there"),
+                ("SBATCH_ARRAY_INX", "0-3"),
+                ("SLURM_CONF", "/conf"),
+                ("SBATCH_ACCOUNT", "vision"),
+                ("WHERE", place),
+            ])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Running::new(command.spawn().unwrap()).end()
+    };
+    run("there")
+        .expect(100)
+        .saying(&["to the cluster there, not to here"]);
+    let cancelled = fs::read_to_string(cluster.path("cancelled")).unwrap();
+    assert_eq!(cancelled, "--clusters=there 1\n");
+    run("here").expect(0).saying(&["is left to Slurm"]);
+    let variables = fs::read_to_string(cluster.path("variables")).unwrap();
+    let mut variables: Vec<&str> = variables.lines().collect();
+    variables.sort_unstable();
+    assert_eq!(variables, ["SBATCH_ACCOUNT=vision", "SLURM_CONF=/conf"]);
 }
