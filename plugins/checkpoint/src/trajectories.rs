@@ -276,7 +276,7 @@ mod tests {
             )
             .unwrap();
             let error = Manifest::read(dir.path()).unwrap_err().to_string();
-            assert!(error.contains("no shard"), "{error}");
+            assert!(error.contains("not a valid shard"), "{error}");
         }
     }
 

@@ -230,7 +230,7 @@ async fn requeue(job: &str) {
             }
             Ok(Ok(output)) => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                eprintln!("{said}");
+                tracing::warn!("scontrol requeue: {}", said.trim());
                 let silent = ["nable to contact", "timed out", "Zero Bytes"];
                 if !silent.iter().any(|words| said.contains(words)) {
                     return;

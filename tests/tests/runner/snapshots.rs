@@ -22,8 +22,8 @@ const VARYING: [(&str, &str); 9] = [
         r"(?m)^(retort|host|os|kernel|arch|cpu|cores|memory)  .*$",
         "$1  ...",
     ),
-    // A column whose width comes from a path.
-    (r" {60,}", "  "),
+    // A column whose width comes from a path; not what stands before a mark under a line.
+    (r"(?m)^([^|\n]+?) {60,}", "$1  "),
     (r":[0-9]{2}\.[0-9]{3}Z", ":SS.MMMZ"),
     (r" +\n", "\n"),
 ];
