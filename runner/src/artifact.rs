@@ -55,6 +55,10 @@ pub struct ArtifactFile {
 pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
     made it makes it again";
 
+/// Advice about the limit on the size of files.
+pub const FILE_LIMIT: &str = "`ulimit -f unlimited` in this shell lifts the limit on the size of files; where the system refuses, \
+                              its administrator or the batch system has set it";
+
 /// Advice for a file that the disk cannot read.
 pub const DISK: &str = "its disk is failing: the kernel's messages (`dmesg`) say which one; copy what can still be read to another, \
     and fetch or make the rest again";
@@ -64,9 +68,12 @@ pub fn is_of_disk(message: &str) -> bool {
     message.contains("(os error 5)")
 }
 
-/// [`DISK`] if the disk fails; [`REPAIR`] if a message is about a file within an artifact: nobody writes there, so it has
-/// been damaged.
+/// [`FILE_LIMIT`] if a file may not be that long; [`DISK`] if the disk fails; [`REPAIR`] if a message is about a file within an
+/// artifact: nobody writes there, so it has been damaged.
 pub fn repair_of(message: &str) -> Option<&'static str> {
+    if message.contains(&format!("(os error {})", libc::EFBIG)) {
+        return Some(FILE_LIMIT);
+    }
     if is_of_disk(message) {
         return Some(DISK);
     }

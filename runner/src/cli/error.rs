@@ -66,21 +66,14 @@ pub struct Error {
     pub report: Option<Box<Report>>,
 }
 
-/// Advice about the limit on the size of files.
-const LIMIT_HINT: &str = "`ulimit -f unlimited` in this shell lifts the limit on the size of files; where the system refuses, \
-                          its administrator or the batch system has set it";
-
 impl Error {
     /// An error with a message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        let message = message.into();
-        // The standard library's error, for any file.
-        let is_limit = message.contains(&format!("(os error {})", libc::EFBIG));
         Self {
             exit,
-            message,
+            message: message.into(),
             causes: Vec::new(),
-            hint: is_limit.then(|| LIMIT_HINT.to_owned()),
+            hint: None,
             report: None,
         }
     }
@@ -248,7 +241,7 @@ impl From<StoreError> for Error {
                     "use that host, or retry when it has ended; a dead machine is forgotten after two minutes",
                 ),
             ),
-            StoreError::FileTooLong { .. } => (Exit::Internal, Some(LIMIT_HINT)),
+            StoreError::FileTooLong { .. } => (Exit::Internal, Some(artifact::FILE_LIMIT)),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());

@@ -95,9 +95,7 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<UnneededPath> {
         found.push(("draft", name.into_owned(), path));
     }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
-        let is_garbage = garbage.artifacts.contains(&name)
-            || !(garbage.needed.contains(&name) || is_older(&path, garbage));
-        if is_garbage {
+        if !garbage.needed.contains(&name) && !is_stranger(&name, &path, garbage) {
             found.push((what, name, path));
         }
     }
@@ -123,11 +121,14 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<UnneededPath> {
 /// Artifacts older than the whole history: it was emptied, or they belong to another one.
 pub(super) fn strangers(dir: &Path, garbage: &Garbage) -> usize {
     let all = entries(&dir.join("artifacts"), "artifact").into_iter();
-    all.filter(|(_, name, path)| {
-        let is_known = garbage.needed.contains(name) || garbage.artifacts.contains(name);
-        !is_known && is_older(path, garbage)
-    })
-    .count()
+    all.filter(|(_, name, path)| is_stranger(name, path, garbage))
+        .count()
+}
+
+fn is_stranger(name: &str, path: &Path, garbage: &Garbage) -> bool {
+    let mut garbage_of_history = garbage.artifacts.iter();
+    let is_known = garbage.needed.contains(name) || garbage_of_history.any(|known| known == name);
+    !is_known && is_older(path, garbage)
 }
 
 /// Whether a file is older than the history's oldest run.

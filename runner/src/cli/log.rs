@@ -154,7 +154,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
                 recent.extend(new.filter(|line| args.which.means(line)));
             }
             let state = detail.summary.state;
-            let over = !is_under_way(state);
+            let over = !state.is_under_way();
             if (over || tokio::time::Instant::now() >= look_at)
                 && has_no_runner(&store, &run, state).await?
             {
@@ -181,15 +181,11 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
 
 /// Whether no runner collects the output of a run's jobs.
 async fn has_no_runner(store: &Store, run: &RunId, state: RunState) -> Result<bool, Error> {
-    if !is_under_way(state) {
+    if !state.is_under_way() {
         return Ok(true);
     }
     let left = store.left_to_scheduler().await?;
     Ok(left.iter().any(|left| left.run == *run))
-}
-
-fn is_under_way(state: RunState) -> bool {
-    matches!(state, RunState::Queued | RunState::Running)
 }
 
 fn shown(lines: &[RunLine], args: &TailArgs, headed: &mut bool, context: &Context) -> String {

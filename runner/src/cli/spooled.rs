@@ -11,6 +11,7 @@ use crate::cluster::spool::{self, Reader, Record, SpoolEvent};
 use crate::executor::spec::title;
 use crate::frame::FromWorker;
 use crate::store::{LogLine, LogSource, RunId, RunLine, Store, Time};
+use crate::worker::shortened;
 
 /// The spools of a run without a runner. Lines that a runner collects later are recognised by their content.
 #[derive(Default)]
@@ -105,6 +106,9 @@ impl Element {
             }
         }
         let line = |mut line: LogLine| {
+            // As the runner that collects it records it.
+            line.at = line.at.or_now();
+            line.text = shortened(&line.text);
             line.text.insert_str(0, &self.title);
             RunLine {
                 key: 0,
@@ -136,7 +140,7 @@ fn lines_of(record: Record) -> Vec<LogLine> {
         SpoolEvent::Frame(FromWorker::Log(lines)) => lines
             .into_iter()
             .map(|line| LogLine {
-                at: Time(line.at).or_now(),
+                at: Time(line.at),
                 level: line.level,
                 source: LogSource::Plugin,
                 text: line.text,

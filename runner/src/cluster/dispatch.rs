@@ -255,7 +255,7 @@ struct DispatchLoop {
     /// When to submit elements without a job, and the delay when the queue is full.
     submit_at: Instant,
     put_off: Duration,
-    /// The most elements of one array; None until Slurm has answered.
+    /// The most elements of one array since the queue was full; None before.
     chunk: Option<usize>,
     /// Why nothing runs, as recorded.
     waiting: Option<String>,
@@ -653,8 +653,10 @@ impl DispatchLoop {
                 });
                 let goes_on = said.unwrap_or(true);
                 let goes_on = goes_on && !job.results_only;
-                // Ranks work together: results of some of them are of no use.
+                // Ranks work together: results of some of them are of no use. The first that was taken was judged for all.
+                let of_ranks = matches!(job.layout, Layout::Ranks(_));
                 let needed = match (job.results_only, job.layout) {
+                    (true, Layout::Ranks(_)) if job.slots.iter().any(Option::is_some) => Vec::new(),
                     (true, Layout::Ranks(ranks)) => (0..ranks)
                         .map(|rank| spool::element_dir(&job.dir, rank))
                         .collect(),
@@ -671,7 +673,10 @@ impl DispatchLoop {
                 let judged = judged.map_err(|error| unknown(&dir, error))?;
                 if !judged.map_err(|error| unknown(&dir, error))? {
                     if job.results_only {
-                        self.jobs[at].given_up[element] = true;
+                        match of_ranks {
+                            true => self.jobs[at].given_up.fill(true),
+                            false => self.jobs[at].given_up[element] = true,
+                        }
                         continue;
                     }
                     // It ended while no runner was there.

@@ -15,6 +15,7 @@ use retort_abi::{FailureCode, Part};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
+use crate::cluster::slurm::is_unanswered;
 use crate::cluster::spool::{self, JobSpec, SpoolError, SpoolEvent, StartEnd, Writer};
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
@@ -231,8 +232,7 @@ async fn requeue(job: &str) {
             Ok(Ok(output)) => {
                 let said = String::from_utf8_lossy(&output.stderr);
                 tracing::warn!("scontrol requeue: {}", said.trim());
-                let silent = ["nable to contact", "timed out", "Zero Bytes"];
-                if !silent.iter().any(|words| said.contains(words)) {
+                if !is_unanswered(&said) {
                     return;
                 }
             }

@@ -18,6 +18,7 @@ use crate::settings::Profile;
 mod refusal;
 mod variables;
 
+pub(in crate::cluster) use refusal::is_unanswered;
 use refusal::refusal;
 use variables::is_stray;
 
@@ -299,10 +300,11 @@ impl Slurm {
     /// # Errors
     /// [`SlurmError`].
     pub async fn accounts(&self, jobs: &[u64]) -> Result<HashMap<Key, ElementStatus>, SlurmError> {
-        if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
+        if jobs.is_empty() {
             return Ok(HashMap::new());
         }
-        let said = self.sacct(jobs, &["--format=JobID,State,NodeList"]).await?;
+        let of = format!("--jobs={}", list(jobs));
+        let said = self.sacct(&of, &["--format=JobID,State,NodeList"]).await?;
         Ok(said.lines().filter_map(account).collect())
     }
 
@@ -312,18 +314,21 @@ impl Slurm {
     /// # Errors
     /// [`SlurmError`].
     pub async fn past_starts(&self, jobs: &[u64]) -> Result<Vec<PastStart>, SlurmError> {
-        if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
+        if jobs.is_empty() {
             return Ok(Vec::new());
         }
+        let of = format!("--jobs={}", list(jobs));
         let words = ["--duplicates", "--format=JobID,State,NodeList,End"];
-        let said = self.sacct(jobs, &words).await?;
+        let said = self.sacct(&of, &words).await?;
         Ok(said.lines().filter_map(past_start).collect())
     }
 
-    /// `sacct`'s lines about jobs; empty without accounting.
-    async fn sacct(&self, jobs: &[u64], words: &[&str]) -> Result<String, SlurmError> {
-        let ids = format!("--jobs={}", list(jobs));
-        let all = ["--noheader", "--parsable2", "--allocations", &ids];
+    /// `sacct`'s lines about the jobs `of` an option; empty without accounting.
+    async fn sacct(&self, of: &str, words: &[&str]) -> Result<String, SlurmError> {
+        if self.unaccounted.load(Ordering::Relaxed) {
+            return Ok(String::new());
+        }
+        let all = ["--noheader", "--parsable2", "--allocations", of];
         let all: Vec<String> = all.iter().chain(words).map(|&word| word.into()).collect();
         let output = match call("sacct", &all).await {
             Err(SlurmError::NotInstalled { .. }) => {
@@ -390,21 +395,10 @@ impl Slurm {
 
     /// The id of the job with this name in Slurm's accounts, which remember jobs that the controller has forgotten.
     pub async fn find_ended(&self, name: &str) -> Option<u64> {
-        if self.unaccounted.load(Ordering::Relaxed) {
-            return None;
-        }
-        let name = format!("--name={name}");
-        let words = [
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            // Without a start time `sacct` shows only today's jobs.
-            "--starttime=now-90days",
-            "--format=JobID,State,NodeList",
-            &name,
-        ];
-        let output = call("sacct", &words.map(str::to_owned)).await.ok()?;
-        let found = output.stdout.lines().find_map(account);
+        // Without a start time `sacct` shows only today's jobs.
+        let words = ["--starttime=now-90days", "--format=JobID,State,NodeList"];
+        let said = self.sacct(&format!("--name={name}"), &words).await.ok()?;
+        let found = said.lines().find_map(account);
         found.map(|((job, _), _)| job)
     }
 
@@ -460,7 +454,7 @@ impl Slurm {
             let mut words = words.clone();
             words.extend(some.iter().map(|element| id(job, *element)));
             let output = call("scancel", &words).await?;
-            if !output.succeeded() && output.stderr.contains("nable to contact") {
+            if output.status.is_none() || (!output.succeeded() && is_unanswered(&output.stderr)) {
                 return Err(silent(&output));
             }
         }

@@ -48,6 +48,19 @@ pub struct AttemptOutcome {
     pub lost: Vec<usize>,
 }
 
+impl AttemptOutcome {
+    /// Of an attempt that made nothing.
+    fn without_work(end: End) -> Self {
+        Self {
+            end,
+            artifacts: Vec::new(),
+            last_words: Vec::new(),
+            tainted: false,
+            lost: Vec::new(),
+        }
+    }
+}
+
 /// Makes an attempt. When this is dropped half-way, the workers are killed.
 ///
 /// # Errors
@@ -98,15 +111,9 @@ pub async fn run(
         drop(dispatcher);
         recorder.end().await;
         // Nobody is told: the attempt goes on.
-        return Ok(AttemptOutcome {
-            end: End::Interrupted {
-                outcome: StopOutcome::Otherwise,
-            },
-            artifacts: Vec::new(),
-            last_words: Vec::new(),
-            tainted: false,
-            lost: Vec::new(),
-        });
+        return Ok(AttemptOutcome::without_work(End::Interrupted {
+            outcome: StopOutcome::Otherwise,
+        }));
     };
     if let Some(dispatcher) = dispatcher {
         Dispatcher::close(dispatcher).await;
@@ -240,11 +247,5 @@ pub async fn refuse(
         .store
         .finish_attempt(attempt, &recorded(&end, Usage::default(), Duration::ZERO))
         .await?;
-    Ok(AttemptOutcome {
-        end,
-        artifacts: Vec::new(),
-        last_words: Vec::new(),
-        tainted: false,
-        lost: Vec::new(),
-    })
+    Ok(AttemptOutcome::without_work(end))
 }

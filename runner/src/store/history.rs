@@ -622,8 +622,7 @@ fn run_summary(row: &SqliteRow) -> Result<RunSummary, sqlx::Error> {
 
 fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail, sqlx::Error> {
     let mut state: AttemptState = variant(row, "state")?;
-    if state == AttemptState::Running && !matches!(run_state, RunState::Queued | RunState::Running)
-    {
+    if state == AttemptState::Running && !run_state.is_under_way() {
         state = AttemptState::Lost;
     }
     let started = Time(row.try_get("started")?);

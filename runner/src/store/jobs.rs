@@ -488,9 +488,18 @@ impl Store {
         left: &DetachedJobs,
         waiting: Option<&str>,
     ) -> Result<(), StoreError> {
+        // As `STATE_BY_STAGES` after it has been recorded.
+        let has_run: bool = sqlx::query_scalar(
+            "select exists (select 1 from stages s where s.run = (select key from runs where id = ?1)
+                 and s.state not in ('queued', 'reused')
+                 and not exists (select 1 from attempts where stage = s.key and state = 'running'))",
+        )
+        .bind(&left.run.0)
+        .fetch_one(self.pool())
+        .await?;
         let state = match waiting {
-            Some(_) => RunState::Queued,
-            None => RunState::Running,
+            Some(_) if !has_run => RunState::Queued,
+            _ => RunState::Running,
         };
         let recorded = self.record_what_scheduler_says(left, waiting).await;
         let said = PendingRunState {

@@ -213,6 +213,11 @@ impl RunState {
         Self::Interrupted,
         Self::Lost,
     ];
+
+    /// Whether it has not ended.
+    pub fn is_under_way(self) -> bool {
+        matches!(self, Self::Queued | Self::Running)
+    }
 }
 
 names!(RunState: Queued = "queued", Running = "running", Succeeded = "succeeded", Failed = "failed",

@@ -11,7 +11,7 @@ use super::reply::{HttpError, JSON, Reply};
 use super::request::{Fields, PageRequest};
 use super::{ServedStore, ServerState};
 use crate::chart::{self, Chart, ColumnSummary, Curve};
-use crate::store::{Axis, Bucket, CurveQuery, RunId, RunState, SeriesSummary, Time};
+use crate::store::{Axis, Bucket, CurveQuery, RunId, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
 /// The most buckets of a curve, and the default.
@@ -54,9 +54,7 @@ async fn curve_runs(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<CurveRun<'_
             ..Default::default()
         };
         let summary = served.store.list_runs(&by_id).await?.pop();
-        let under_way = summary
-            .as_ref()
-            .is_some_and(|run| matches!(run.state, RunState::Queued | RunState::Running));
+        let under_way = summary.as_ref().is_some_and(|run| run.state.is_under_way());
         curve_runs.push(CurveRun {
             served,
             id,

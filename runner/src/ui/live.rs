@@ -4,12 +4,12 @@ use maud::{Markup, html};
 
 use super::{ServedStore, page};
 use crate::executor::progress_file;
-use crate::store::{RunDetail, RunState, StageState, Time};
+use crate::store::{RunDetail, StageState, Time};
 use crate::table;
 
 /// A bar for each running stage; empty if none is running.
 pub fn progress(served: &ServedStore, detail: &RunDetail) -> Markup {
-    if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
+    if !detail.summary.state.is_under_way() {
         return html! {};
     }
     let readings = progress_file::read(&served.layout.staging(&detail.summary.id.0));

@@ -9,7 +9,7 @@ use super::request::{PageRequest, link, segment};
 use super::{ServedStore, ServerState, curves, gantt, lineage, live, pictures, run_log};
 use crate::account::reasons;
 use crate::chart;
-use crate::store::{AttemptDetail, RunDetail, RunState, SeriesSummary, StageDetail};
+use crate::store::{AttemptDetail, RunDetail, SeriesSummary, StageDetail};
 use crate::table;
 
 /// The most rows and columns of a plugin's table.
@@ -66,7 +66,7 @@ pub async fn tab(
         _ => return Err(HttpError::NotFound("a run has no such page".into())),
     };
     let summary = &detail.summary;
-    let under_way = matches!(summary.state, RunState::Queued | RunState::Running);
+    let under_way = summary.state.is_under_way();
     let body = html! {
         (head(site, served, &detail))
         nav.tabs aria-label="Of this run" {

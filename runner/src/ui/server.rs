@@ -48,10 +48,7 @@ pub async fn serve(site: Arc<ServerState>, listener: TcpListener, stop: impl Fut
         let activity = Arc::new(Activity::default());
         let (site, shared) = (Arc::clone(&site), Arc::clone(&activity));
         let task = tokio::spawn(async move {
-            let service = service_fn(|request| async {
-                let _at_work = shared.begin();
-                answer(&site, request).await
-            });
+            let service = service_fn(|request| answer(&site, &shared, request));
             let stream = Observed::new(stream, &shared);
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -68,6 +65,7 @@ pub async fn serve(site: Arc<ServerState>, listener: TcpListener, stop: impl Fut
 
 async fn answer(
     site: &ServerState,
+    activity: &Activity,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let (head, body) = request.into_parts();
@@ -88,6 +86,7 @@ async fn answer(
                         query: Fields::read(head.uri.query().unwrap_or_default()),
                         form,
                     };
+                    let _at_work = activity.begin();
                     route::answer(site, &request).await
                 }
             },

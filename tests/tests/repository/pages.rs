@@ -241,7 +241,7 @@ fn commands_of_the_documentation_do_what_they_say() {
                 if block
                     .marks
                     .iter()
-                    .any(|mark| command.starts_with(&mark.words))
+                    .any(|mark| command.starts_with(mark.as_str()))
                 {
                     left_out += 1;
                     continue;
@@ -407,7 +407,8 @@ fn small(recipe: &str) -> String {
 /// A block of commands.
 #[derive(Default)]
 struct Block {
-    marks: Vec<Mark>,
+    /// Not run: commands that begin with these words.
+    marks: Vec<String>,
     /// Each with its continuation lines.
     commands: Vec<String>,
 }
@@ -418,11 +419,6 @@ impl Block {
         let first = self.commands.first()?;
         Some(first.split(" #").next().unwrap_or_default().trim())
     }
-}
-
-/// Not run: commands of the next block that begin with these words.
-struct Mark {
-    words: String,
 }
 
 /// The blocks of a page that contain a command of retort.
@@ -438,12 +434,8 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
                 let used = block
                     .commands
                     .iter()
-                    .any(|line| line.starts_with(&mark.words));
-                assert!(
-                    used,
-                    "{page}: nothing begins with the marked `{}`",
-                    mark.words
-                );
+                    .any(|line| line.starts_with(mark.as_str()));
+                assert!(used, "{page}: nothing begins with the marked `{mark}`");
             }
             found.push(block);
         }
@@ -462,9 +454,7 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
                 .strip_suffix(" -->")
                 .and_then(|mark| mark.split_once(": "));
             let (words, _reason) = mark.unwrap_or_else(|| panic!("{page}: {line}: no reason"));
-            block.marks.push(Mark {
-                words: words.to_owned(),
-            });
+            block.marks.push(words.to_owned());
             continue;
         }
         let goes_on = block

@@ -346,7 +346,10 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// The binary, in a directory where it finds only the candle plugin: other builds here must not affect the tests.
 pub fn binary() -> PathBuf {
-    patience::limit_children();
+    // The long tests wait longer.
+    if !std::env::args().any(|argument| argument == "--ignored") {
+        patience::limit_children();
+    }
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(install).clone()
 }

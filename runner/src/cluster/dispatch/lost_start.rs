@@ -26,7 +26,7 @@ impl DispatchLoop {
         }
         let ids: BTreeSet<u64> = lost
             .iter()
-            .filter_map(|(_, start)| self.id(start))
+            .filter_map(|(_, start)| Some(self.job(start.job.0)?.id))
             .collect();
         let ids: Vec<u64> = ids.into_iter().collect();
         let past = self.to.slurm.past_starts(&ids).await.unwrap_or_default();
@@ -66,14 +66,9 @@ impl DispatchLoop {
         }
     }
 
-    fn layout(&self, key: JobKey) -> Option<Layout> {
-        let job = self.jobs.iter().find(|job| job.key == key)?;
-        Some(job.layout)
-    }
-
-    fn id(&self, lost: &LostStart) -> Option<u64> {
-        let job = self.jobs.iter().find(|job| job.key == lost.job.0)?;
-        Some(job.id)
+    fn is_of_ranks(&self, key: JobKey) -> bool {
+        self.job(key)
+            .is_some_and(|job| matches!(job.layout, Layout::Ranks(_)))
     }
 
     /// The nodes whose failure would have ended a start: its own, or those of all ranks.
@@ -83,7 +78,7 @@ impl DispatchLoop {
         all: &'a [(usize, LostStart)],
     ) -> impl Iterator<Item = &'a str> {
         let (key, _) = lost.job;
-        let ranks = matches!(self.layout(key), Some(Layout::Ranks(_)));
+        let ranks = self.is_of_ranks(key);
         let others = all
             .iter()
             .map(|(_, other)| (other.job, other.node.as_str()));
@@ -99,7 +94,8 @@ impl DispatchLoop {
     /// The reason according to Slurm's accounts.
     fn in_accounts(&self, lost: &LostStart, past: &[PastStart]) -> Option<&'static str> {
         let (key, element) = lost.job;
-        let place = (self.id(lost)?, self.layout(key)?.element(element));
+        let job = self.job(key)?;
+        let place = (job.id, job.layout.element(element));
         // One that ended before this start began is an earlier start. Of the others, the first to end is this one.
         let later = |start: &&PastStart| start.place == place && start.ended > lost.began / 1000;
         past.iter()
@@ -116,8 +112,7 @@ impl DispatchLoop {
             slot.job
                 .is_some_and(|(job, other)| job == key && other != element)
         });
-        let ranks = matches!(self.layout(key), Some(Layout::Ranks(_)));
-        ranks
+        self.is_of_ranks(key)
             && others
                 .filter_map(|slot| slot.asked)
                 .any(|at| at >= lost.began)

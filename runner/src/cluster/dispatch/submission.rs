@@ -73,12 +73,8 @@ impl DispatchLoop {
     /// How many of these parts go into one job; None if they have to wait for others.
     async fn chunk_of(&mut self, parts: &[usize]) -> Option<usize> {
         if !self.to.together {
-            let chunk = match self.chunk {
-                Some(chunk) => chunk,
-                None => self.to.slurm.cluster().await.array_size,
-            };
-            self.chunk = Some(chunk);
-            return Some(chunk);
+            let size = self.to.slurm.cluster().await.array_size;
+            return Some(self.chunk.map_or(size, |chunk| chunk.min(size)));
         }
         // Ranks run at the same time or not at all: those to be resubmitted wait for the others.
         let all = self.slots.iter().filter(|slot| slot.part.is_some());

@@ -6,10 +6,10 @@ use retort_abi::LogLevel;
 use tokio::time::Instant;
 
 use super::slot::{Phase, Slot, StopRequest, too_often};
-use super::{DispatchLoop, GATHER};
+use super::{DispatchLoop, GATHER, Job};
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
 use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolReading, StartEnd};
-use crate::store::{ElementUpdate, StoreError, Time};
+use crate::store::{ElementUpdate, JobKey, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
 
 /// How often Slurm has to report an element as over if the element has not done so: its last records may be on their way.
@@ -81,11 +81,7 @@ impl DispatchLoop {
                 continue;
             }
             // Nothing reads its spool any more, and it must not run at the same time as its successor.
-            let at = slot.job.and_then(|(key, element)| {
-                let job = self.jobs.iter().find(|job| job.key == key)?;
-                Some((job.id, job.layout.element(element)))
-            });
-            if let Some((job, element)) = at {
+            if let Some((job, element)) = self.key(&self.slots[index]) {
                 if Instant::now() < self.cancel_at {
                     continue;
                 }
@@ -113,7 +109,8 @@ impl DispatchLoop {
             return Ok(false);
         }
         let ids = self.open_jobs();
-        let places: Vec<Option<Key>> = self.slots.iter().map(|slot| self.key(slot)).collect();
+        let place = |slot: &Slot| self.key(slot).filter(|_| slot.phase != Phase::Over);
+        let places: Vec<Option<Key>> = self.slots.iter().map(place).collect();
         let known = self.to.slurm.look_back(&ids, |known| {
             places.iter().flatten().any(|key| !known.contains_key(key))
         });
@@ -132,9 +129,6 @@ impl DispatchLoop {
             let Some(place) = place else { continue };
             let said = known.get(&place).cloned();
             let slot = &mut self.slots[index];
-            if slot.phase == Phase::Over {
-                continue;
-            }
             match said {
                 Some(said) if said.state == State::Pending && slot.is_held(&said.reason) => {
                     waits(slot, &said, &mut self.news);
@@ -212,14 +206,17 @@ impl DispatchLoop {
 
     fn key(&self, slot: &Slot) -> Option<Key> {
         let (key, element) = slot.job?;
-        let job = self.jobs.iter().find(|job| job.key == key)?;
+        let job = self.job(key)?;
         Some((job.id, job.layout.element(element)))
+    }
+
+    /// A job of this stage.
+    pub(super) fn job(&self, key: JobKey) -> Option<&Job> {
+        self.jobs.iter().find(|job| job.key == key)
     }
 
     /// Slurm has finished with an element that has not reported its end.
     async fn conclude(&mut self, index: usize, place: Key, said: Option<ElementStatus>) {
-        let printed = self.printed(index);
-        let wasted = self.wasted_here(index).await;
         let slot = &mut self.slots[index];
         let job = slot.job;
         let state = said.as_ref().map(|said| said.state);
@@ -238,6 +235,9 @@ impl DispatchLoop {
             slot.start_ended("stopped", Time::now().0, &mut self.news);
             slot.killed().await;
         } else {
+            let printed = self.printed(index);
+            let wasted = self.wasted_here(index).await;
+            let slot = &mut self.slots[index];
             let at_checkpoint = matches!(
                 slot.over,
                 Some(StartEnd::TimeLimit {
@@ -291,7 +291,7 @@ impl DispatchLoop {
         let Some((key, element)) = self.slots[index].job else {
             return 0;
         };
-        let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
+        let Some(job) = self.job(key) else {
             return 0;
         };
         let dir = spool::element_dir(&job.dir, element);
@@ -305,7 +305,7 @@ impl DispatchLoop {
         let Some((key, element)) = self.slots[index].job else {
             return String::new();
         };
-        let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
+        let Some(job) = self.job(key) else {
             return String::new();
         };
         let script = job.layout.element(element).unwrap_or(0);

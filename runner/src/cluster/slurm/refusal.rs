@@ -62,6 +62,14 @@ const REFUSALS: [(&str, &str); 14] = [
     ),
 ];
 
+/// Whether the controller did not answer, by what a program says.
+pub(in crate::cluster) fn is_unanswered(said: &str) -> bool {
+    let said = said.to_lowercase();
+    ["nable to contact", "timed out", "zero bytes"]
+        .iter()
+        .any(|words| said.contains(words))
+}
+
 /// The meaning of a failed `sbatch`. `busy`: whether this user has jobs in the queue, perhaps too many.
 pub(super) fn refusal(output: &ProgramOutput, busy: bool) -> SlurmError {
     let said = words(output);
@@ -69,7 +77,7 @@ pub(super) fn refusal(output: &ProgramOutput, busy: bool) -> SlurmError {
     if has("temporarily unable") || has("MaxJobCount") || has("SubmitJob") {
         return SlurmError::Full { said };
     }
-    if has("nable to contact") || has("timed out") || has("Zero Bytes") || output.status.is_none() {
+    if is_unanswered(&said) || output.status.is_none() {
         return SlurmError::Silent { said };
     }
     // Slurm uses one text for limits of a job and of the queue; with an empty queue it means the job.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use libsqlite3_sys as ffi;
 use sqlx::AssertSqlSafe;
 use sqlx::sqlite::{SqliteConnection, SqliteQueryResult};
 
@@ -575,8 +576,11 @@ run,
 /// the transfer: what would be missing is not known.
 fn is_of_the_source(error: &sqlx::Error) -> bool {
     match error {
-        // SQLite's codes for memory, a full disk and writing.
-        sqlx::Error::Database(said) => !matches!(said.code().as_deref(), Some("7" | "13" | "778")),
+        // A full disk has an error of its own.
+        sqlx::Error::Database(said) => !matches!(
+            said.code().and_then(|code| code.parse().ok()),
+            Some(ffi::SQLITE_NOMEM | ffi::SQLITE_IOERR_NOMEM | ffi::SQLITE_IOERR_WRITE)
+        ),
         sqlx::Error::RowNotFound
         | sqlx::Error::ColumnDecode { .. }
         | sqlx::Error::Decode(_)
