@@ -53,10 +53,15 @@ pub fn is_stale(error: &io::Error) -> bool {
 /// # Errors
 /// It cannot be opened, or is not a regular file ([`io::ErrorKind::InvalidInput`]).
 pub fn open(path: &Path) -> io::Result<File> {
-    expect_regular(&std::fs::metadata(path)?)?;
+    open_with(&std::fs::metadata(path)?, path, 0)
+}
+
+/// Opens the regular file that was `found` at a path, with these flags of `open` added.
+fn open_with(found: &Metadata, path: &Path, flags: i32) -> io::Result<File> {
+    expect_regular(found)?;
     let file = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | flags)
         .open(path)?;
     expect_regular(&file.metadata()?)?;
     expect_stored(&file)?;
@@ -95,14 +100,7 @@ fn expect_stored(file: &File) -> io::Result<()> {
 /// # Errors
 /// As [`open`]; it is a link.
 pub fn open_itself(path: &Path) -> io::Result<File> {
-    expect_regular(&std::fs::symlink_metadata(path)?)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
-        .open(path)?;
-    expect_regular(&file.metadata()?)?;
-    expect_stored(&file)?;
-    Ok(file)
+    open_with(&std::fs::symlink_metadata(path)?, path, libc::O_NOFOLLOW)
 }
 
 /// Opens it for writing, empty, and creates it if missing.

@@ -18,10 +18,14 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let partial = path.with_extension("partial");
     write(&partial)?;
-    std::fs::File::open(&partial)
-        .and_then(|f| f.sync_all())
-        .map_err(Error::io(&partial))?;
+    sync(&partial)?;
     std::fs::rename(&partial, path).map_err(Error::io(path))
+}
+
+/// Writes what the system still holds of a file or folder to the disk.
+fn sync(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(Error::io(path))
 }
 
 /// Keeps other processes on this machine from making the same file at the same time. Locks need not work across machines, and
@@ -103,10 +107,6 @@ pub fn make_once<T>(
 
 /// Renames the complete file or directory to its path, unless that exists.
 fn publish(partial: &Path, path: &Path) -> Result<()> {
-    let sync = |file: &Path| {
-        let synced = File::open(file).and_then(|file| file.sync_all());
-        synced.map_err(Error::io(file))
-    };
     let published = if partial.is_dir() {
         for entry in fs::read_dir(partial).map_err(Error::io(partial))? {
             sync(&entry.map_err(Error::io(partial))?.path())?;

@@ -70,6 +70,7 @@ pub fn format(start: &[u8]) -> Option<ImageFormat> {
 /// An image whose header has been read, and checked.
 pub(super) struct Opened<D> {
     pub(super) decoder: D,
+    format: ImageFormat,
     turned: Orientation,
     /// Bytes that decoding takes in addition to the file.
     memory: u64,
@@ -138,6 +139,7 @@ pub(super) fn open(content: &[u8]) -> Result<Opened<impl ImageDecoder + '_>, Str
     }
     Ok(Opened {
         decoder,
+        format,
         turned,
         memory,
     })
@@ -173,7 +175,10 @@ fn header_of(content: &[u8]) -> Result<Header, String> {
     // The memory that a decoder takes to read a header.
     let _permit = memory_pool::DECODERS.take(MOST_BESIDE.saturating_add(content.len() as u64));
     let Opened {
-        decoder, turned, ..
+        decoder,
+        format,
+        turned,
+        ..
     } = open(content)?;
     let (mut width, mut height) = decoder.dimensions();
     let colour = decoder.color_type().has_color();
@@ -181,7 +186,7 @@ fn header_of(content: &[u8]) -> Result<Header, String> {
         (width, height) = (height, width);
     }
     Ok(Header {
-        format: format(content).unwrap_or(ImageFormat::Png),
+        format,
         height,
         width,
         colour,

@@ -558,7 +558,7 @@ impl Source {
                 Ok(Vec::new())
             }
             Body::Arrays(arrays) => {
-                let step = (HELD / (arrays.height * arrays.width * arrays.channels)).clamp(1, 256);
+                let step = at_once([arrays.height, arrays.width, arrays.channels]);
                 for index in 0..arrays.count {
                     if index.is_multiple_of(step) && !progress(index as u64) {
                         return Err(DataError::Cancelled.into());
@@ -621,7 +621,7 @@ impl Source {
         content.each(
             &self.path,
             &wanted,
-            self.at_once(),
+            at_once(self.image()),
             self.decoder(),
             |first, made| {
                 let done = (first + made.len()) as u64;
@@ -634,9 +634,9 @@ impl Source {
         Ok(total)
     }
 
-    /// Images that are decoded at a time.
-    fn at_once(&self) -> usize {
-        (HELD / (self.height * self.width * self.channels)).clamp(1, 256)
+    /// Height, width and channels of its images.
+    fn image(&self) -> [usize; 3] {
+        [self.height, self.width, self.channels]
     }
 
     /// Decodes an image file and brings the image to the source's size.
@@ -663,8 +663,8 @@ impl Source {
         progress: &mut dyn FnMut(u64) -> bool,
         keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
     ) -> crate::Result<Vec<Damaged>> {
-        let (at_once, decode) = (self.at_once(), self.decoder());
-        let shape = [self.height, self.width, self.channels];
+        let (shape, decode) = (self.image(), self.decoder());
+        let at_once = at_once(shape);
         let Body::Files { content, items } = self.body else {
             return Ok(Vec::new());
         };
@@ -778,4 +778,9 @@ fn items_by_class(
     let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
     items.sort_by_key(|item| item.label);
     Ok(items)
+}
+
+/// Images of this height, width and number of channels that are in memory at a time.
+fn at_once([height, width, channels]: [usize; 3]) -> usize {
+    (HELD / (height * width * channels)).clamp(1, 256)
 }

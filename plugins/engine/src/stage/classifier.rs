@@ -49,7 +49,7 @@ fn features() -> usize {
     64
 }
 /// Default training of a classifier.
-pub(crate) fn training() -> TrainOptions {
+fn training() -> TrainOptions {
     TrainOptions {
         steps: 600,
         batch: 64,
@@ -140,12 +140,13 @@ pub const FEATURES_FOR_FIGURES: usize = 64;
 /// Trains a classifier for figures.
 pub fn train_for_figures<B: Backend>(
     context: &Context<'_, B>,
-    work_dir: Option<&Path>,
+    work_dir: &Path,
     images: &Arc<Images>,
-) -> Result<(Config, Weights, f64)> {
+) -> Result<(Config, Weights)> {
     let with = (context.host, context.backend, context.job.seed);
     let shape = (0.1, FEATURES_FOR_FIGURES);
-    train(with, work_dir, images, shape, &training())
+    let (config, weights, _) = train(with, Some(work_dir), images, shape, &training())?;
+    Ok((config, weights))
 }
 
 /// The folder of that classifier, shared by a stage's parts: the first of them on this machine trains it. The worker of the
@@ -164,7 +165,7 @@ pub fn trained_for_parts<B: Backend>(
             // Its checkpoints, separate for each machine.
             let own = work.join(format!("classifier.{}", machine()));
             std::fs::create_dir_all(&own).map_err(Error::io(&own))?;
-            let (config, weights, _) = train_for_figures(context, Some(&own), images)?;
+            let (config, weights) = train_for_figures(context, &own, images)?;
             make_once(&folder, &lock, |partial| {
                 std::fs::create_dir(partial).map_err(Error::io(partial))?;
                 write(partial, &config, &weights)

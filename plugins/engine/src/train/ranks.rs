@@ -207,12 +207,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 sum = sum.wrapping_mul(0x9e37_79b9_7f4a_7c15);
             }
         }
-        let own = [0, 16, 32, 48].map(|shift| ((sum >> shift) & 0xffff) as f32);
-        let mut of_the_first = own;
-        self.ranks.broadcast(&mut of_the_first, 0)?;
-        let mut unlike = [f32::from(own != of_the_first)];
-        self.ranks.all_reduce(&mut unlike)?;
-        match unlike[0] {
+        match self.unlike(sum)? {
             0.0 => Ok(()),
             count => Err(Error::RanksDiffer(format!(
                 "before step {step}, {count} of {} workers have different weights from the first: do all run on processors or \
@@ -220,6 +215,16 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 self.ranks.size()
             ))),
         }
+    }
+
+    /// How many ranks have another number than the first; all ranks call it at the same time.
+    fn unlike(&self, own: u64) -> Result<f32> {
+        let own = quarters(own);
+        let mut of_the_first = own;
+        self.ranks.broadcast(&mut of_the_first, 0)?;
+        let mut unlike = [f32::from(own != of_the_first)];
+        self.ranks.all_reduce(&mut unlike)?;
+        Ok(unlike[0])
     }
 
     /// Sums loss and figures over all ranks. Returns the requests of any rank.
@@ -248,12 +253,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         if !self.ranks.is_shared() {
             return Ok(());
         }
-        let halves = [(start >> 20) as f32, (start & 0xf_ffff) as f32];
-        let mut of_the_first = halves;
-        self.ranks.broadcast(&mut of_the_first, 0)?;
-        let mut unlike = [f32::from(halves != of_the_first)];
-        self.ranks.all_reduce(&mut unlike)?;
-        if unlike[0] > 0.0 {
+        if self.unlike(start)? > 0.0 {
             let message = "the workers of this training have found different checkpoints: they must see the same work directory";
             return Err(Error::Data {
                 path: self.path().unwrap_or_default(),
@@ -281,8 +281,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         if !self.ranks.is_shared() {
             return Ok(figure);
         }
-        let bits = figure.to_bits();
-        let mut parts = [0, 16, 32, 48].map(|shift| ((bits >> shift) & 0xffff) as f32);
+        let mut parts = quarters(figure.to_bits());
         self.ranks.broadcast(&mut parts, 0)?;
         let bits = parts
             .iter()
@@ -290,6 +289,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
             .fold(0, |bits, &part| bits << 16 | part as u64);
         Ok(f64::from_bits(bits))
     }
+}
+
+/// A number in parts that f32 represents exactly, the lowest bits first.
+fn quarters(number: u64) -> [f32; 4] {
+    [0, 16, 32, 48].map(|shift| ((number >> shift) & 0xffff) as f32)
 }
 
 #[cfg(test)]

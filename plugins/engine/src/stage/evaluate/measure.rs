@@ -135,9 +135,8 @@ impl<B: Backend> Network<B> {
             (None, None, Some(images)) => match classifier::trained_for_parts(context, images)? {
                 Some(dir) => Self::of_classifier(backend, &dir)?,
                 None => {
-                    let work = Some(context.work_dir()?);
-                    let (config, weights, _) =
-                        classifier::train_for_figures(context, work, images)?;
+                    let (config, weights) =
+                        classifier::train_for_figures(context, context.work_dir()?, images)?;
                     let source = ParameterSource::Host(&weights);
                     let mut loader = Loader::new(backend, source, false, "classifier");
                     Self {
