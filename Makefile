@@ -47,15 +47,14 @@ schema: build ## regenerate recipes/retort.schema.json
 	$(BIN)/retort schema --plugin candle > recipes/retort.schema.json
 
 # The tests run the real binary and load the real plugins, so these are built first. Many spend most of their time waiting for
-# Slurm or a process, so twice as many run at once as there are processors. The libtorch plugin is built with its tests: with
-# them its dependencies have other features, and `make libtorch` would compile all of these once more.
+# Slurm or a process, so twice as many run at once as there are processors.
 test: export RUST_TEST_THREADS := $(or $(RUST_TEST_THREADS),$(shell expr 2 \* $$(nproc)))
 test: build ## run the tests, except a few that take many minutes (test-long)
-	$(CARGO) test --release
 	@if plugins/libtorch/get-libtorch; then \
-	    env -u LIBTORCH $(CARGO) build --release -p retort-libtorch --lib --tests && \
-	    env -u LIBTORCH $(CARGO) test --release -p retort-libtorch; \
+	    env -u LIBTORCH $(CARGO) build --release --workspace --lib --bins --tests && \
+	    env -u LIBTORCH $(CARGO) test --release --workspace; \
 	else \
+	    $(CARGO) test --release || exit 1; \
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (see the reason above). ***' >&2; \
 	    test -z "$$RETORT_SKIP_IS_FAILURE"; \
 	fi
@@ -124,6 +123,7 @@ lint: ## check format and lints, as CI does
 	$(CARGO) clippy --release --all-targets --features retort-soak/libfuzzer -- -D warnings
 	@if [ -e .libtorch ]; then env -u LIBTORCH $(CARGO) clippy --release -p retort-libtorch --all-targets -- -D warnings; \
 	else echo 'lint: plugins/libtorch was not checked (make libtorch)' >&2; fi
-	@if [ -e $(CUDA_DIR)/toolkit/bin/nvcc ]; then $(CUDA_ENV) $(CARGO) clippy --release -p retort-candle -p retort-tests \
-	    --features retort-candle/cuda,retort-tests/cuda --all-targets --target-dir $(CUDA_DIR) -- -D warnings; \
+	@if [ -e $(CUDA_DIR)/toolkit/bin/nvcc ]; then \
+	    $(CUDA_ENV) $(CARGO) clippy --release -p retort-candle --features cuda --all-targets --target-dir $(CUDA_DIR) -- -D warnings && \
+	    $(CUDA_ENV) $(CARGO) clippy --release -p retort-tests --features cuda --lib --bins --target-dir $(CUDA_DIR) -- -D warnings; \
 	else echo 'lint: the CUDA variant was not checked (make cuda)' >&2; fi
