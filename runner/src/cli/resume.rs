@@ -2,12 +2,17 @@
 
 use std::path::Path;
 
+use tokio::runtime::Runtime;
+
 use crate::cli::execution::{ExecutionArgs, PlannedRun, known_results, open_store};
 use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, ranks, sweep};
 use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{Access, RunDetail, RunId, RunState, StageState, Store, StoreError, SweepPlace};
+use crate::store::{
+    Access, DetachedJobs, RunDetail, RunId, RunState, StageState, Store, StoreError, SweepId,
+    SweepPlace,
+};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
@@ -40,63 +45,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
     let store = open_store(&runtime, &context.store)?;
     let left = runtime.block_on(detached::refresh(&store, context))?;
-    let found = match &args.run {
-        Some(reference) => runtime.block_on(store.resolve_run(reference)),
-        None => {
-            let left: Vec<RunId> = left.iter().map(|left| left.run.clone()).collect();
-            runtime.block_on(store.run_to_resume(&left))
-        }
-    };
-    let reference = args.run.as_deref().unwrap_or_default();
-    let run = match found {
-        Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
-            let sweep = runtime.block_on(store.resolve_sweep(reference));
-            // If neither exists, a run was probably meant.
-            let sweep = sweep.map_err(|error| match error {
-                StoreError::NoSweep { .. } => StoreError::NoRun {
-                    reference: reference.to_owned(),
-                    runs: 1,
-                },
-                error => error,
-            })?;
+    let run = match target(args, &left, &runtime, &store)? {
+        Target::Run(run) => run,
+        Target::Sweep(sweep) => {
             return sweep::points::resume(&sweep, &runtime, &store, &args.execution, context);
         }
-        run => run?,
     };
-    if Store::is_relative(reference) && runtime.block_on(store.is_imported(&run))? {
-        let message = format!("`{reference}` is run {run}, which comes from another store");
-        return Err(Error::new(Exit::Usage, message).hint(format!(
-            "`retort resume {run}` continues it, if you trust its recipe; `retort resume` the latest of your own"
-        )));
-    }
-    if args.run.is_none() {
-        let place = runtime.block_on(store.run_detail(&run))?.summary.sweep;
-        if let Some(SweepPlace { id, .. }) = place {
-            return sweep::points::resume(&id, &runtime, &store, &args.execution, context);
-        }
-    }
     let left = left.into_iter().find(|left| left.run == run);
     let detail = runtime.block_on(store.run_detail(&run))?;
-    let alive = matches!(detail.summary.state, RunState::Running | RunState::Queued);
-    if alive && left.is_none() {
-        return Err(Error::new(
-            Exit::Usage,
-            format!("run {run} is still {}", detail.summary.state),
-        )
-        .hint("a run can be resumed once it has ended"));
-    }
-    let recorded: RecordedPlan =
-        serde_json::from_value(detail.resolved.clone()).map_err(|error| {
-            Error::new(
-                Exit::Internal,
-                format!("run {run} is from another version of retort and cannot be resumed"),
-            )
-            .cause(&error)
-            .hint(format!(
-                "`retort run {}` runs its recipe anew",
-                detail.summary.recipe_path
-            ))
-        })?;
+    check_ended(&run, &detail, left.as_ref())?;
+    let recorded = recorded_plan(&run, &detail)?;
     let mut plan = recorded.plan.clone();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, Some(&store));
     renew_plugins(&mut plan, &mut plugins, context)?;
@@ -138,6 +96,79 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     planned
         .carry_out(&runtime, &store, &execution, context)
         .map(drop)
+}
+
+/// What is resumed.
+enum Target {
+    Run(RunId),
+    /// Its missing points.
+    Sweep(SweepId),
+}
+
+/// Finds what the arguments name. `left` are the runs whose jobs go on in Slurm.
+fn target(
+    args: &Args,
+    left: &[DetachedJobs],
+    runtime: &Runtime,
+    store: &Store,
+) -> Result<Target, Error> {
+    let Some(reference) = &args.run else {
+        let left: Vec<RunId> = left.iter().map(|left| left.run.clone()).collect();
+        let run = runtime.block_on(store.run_to_resume(&left))?;
+        let place = runtime.block_on(store.run_detail(&run))?.summary.sweep;
+        return Ok(match place {
+            Some(SweepPlace { id, .. }) => Target::Sweep(id),
+            None => Target::Run(run),
+        });
+    };
+    let run = match runtime.block_on(store.resolve_run(reference)) {
+        Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
+            let sweep = runtime.block_on(store.resolve_sweep(reference));
+            // If neither exists, a run was probably meant.
+            let sweep = sweep.map_err(|error| match error {
+                StoreError::NoSweep { .. } => StoreError::NoRun {
+                    reference: reference.to_owned(),
+                    runs: 1,
+                },
+                error => error,
+            })?;
+            return Ok(Target::Sweep(sweep));
+        }
+        run => run?,
+    };
+    if Store::is_relative(reference) && runtime.block_on(store.is_imported(&run))? {
+        let message = format!("`{reference}` is run {run}, which comes from another store");
+        return Err(Error::new(Exit::Usage, message).hint(format!(
+            "`retort resume {run}` continues it, if you trust its recipe; `retort resume` the latest of your own"
+        )));
+    }
+    Ok(Target::Run(run))
+}
+
+/// A run that is still alive can be resumed only if it left its jobs to Slurm.
+fn check_ended(run: &RunId, detail: &RunDetail, left: Option<&DetachedJobs>) -> Result<(), Error> {
+    let state = detail.summary.state;
+    let is_alive = matches!(state, RunState::Running | RunState::Queued);
+    if is_alive && left.is_none() {
+        let message = format!("run {run} is still {state}");
+        return Err(Error::new(Exit::Usage, message).hint("a run can be resumed once it has ended"));
+    }
+    Ok(())
+}
+
+/// The plan with which a run began.
+fn recorded_plan(run: &RunId, detail: &RunDetail) -> Result<RecordedPlan, Error> {
+    serde_json::from_value(detail.resolved.clone()).map_err(|error| {
+        Error::new(
+            Exit::Internal,
+            format!("run {run} is from another version of retort and cannot be resumed"),
+        )
+        .cause(&error)
+        .hint(format!(
+            "`retort run {}` runs its recipe anew",
+            detail.summary.recipe_path
+        ))
+    })
 }
 
 /// Rebuilt plugins are used in their current form, and their stages run again.
