@@ -108,20 +108,7 @@ async fn carry_out(
         what: "the store's directory has no path",
         source,
     })?;
-    for given in &plan.given {
-        let (name, hash) = (given.name.clone(), given.hash.clone());
-        let known = store.find_artifact(&hash).await?;
-        let Some(known) = known.filter(|known| known.kind == given.kind) else {
-            return Err(ExecutorError::NoArtifact { name, hash });
-        };
-        // An imported run's files may be missing here.
-        if !layout.artifact(&hash).exists() {
-            return Err(ExecutorError::NoArtifact { name, hash });
-        }
-        if !layout.holds(&known) {
-            return Err(ExecutorError::Damaged { name, hash });
-        }
-    }
+    check_given(plan, &layout, &store).await?;
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
     let paused = control.pauses.total();
@@ -196,6 +183,25 @@ async fn carry_out(
         stages,
         elapsed,
     })
+}
+
+/// The artifacts that a plan takes from the store by their hashes are there, and complete.
+async fn check_given(plan: &Plan, layout: &Layout, store: &Store) -> Result<(), ExecutorError> {
+    for given in &plan.given {
+        let (name, hash) = (given.name.clone(), given.hash.clone());
+        let known = store.find_artifact(&hash).await?;
+        let Some(known) = known.filter(|known| known.kind == given.kind) else {
+            return Err(ExecutorError::NoArtifact { name, hash });
+        };
+        // An imported run's files may be missing here.
+        if !layout.artifact(&hash).exists() {
+            return Err(ExecutorError::NoArtifact { name, hash });
+        }
+        if !layout.holds(&known) {
+            return Err(ExecutorError::Damaged { name, hash });
+        }
+    }
+    Ok(())
 }
 
 /// Detaches from a run's jobs, which the cluster continues.

@@ -5,7 +5,7 @@
 //! elements in turn and polls Slurm. It takes over jobs that an earlier runner submitted.
 //! Deliberately absent: what an end means for the stage (see the executor), and how Slurm's programs are called.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::cluster::dispatch::slot::{Phase, Slot, StopRequest, Unsubmitted};
-use crate::cluster::slurm::{Key, Layout, Slurm};
+use crate::cluster::slurm::{ElementStatus, Key, Layout, Slurm};
 use crate::cluster::spool::{self, JobSpec, Reader, SpoolError};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
@@ -242,6 +242,20 @@ struct Job {
     /// Whether it was over before this runner came: only results in its spool are of use.
     results_only: bool,
     over: bool,
+}
+
+impl Job {
+    /// The spools that decide whether an element is taken. Ranks work together: results of some of them are of no use. The
+    /// first that was taken was judged for all.
+    fn needed_spools(&self, element: usize) -> Vec<PathBuf> {
+        match (self.results_only, self.layout) {
+            (true, Layout::Ranks(_)) if self.slots.iter().any(Option::is_some) => Vec::new(),
+            (true, Layout::Ranks(ranks)) => (0..ranks)
+                .map(|rank| spool::element_dir(&self.dir, rank))
+                .collect(),
+            _ => vec![spool::element_dir(&self.dir, element)],
+        }
+    }
 }
 
 struct DispatchLoop {
@@ -603,15 +617,43 @@ impl DispatchLoop {
 
     /// Matches slots without a job with elements that another runner submitted.
     async fn adopt(&mut self) -> Result<(), StoreError> {
-        let new = |slot: &Slot| slot.phase == Phase::New && slot.level == StopRequest::GoOn;
         let unclaimed = |job: &Job| {
             !job.over && job.slots.iter().all(Option::is_none) && job.given_up.contains(&false)
         };
-        if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
+        if !self.slots.iter().any(Slot::is_new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
         }
+        let known = self.look_for_elements().await;
+        let (mut taken, mut count) = (BTreeSet::new(), 0);
+        for index in 0..self.slots.len() {
+            if !self.slots[index].is_new() {
+                continue;
+            }
+            if let Some(key) = self.take_element(index, known.as_ref()).await? {
+                taken.insert(key);
+                count += 1;
+            }
+        }
+        for key in taken {
+            self.to.store.job_taken(key, self.to.attempt).await?;
+        }
+        if count > 0 {
+            self.warn(format!(
+                "{count} of {} elements were submitted before and are taken up",
+                self.slots.len()
+            ));
+        }
+        self.ask_at = Instant::now();
+        self.end_useless_jobs().await?;
+        // Before their successors are submitted.
+        self.cancel_left().await;
+        Ok(())
+    }
+
+    /// What Slurm says about the elements that slots without a job could take. None if it does not answer.
+    async fn look_for_elements(&self) -> Option<HashMap<Key, ElementStatus>> {
         let name = |part: Option<Part>| part.map(|part| (part.index, part.of));
-        let asked = self.slots.iter().filter(|slot| new(slot));
+        let asked = self.slots.iter().filter(|slot| slot.is_new());
         let asked: BTreeSet<_> = asked.map(|slot| name(slot.part)).collect();
         let wanted = |job: &Job, element: usize| {
             !job.over && !job.given_up[element] && asked.contains(&name(job.elements[element]))
@@ -629,97 +671,78 @@ impl DispatchLoop {
         let known = self.to.slurm.look_back(&ids, |known| {
             places.iter().any(|key| !known.contains_key(key))
         });
-        let known = known.await;
-        let (mut taken, mut count) = (BTreeSet::new(), 0);
-        for index in 0..self.slots.len() {
-            if !new(&self.slots[index]) {
+        known.await.ok()
+    }
+
+    /// Gives a slot the newest element with its work that goes on or has a result. Returns the key of that element's job.
+    async fn take_element(
+        &mut self,
+        index: usize,
+        known: Option<&HashMap<Key, ElementStatus>>,
+    ) -> Result<Option<JobKey>, StoreError> {
+        let part = self.slots[index].part;
+        // Newest first.
+        for at in (0..self.jobs.len()).rev() {
+            let job = &self.jobs[at];
+            let element = job.elements.iter().position(|known| *known == part);
+            let Some(element) = element.filter(|element| job.slots[*element].is_none()) else {
+                continue;
+            };
+            if job.over || job.given_up[element] {
                 continue;
             }
-            let part = self.slots[index].part;
-            // Newest first.
-            for at in (0..self.jobs.len()).rev() {
-                let job = &self.jobs[at];
-                let element = job.elements.iter().position(|known| *known == part);
-                let Some(element) = element.filter(|element| job.slots[*element].is_none()) else {
-                    continue;
-                };
-                if job.over || job.given_up[element] {
-                    continue;
+            let dir = spool::element_dir(&job.dir, element);
+            let place = (job.id, job.layout.element(element));
+            let said = known.map(|known| known.get(&place));
+            let goes_on = said.is_none_or(|said| said.is_some_and(|said| !said.state.is_final()));
+            let goes_on = goes_on && !job.results_only;
+            let needed = job.needed_spools(element);
+            // A spool may be long, and the file system may hang.
+            let judged = move || {
+                let mut needed = needed.iter();
+                needed.try_fold(true, |all, dir| {
+                    Ok::<_, SpoolError>(all && slot::is_worth_taking(dir, goes_on)?)
+                })
+            };
+            let judged = tokio::task::spawn_blocking(judged).await;
+            let judged = judged.map_err(|error| unknown(&dir, error))?;
+            let is_worth_taking = judged.map_err(|error| unknown(&dir, error))?;
+            let (key, mark, results_only) = (job.key, job.marks[element], job.results_only);
+            if !is_worth_taking && results_only {
+                match job.layout {
+                    Layout::Ranks(_) => self.jobs[at].given_up.fill(true),
+                    _ => self.jobs[at].given_up[element] = true,
                 }
-                let dir = spool::element_dir(&job.dir, element);
-                let said = known.as_ref().map(|known| {
-                    let key = (job.id, job.layout.element(element));
-                    known.get(&key).is_some_and(|said| !said.state.is_final())
-                });
-                let goes_on = said.unwrap_or(true);
-                let goes_on = goes_on && !job.results_only;
-                // Ranks work together: results of some of them are of no use. The first that was taken was judged for all.
-                let of_ranks = matches!(job.layout, Layout::Ranks(_));
-                let needed = match (job.results_only, job.layout) {
-                    (true, Layout::Ranks(_)) if job.slots.iter().any(Option::is_some) => Vec::new(),
-                    (true, Layout::Ranks(ranks)) => (0..ranks)
-                        .map(|rank| spool::element_dir(&job.dir, rank))
-                        .collect(),
-                    _ => vec![dir.clone()],
-                };
-                // A spool may be long, and the file system may hang.
-                let judged = move || {
-                    let mut needed = needed.iter();
-                    needed.try_fold(true, |all, dir| {
-                        Ok::<_, SpoolError>(all && slot::is_worth_taking(dir, goes_on)?)
-                    })
-                };
-                let judged = tokio::task::spawn_blocking(judged).await;
-                let judged = judged.map_err(|error| unknown(&dir, error))?;
-                if !judged.map_err(|error| unknown(&dir, error))? {
-                    if job.results_only {
-                        match of_ranks {
-                            true => self.jobs[at].given_up.fill(true),
-                            false => self.jobs[at].given_up[element] = true,
-                        }
-                        continue;
-                    }
-                    // It ended while no runner was there.
-                    let key = (job.id, job.layout.element(element));
-                    let said = known.as_ref().ok().and_then(|known| known.get(&key));
-                    let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
-                    let reason = reason.to_owned();
-                    let (key, mark) = (job.key, job.marks[element]);
-                    let reader = Reader::new(dir.clone());
-                    self.slots[index]
-                        .read_out((key, element), reader, mark, &mut self.news)
-                        .await
-                        .map_err(|error| unknown(&dir, error))?;
-                    self.news
-                        .push((key, element, ElementUpdate::Lost { reason }));
-                    self.jobs[at].given_up[element] = true;
-                    continue;
-                }
-                let (key, mark) = (job.key, job.marks[element]);
-                let results_only = job.results_only;
-                self.slots[index].wasted = job.wasted[element];
-                self.jobs[at].slots[element] = Some(index);
-                self.slots[index].place((key, element), Reader::new(dir), mark);
-                // Its records are there.
-                self.slots[index].expected = results_only;
-                // A runner must not leave before what follows them is submitted.
-                self.slots[index].unsubmitted.set(results_only);
-                taken.insert(key);
-                count += 1;
-                break;
+                continue;
             }
+            if !is_worth_taking {
+                // It ended while no runner was there.
+                let reason = said.flatten().map(|said| watch::reason(said.state));
+                let reason = reason.unwrap_or("gone from Slurm").to_owned();
+                let reader = Reader::new(dir.clone());
+                self.slots[index]
+                    .read_out((key, element), reader, mark, &mut self.news)
+                    .await
+                    .map_err(|error| unknown(&dir, error))?;
+                self.news
+                    .push((key, element, ElementUpdate::Lost { reason }));
+                self.jobs[at].given_up[element] = true;
+                continue;
+            }
+            self.slots[index].wasted = job.wasted[element];
+            self.jobs[at].slots[element] = Some(index);
+            self.slots[index].place((key, element), Reader::new(dir), mark);
+            // Its records are there.
+            self.slots[index].expected = results_only;
+            // A runner must not leave before what follows them is submitted.
+            self.slots[index].unsubmitted.set(results_only);
+            return Ok(Some(key));
         }
-        for key in taken {
-            self.to.store.job_taken(key, self.to.attempt).await?;
-        }
-        if count > 0 {
-            self.warn(format!(
-                "{count} of {} elements were submitted before and are taken up",
-                self.slots.len()
-            ));
-        }
-        self.ask_at = Instant::now();
-        // With another number of parts, or ended without a result: they would get in the way.
+        Ok(None)
+    }
+
+    /// Ends jobs that no slot has taken, with another number of parts or ended without a result: they would get in the way.
+    async fn end_useless_jobs(&mut self) -> Result<(), StoreError> {
         let whole = self.slots.iter().all(|slot| slot.part.is_none());
         for job in &mut self.jobs {
             let of_parts = job.elements.iter().any(Option::is_some);
@@ -735,8 +758,6 @@ impl DispatchLoop {
             self.to_cancel.push(job.id);
             self.to.store.job_over(job.key).await?;
         }
-        // Before their successors are submitted.
-        self.cancel_left().await;
         Ok(())
     }
 }

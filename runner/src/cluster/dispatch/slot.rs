@@ -220,6 +220,11 @@ impl Slot {
         (self.job, self.reader) = (None, None);
     }
 
+    /// Whether it has no job and has not been asked to stop.
+    pub fn is_new(&self) -> bool {
+        self.phase == Phase::New && self.level == StopRequest::GoOn
+    }
+
     /// Whether it ran before and is waiting now.
     pub fn waits_again(&self) -> bool {
         self.begun && self.phase == Phase::Queued
@@ -289,30 +294,15 @@ impl Slot {
                 SpoolEvent::Began { job, node, pid } => {
                     let (job, node) = (short(job), short(node));
                     let start = (number >> 32) as u32;
-                    if self.start.is_some_and(|before| before != start) {
-                        self.lose_start(at, fresh);
-                    }
-                    (self.node, self.began_at) = (node.clone(), at);
-                    news.push((
-                        key,
-                        element,
-                        ElementUpdate::Began {
-                            start,
-                            node: node.clone(),
-                            at,
-                        },
-                    ));
-                    self.held = PendingEnd::default();
-                    (self.start, self.over, self.absent) = (Some(start), None, 0);
-                    self.phase = Phase::Running;
-                    self.why.clear();
-                    if !std::mem::replace(&mut self.begun, true) {
-                        let node = node.clone();
-                        self.send(WorkerEvent::Remote(ElementEvent::Began { node }))
-                            .await;
-                    }
+                    let text = spool::begins(&job, &node, pid);
+                    let began = ElementUpdate::Began {
+                        start,
+                        node: node.clone(),
+                        at,
+                    };
+                    news.push((key, element, began));
+                    self.begin(start, node, at, fresh).await;
                     if fresh {
-                        let text = spool::begins(&job, &node, pid);
                         self.note_read(LogLevel::Debug, text, at, Some(read)).await;
                     }
                 }
@@ -367,6 +357,22 @@ impl Slot {
             number: last.saturating_add(1).max(self.mark),
         })))
         .await;
+    }
+
+    /// A start has begun. An earlier one whose end was not reported is lost.
+    async fn begin(&mut self, start: u32, node: String, at: i64, fresh: bool) {
+        if self.start.is_some_and(|before| before != start) {
+            self.lose_start(at, fresh);
+        }
+        (self.node, self.began_at) = (node.clone(), at);
+        self.held = PendingEnd::default();
+        (self.start, self.over, self.absent) = (Some(start), None, 0);
+        self.phase = Phase::Running;
+        self.why.clear();
+        if !std::mem::replace(&mut self.begun, true) {
+            self.send(WorkerEvent::Remote(ElementEvent::Began { node }))
+                .await;
+        }
     }
 
     /// Passes on what an element wrote that ended without a result while no runner was there: its metrics, lines and starts

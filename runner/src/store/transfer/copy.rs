@@ -81,17 +81,7 @@ impl<'c> Copy<'c> {
             self.copied.done.known.push(run.clone());
             return Ok(());
         }
-        let copied = self
-            .row(
-                "insert into main.runs (id, recipe, recipe_path, seed, command, resumed_from, state, error, created,
-                     finished, note)
-                 select id, recipe, recipe_path, seed, command, resumed_from,
-                     case when state in ('queued', 'running') then 'lost' else state end, error, created, finished, note
-                 from source.runs where id = ?1",
-                &run.0,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "the run")?.flatten() else {
+        let Some(here) = self.insert_run(run).await? else {
             return Ok(());
         };
         let (key, sweep, point): (i64, Option<i64>, Option<i64>) =
@@ -171,6 +161,21 @@ impl<'c> Copy<'c> {
         }
         self.copied.done.runs.push(run.clone());
         Ok(())
+    }
+
+    /// Copies the row of a run. Returns its new key, if the row can be read.
+    async fn insert_run(&mut self, run: &RunId) -> Result<Option<i64>, StoreError> {
+        let copied = self
+            .row(
+                "insert into main.runs (id, recipe, recipe_path, seed, command, resumed_from, state, error, created,
+                     finished, note)
+                 select id, recipe, recipe_path, seed, command, resumed_from,
+                     case when state in ('queued', 'running') then 'lost' else state end, error, created, finished, note
+                 from source.runs where id = ?1",
+                &run.0,
+            )
+            .await;
+        Ok(self.or_lost(copied, run, "the run")?.flatten())
     }
 
     /// The sweep of which a run is a point. An existing one of the same name is not changed: the run becomes its point only if
