@@ -216,19 +216,31 @@ fn captions_become_the_expected_tokens() {
     assert!(images.iter().all(|x| (0.0..=1.0).contains(x)));
 }
 
+/// Where `check_sample` puts its stage.
+const PLACE: &str = "r.yaml:6:";
+
+/// Runs a command on a recipe that samples with these options.
+fn check_sample(lab: &Lab, (command, code): (&str, i32), options: &str, expected: &[&str]) {
+    let sampler = "sampler: {kind: teacher, teacher: teacher}";
+    recipe(
+        lab,
+        &[&format!(
+            "s: {{kind: sample, count: 2, {sampler}, {options}}}"
+        )],
+    );
+    lab.retort(&[command, "r.yaml"])
+        .expect(code)
+        .saying(expected);
+}
+
 #[test]
 fn captions_that_do_not_fit_are_refused() {
     let lab = Lab::new(&[]);
     let dir = lab.dir.path();
     write_files(dir);
-    let check = |command: &str, code: i32, stage: &str, expected: &[&str]| {
-        recipe(&lab, &[&format!("s: {{kind: sample, count: 2, {stage}}}")]);
-        lab.retort(&[command, "r.yaml"])
-            .expect(code)
-            .saying(expected);
+    let check = |command: &str, code: i32, options: &str, expected: &[&str]| {
+        check_sample(&lab, (command, code), options, expected);
     };
-    let sampler = "sampler: {kind: teacher, teacher: teacher}";
-    let place = "r.yaml:6:";
     for (options, expected) in [
         ("caption: a cat", "a caption needs a `text_encoder`"),
         ("text_encoder: t5", "no `caption` to encode"),
@@ -258,17 +270,12 @@ fn captions_that_do_not_fit_are_refused() {
             "no tensor features",
         ),
     ] {
-        check(
-            "validate",
-            3,
-            &format!("{sampler}, {options}"),
-            &[place, expected],
-        );
+        check("validate", 3, options, &[PLACE, expected]);
     }
     // Missing files are mentioned, and are an error once they are needed.
-    let absent = format!("{sampler}, caption: a cat, text_encoder: flan-t5-xl");
-    check("validate", 0, &absent, &["flan-t5-xl", "does not exist"]);
-    check("run", 3, &absent, &["flan-t5-xl", "does not exist"]);
+    let absent = "caption: a cat, text_encoder: flan-t5-xl";
+    check("validate", 0, absent, &["flan-t5-xl", "does not exist"]);
+    check("run", 3, absent, &["flan-t5-xl", "does not exist"]);
 
     // Properties that only the teacher has.
     for (options, expected) in [
@@ -282,31 +289,34 @@ fn captions_that_do_not_fit_are_refused() {
             "features of width 16, the model takes up to 12 tokens of width 32",
         ),
     ] {
-        check(
-            "run",
-            100,
-            &format!("{sampler}, {options}"),
-            &[place, expected],
-        );
+        check("run", 100, options, &[PLACE, expected]);
     }
+}
+
+#[test]
+fn text_encoders_that_do_not_fit_are_refused() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    write_files(dir);
+    let check = |command: &str, code: i32, expected: &[&str]| {
+        let options = "caption: a cat, text_encoder: t5";
+        check_sample(&lab, (command, code), options, expected);
+    };
     let config = dir.join("t5/config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     let change = |from: &str, to: &str| std::fs::write(&config, text.replace(from, to)).unwrap();
-    let options = format!("{sampler}, caption: a cat, text_encoder: t5");
     change("gated-gelu", "relu");
     check(
         "validate",
         3,
-        &options,
-        &[place, "feed_forward_proj \"relu\", expected \"gated-gelu\""],
+        &[PLACE, "feed_forward_proj \"relu\", expected \"gated-gelu\""],
     );
     change("\"d_model\": 32", "\"d_model\": 40");
     check(
         "run",
         100,
-        &options,
         &[
-            place,
+            PLACE,
             "a text encoder of width 40, the model takes features of width 32",
         ],
     );
@@ -314,7 +324,6 @@ fn captions_that_do_not_fit_are_refused() {
     check(
         "run",
         100,
-        &options,
         &[
             "t5: weight ",
             "DenseReluDense.wi_0.weight has shape [40, 32], expected [41, 32]",

@@ -254,8 +254,30 @@ fn real_images_are_read_as_people_have_them() {
     ] {
         assert!(said.stdout.contains(text), "{text} in {}", said.stdout);
     }
-    let report = std::fs::read_to_string(output(&lab, "set").1.join("evaluation.json")).unwrap();
-    let report: Value = serde_json::from_str(&report).unwrap();
+    let ways = check_sets(&report(&lab, "set"));
+    check_other_forms(&lab, ways);
+    check_authors_statistics(&lab, ways[0]);
+}
+
+/// The report of an `evaluate` stage.
+fn report(lab: &Lab, stage: &str) -> Value {
+    let dir = output(lab, stage).1;
+    let text = std::fs::read_to_string(dir.join("evaluation.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Appends an `evaluate` stage against other real images.
+fn add_evaluation(lab: &Lab, name: &str, real: &str) {
+    let options = "inception: inception.safetensors, dims: 64, splits: 2, neighbours: 2";
+    let samples = "samples: {drawn: drawn, other: other}";
+    add(
+        lab,
+        &format!("\n  {name}: {{kind: evaluate, {real}, {options}, {samples}}}\n"),
+    );
+}
+
+/// Returns the distance of `other` from the real images, by both preparations.
+fn check_sets(report: &Value) -> [f64; 2] {
     let row = |name: &str| report["sets"][name].clone();
     let value = |name: &str, figure: &str| {
         let found = row(name)[figure].as_f64();
@@ -296,9 +318,12 @@ fn real_images_are_read_as_people_have_them() {
         let pipeline = report["pipeline"].as_str().unwrap();
         assert!(pipeline.contains(expected), "{expected} in {pipeline}");
     }
+    ways
+}
 
-    // The same images in other forms.
-    let drawn = output(&lab, "drawn").1;
+/// The same images as a folder and as ADM's array; `ways` is the distance of `other`.
+fn check_other_forms(lab: &Lab, ways: [f64; 2]) {
+    let drawn = output(lab, "drawn").1;
     let folder = lab.dir.path().join("real/0");
     std::fs::create_dir_all(&folder).unwrap();
     for image in std::fs::read_dir(drawn.join("png")).unwrap() {
@@ -306,42 +331,27 @@ fn real_images_are_read_as_people_have_them() {
         std::fs::copy(image.path(), folder.join(image.file_name())).unwrap();
     }
     std::fs::copy(drawn.join("samples.npz"), lab.dir.path().join("adm.npz")).unwrap();
-    let own = |name: &str, real: &str| {
-        format!(
-            "
-  {name}: {{kind: evaluate, {real}, inception: inception.safetensors, dims: 64, splits: 2, neighbours: 2, samples: {{drawn: drawn, other: other}}}}
-"
-        )
-    };
-    add(
-        &lab,
-        &own(
-            "folder",
-            "data: {folder: real}, save_statistics: true, kernel: {}",
-        ),
+    add_evaluation(
+        lab,
+        "folder",
+        "data: {folder: real}, save_statistics: true, kernel: {}",
     );
-    add(&lab, &own("adm", "statistics: adm.npz"));
+    add_evaluation(lab, "adm", "statistics: adm.npz");
     // Each preparation of images separately.
-    add(
-        &lab,
-        &own(
-            "both",
-            "statistics: adm.npz, preparation: [pytorch, tensorflow]",
-        ),
+    add_evaluation(
+        lab,
+        "both",
+        "statistics: adm.npz, preparation: [pytorch, tensorflow]",
     );
-    add(
-        &lab,
-        &own("smaller", "data: {folder: real, size: 8, fit: stretch}"),
+    add_evaluation(
+        lab,
+        "smaller",
+        "data: {folder: real, size: 8, fit: stretch}",
     );
     lab.retort(&["run", "r.yaml"])
         .expect(0)
         .saying(&["drawn: images of 16 x 16, real images of 8 x 8"]);
-    let read = |stage: &str| -> Value {
-        let dir = output(&lab, stage).1;
-        let text = std::fs::read_to_string(dir.join("evaluation.json")).unwrap();
-        serde_json::from_str(&text).unwrap()
-    };
-    let (folder, both, smaller) = (read("folder"), read("both"), read("smaller"));
+    let [folder, both, smaller] = ["folder", "both", "smaller"].map(|stage| report(lab, stage));
     // All samples together are one estimate.
     let other = &folder["sets"]["other"];
     assert_eq!(
@@ -361,20 +371,21 @@ fn real_images_are_read_as_people_have_them() {
     let pipeline = smaller["pipeline"].as_str().unwrap();
     let sized = "real images: brought to 8 x 8 by `fit: stretch` and `filter: bicubic`";
     assert!(pipeline.contains(sized), "{pipeline}");
-    let statistics = output(&lab, "folder").1.join("statistics.npz");
+}
+
+/// The statistics of the folder in the authors' form; `expected` is the distance of `other`.
+fn check_authors_statistics(lab: &Lab, expected: f64) {
+    let statistics = output(lab, "folder").1.join("statistics.npz");
     write_statistic(&lab.dir.path().join("statistic.pth"), &statistics, 64);
-    add(&lab, &own("authors", "statistics: statistic.pth"));
+    add_evaluation(lab, "authors", "statistics: statistic.pth");
     lab.retort(&["run", "r.yaml"]).expect(0);
     for stage in ["folder", "adm", "authors"] {
-        let dir = output(&lab, stage).1;
-        let text = std::fs::read_to_string(dir.join("evaluation.json")).unwrap();
-        let all: Value = serde_json::from_str(&text).unwrap();
+        let all = report(lab, stage);
         let other = &all["sets"]["other"];
         let distance = other["frechet_distance"].as_f64().unwrap();
         assert!(
-            (distance / ways[0] - 1.0).abs() < 1e-6,
-            "{stage}: {distance} and {}",
-            ways[0]
+            (distance / expected - 1.0).abs() < 1e-6,
+            "{stage}: {distance} and {expected}"
         );
         // Figures of single images cannot be computed from statistics.
         let precision = other["precision"].is_number();

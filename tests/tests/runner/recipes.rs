@@ -507,7 +507,11 @@ fn texts_are_set_as_typed() {
         assert_eq!(options["file"].as_str(), Some(name));
         assert_eq!(options["text"], format!("<{name}>"));
     }
-    // In quotes it is YAML; where no text is expected it is YAML.
+}
+
+#[test]
+fn quoted_texts_and_other_types_are_set_as_yaml() {
+    let lab = Lab::new(&["a: {kind: do, act: succeed}"]);
     let json = lab
         .retort(&[
             "plan",

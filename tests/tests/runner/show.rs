@@ -258,31 +258,32 @@ fn a_student_is_sampled_without_a_recipe() {
         .to_owned();
     lab.retort(&["sample", &teacher, "-n", "2", "--guidance", "1.5"])
         .expect(0);
+    check_refused_samples(&lab, &hash);
+}
+
+/// `hash` is that of a student.
+fn check_refused_samples(lab: &Lab, hash: &str) {
     for (arguments, code, said) in [
         (vec!["sample", "nobody"], 4, "no artifact matches"),
         (vec!["sample", "latest/images"], 4, "student or teacher"),
         (
-            vec!["sample", hash.as_str(), "--steps", "3"],
+            vec!["sample", hash, "--steps", "3"],
             2,
             "trained from the AR steps [0,6]",
         ),
+        (vec!["sample", hash, "--guidance", "2"], 2, "for teachers"),
         (
-            vec!["sample", hash.as_str(), "--guidance", "2"],
-            2,
-            "for teachers",
-        ),
-        (
-            vec!["sample", hash.as_str(), "--labels", "3,x"],
+            vec!["sample", hash, "--labels", "3,x"],
             100,
             "x: the classes of this model have no names",
         ),
         (
-            vec!["sample", hash.as_str(), "--labels", "-1"],
+            vec!["sample", hash, "--labels", "-1"],
             2,
             "-1 is not a class number",
         ),
         (
-            vec!["sample", hash.as_str(), "--labels", "3,,1"],
+            vec!["sample", hash, "--labels", "3,,1"],
             2,
             "a class is empty",
         ),
@@ -291,14 +292,14 @@ fn a_student_is_sampled_without_a_recipe() {
             4,
             "there is no file or folder ./student.pth",
         ),
-        (vec!["sample", hash.as_str(), "-n", "0"], 2, "0"),
+        (vec!["sample", hash, "-n", "0"], 2, "0"),
         (
-            vec!["sample", hash.as_str(), "--set", "images.cuont=3"],
+            vec!["sample", hash, "--set", "images.cuont=3"],
             3,
             "did you mean `count`?",
         ),
         (
-            vec!["sample", hash.as_str(), "-o", "out"],
+            vec!["sample", hash, "-o", "out"],
             2,
             "is not an empty directory",
         ),

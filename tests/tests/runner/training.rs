@@ -244,27 +244,46 @@ fn everything(dataset: &Dataset) -> (&[u32], Vec<u32>, Vec<f32>) {
     (&dataset.labels, tokens.collect(), noise)
 }
 
+/// The options of datasets that belong together.
+const SIXTY_PAIRS: &str =
+    "kind: trajectories, teacher: teacher, count: 60, seed: 3, distribution: {guidance: 1.5}";
+
 #[test]
 fn datasets_are_shown_checked_and_merged() {
-    const OPTIONS: &str =
-        "kind: trajectories, teacher: teacher, count: 60, seed: 3, distribution: {guidance: 1.5}";
     let lab = lab(&format!(
         "
-  head: {{{OPTIONS}, range: [0, 25], shard_size: 10}}
-  tail: {{{OPTIONS}, range: [25, 60]}}
-  rest: {{{OPTIONS}, range: [40, 60]}}
-  others: {{{OPTIONS}, range: [25, 60], solver_steps: 70}}
+  head: {{{SIXTY_PAIRS}, range: [0, 25], shard_size: 10}}
+  tail: {{{SIXTY_PAIRS}, range: [25, 60]}}
+  rest: {{{SIXTY_PAIRS}, range: [40, 60]}}
+  others: {{{SIXTY_PAIRS}, range: [25, 60], solver_steps: 70}}
 "
     ));
     lab.retort(&["run", "r.yaml"]).expect(0);
-    let dir = lab.dir.path();
-    let told = |reference: &str| {
-        lab.retort(&["dataset", "info", reference, "--json"])
-            .expect(0)
-            .json()
-    };
+    check_dataset_info(&lab);
+    check_dataset_merge(&lab);
+    // A stage adopts the merged folder without new work.
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    let joined = format!("  joined: {{{SIXTY_PAIRS}, parts: [whole]}}\n");
+    std::fs::write(&recipe, format!("{text}{joined}")).unwrap();
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let joined = Dataset::open(&output(&lab, "joined").1).unwrap();
+    assert_eq!(joined.len(), 60);
+    check_damaged_dataset(&lab);
+    lab.retort(&["dataset", "info", "nowhere"]).expect(4);
+    lab.retort(&["dataset", "info", "."])
+        .expect(4)
+        .saying(&["has no manifest.json"]);
+}
 
-    let head = told("latest/head");
+fn dataset_info(lab: &Lab, reference: &str) -> Value {
+    lab.retort(&["dataset", "info", reference, "--json"])
+        .expect(0)
+        .json()
+}
+
+fn check_dataset_info(lab: &Lab) {
+    let head = dataset_info(lab, "latest/head");
     for (fact, value) in [
         ("pairs", json!(25)),
         ("of", json!(60)),
@@ -291,7 +310,11 @@ fn datasets_are_shown_checked_and_merged() {
             "25 pairs in 3 shards verified",
             "25..60 of 60 are missing here",
         ]);
+}
 
+/// Merges head and tail into the folder `whole`.
+fn check_dataset_merge(lab: &Lab) {
+    let dir = lab.dir.path();
     // Complete only if every sample occurs once, from one teacher and the same settings.
     for (parts, saying) in [
         (vec!["latest/head"], "samples 25..60 are missing of 60"),
@@ -318,40 +341,28 @@ fn datasets_are_shown_checked_and_merged() {
         std::fs::create_dir(kept).unwrap();
         std::fs::write(kept.join("precious"), "").unwrap();
     }
-    lab.retort(&[
+    let merge = [
         "dataset",
         "merge",
         "latest/tail",
         "latest/head",
         "-o",
         "whole",
-    ])
-    .expect(0)
-    .saying(&["60 pairs in 4 shards of 2 parts"]);
-    lab.retort(&[
-        "dataset",
-        "merge",
-        "latest/tail",
-        "latest/head",
-        "-o",
-        "whole",
-    ])
-    .expect(2)
-    .saying(&["whole is there already"]);
+    ];
+    lab.retort(&merge)
+        .expect(0)
+        .saying(&["60 pairs in 4 shards of 2 parts"]);
+    lab.retort(&merge)
+        .expect(2)
+        .saying(&["whole is there already"]);
     assert!(kept.iter().all(|kept| kept.join("precious").exists()));
-    assert_eq!(told("whole")["missing"], json!([]));
+    assert_eq!(dataset_info(lab, "whole")["missing"], json!([]));
     lab.retort(&["dataset", "verify", "whole"]).expect(0);
+}
 
-    // A stage adopts the merged folder without new work.
-    let recipe = dir.join("r.yaml");
-    let text = std::fs::read_to_string(&recipe).unwrap();
-    let joined = format!("  joined: {{{OPTIONS}, parts: [whole]}}\n");
-    std::fs::write(&recipe, format!("{text}{joined}")).unwrap();
-    lab.retort(&["run", "r.yaml"]).expect(0);
-    let joined = Dataset::open(&output(&lab, "joined").1).unwrap();
-    assert_eq!(joined.len(), 60);
-
-    // The damaged file is named, with what to do.
+/// A damaged file of `whole` is named, with what to do.
+fn check_damaged_dataset(lab: &Lab) {
+    let dir = lab.dir.path();
     let shard = dir.join("whole/shard-000000010.safetensors");
     let mut bytes = std::fs::read(&shard).unwrap();
     let last = bytes.len() - 1;
@@ -379,10 +390,6 @@ fn datasets_are_shown_checked_and_merged() {
     lab.retort(&["run", "r.yaml", "--force=joined"])
         .expect(100)
         .saying(&["shard-000000010.safetensors", "its content has changed"]);
-    lab.retort(&["dataset", "info", "nowhere"]).expect(4);
-    lab.retort(&["dataset", "info", "."])
-        .expect(4)
-        .saying(&["has no manifest.json"]);
 }
 
 #[test]

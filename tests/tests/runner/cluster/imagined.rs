@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use retort::artifact;
@@ -466,6 +466,57 @@ fn twelve_thousand_pairs_on_eight_nodes() {
 }
 
 fn simulate(scale: Scale) {
+    let lab = prepare(scale);
+    let shared = Arc::new(Shared::default());
+    let cluster = start_nodes(scale, &lab, &shared);
+    let settings = ["--executor", "slurm", "--slurm", "poll=5s"];
+    let arguments = [&["run", "r.yaml"][..], &settings].concat();
+    let first = Running::new(command(&lab, &arguments).spawn().unwrap());
+    let pid = first.child.id();
+    wait_for("a full cluster", || {
+        (shared.running.load(Ordering::Relaxed) > 3 * scale.elements / 4).then_some(())
+    });
+    thread::sleep(scale.window / 4);
+    let (cpu, began) = (cpu_seconds(pid), Instant::now());
+    shared.lose_a_node.store(true, Ordering::Relaxed);
+    thread::sleep(scale.window);
+    let share = (cpu_seconds(pid) - cpu) / began.elapsed().as_secs_f64();
+    let running = shared.running.load(Ordering::Relaxed);
+    let memory = most_memory(pid);
+    // The runner is gone, and a node with it, while the others go on.
+    first.signal(9);
+    first.end();
+    shared.lose_a_node.store(true, Ordering::Relaxed);
+    thread::sleep(scale.window / 4);
+    let arguments = [&["resume"][..], &settings[2..]].concat();
+    let second = Running::new(command(&lab, &arguments).spawn().unwrap());
+    let watch = watch_memory(second.child.id());
+    let said: CommandOutput = second.end();
+    let memory = memory.max(watch.join().unwrap());
+    shared.over.store(true, Ordering::Relaxed);
+    cluster.join().unwrap();
+    let said = said.expect(0);
+    assert!(said.stderr.contains("taken up"), "{}", said.stderr);
+    let figures = format!(
+        "runner: {} MB at most, {:.1} % of a core with {running} elements running",
+        memory >> 20,
+        100.0 * share
+    );
+    eprintln!("{figures}");
+    check_history(scale, &lab, &shared);
+    assert!(memory < 500 << 20, "{figures}");
+    // Processor time is only checked for many elements: with few, the runner's fixed costs dominate, and on a shared machine
+    // they vary threefold. On busy cores, a thousand elements took 4.9 and 5.2 %.
+    if scale.elements >= 1000 {
+        assert!(
+            share < 0.06 * (running as f64 / 1000.0).max(1.0),
+            "{figures}"
+        );
+    }
+}
+
+/// Slurm's programs, the plugin and the recipe.
+fn prepare(scale: Scale) -> Lab {
     // A file system in memory: the test measures the runner, not the disk under a thousand workers.
     let root = [Path::new("/dev/shm"), &std::env::temp_dir()]
         .into_iter()
@@ -487,100 +538,67 @@ fn simulate(scale: Scale) {
     );
     let lab = Lab { dir };
     lab.recipe(&[&format!("a: {{kind: do, workers: {}}}", scale.elements)]);
-    let command = |arguments: &[&str]| -> Command {
-        // Without the other tests' plugins, one of which has the same name.
-        let mut command = Command::new(binary());
-        let path = std::env::var("PATH").unwrap();
-        command
-            .args(arguments)
-            .arg("--store")
-            .arg(lab.store_dir())
-            .current_dir(lab.dir.path())
-            .env_remove("RETORT_PLUGIN_PATH")
-            .env_remove("XDG_DATA_HOME")
-            .env("HOME", lab.dir.path())
-            .stdin(Stdio::null())
-            .env(
-                "PATH",
-                format!("{}:{path}", lab.dir.path().join("bin").display()),
-            )
-            .env("SIM", lab.dir.path())
-            .args(["--plugin-dir", plugins.to_str().unwrap()])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    };
+    lab
+}
+
+/// A command without the other tests' plugins, one of which has the same name.
+fn command(lab: &Lab, arguments: &[&str]) -> Command {
+    let dir = lab.dir.path();
+    let path = std::env::var("PATH").unwrap();
+    let mut command = Command::new(binary());
+    command
+        .args(arguments)
+        .arg("--store")
+        .arg(lab.store_dir())
+        .current_dir(dir)
+        .env_remove("RETORT_PLUGIN_PATH")
+        .env_remove("XDG_DATA_HOME")
+        .env("HOME", dir)
+        .stdin(Stdio::null())
+        .env("PATH", format!("{}:{path}", dir.join("bin").display()))
+        .env("SIM", dir)
+        .arg("--plugin-dir")
+        .arg(dir.join("plugins"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn start_nodes(scale: Scale, lab: &Lab, shared: &Arc<Shared>) -> JoinHandle<()> {
     // SEED is another fate.
     let seed = std::env::var("SEED").map_or(1, |seed| seed.parse().expect("SEED is a number"));
     eprintln!("SEED={seed}");
-    let shared = Arc::new(Shared::default());
-    let cluster = {
-        let (dir, shared) = (lab.dir.path().to_owned(), Arc::clone(&shared));
-        thread::spawn(move || {
-            let queue = dir.join("queue");
-            let run = AssertUnwindSafe(|| nodes(scale, Fate(seed), dir, shared));
-            if let Err(panic) = panic::catch_unwind(run) {
-                // Without jobs the runner ends, and this test with it.
-                fs::write(queue, "").unwrap();
-                panic::resume_unwind(panic);
-            }
-        })
-    };
-    let settings = ["--executor", "slurm", "--slurm", "poll=5s"];
-    let arguments = [&["run", "r.yaml"][..], &settings].concat();
-    let first = Running::new(command(&arguments).spawn().unwrap());
-    let pid = first.child.id();
-    wait_for("a full cluster", || {
-        (shared.running.load(Ordering::Relaxed) > 3 * scale.elements / 4).then_some(())
-    });
-    thread::sleep(scale.window / 4);
-    let (cpu, began) = (cpu_seconds(pid), Instant::now());
-    shared.lose_a_node.store(true, Ordering::Relaxed);
-    thread::sleep(scale.window);
-    let share = (cpu_seconds(pid) - cpu) / began.elapsed().as_secs_f64();
-    let running = shared.running.load(Ordering::Relaxed);
-    let memory = most_memory(pid);
-    // The runner is gone, and a node with it, while the others go on.
-    first.signal(9);
-    first.end();
-    shared.lose_a_node.store(true, Ordering::Relaxed);
-    thread::sleep(scale.window / 4);
-    let second = Running::new(
-        command(&[&["resume"][..], &settings[2..]].concat())
-            .spawn()
-            .unwrap(),
-    );
-    let resumed = second.child.id();
-    let most = Arc::new(AtomicUsize::new(0));
-    let watch = {
-        let most = Arc::clone(&most);
-        thread::spawn(move || {
-            while Path::new(&format!("/proc/{resumed}/status")).exists() {
-                let memory = usize::try_from(most_memory(resumed)).unwrap();
-                if memory == 0 {
-                    return;
-                }
-                most.fetch_max(memory, Ordering::Relaxed);
-                thread::sleep(Duration::from_millis(200));
-            }
-        })
-    };
-    let said: CommandOutput = second.end();
-    watch.join().unwrap();
-    shared.over.store(true, Ordering::Relaxed);
-    cluster.join().unwrap();
-    let said = said.expect(0);
-    assert!(said.stderr.contains("taken up"), "{}", said.stderr);
-    let memory = memory.max(most.load(Ordering::Relaxed) as u64);
-    let figures = format!(
-        "runner: {} MB at most, {:.1} % of a core with {running} elements running",
-        memory >> 20,
-        100.0 * share
-    );
-    eprintln!("{figures}");
+    let (dir, shared) = (lab.dir.path().to_owned(), Arc::clone(shared));
+    thread::spawn(move || {
+        let queue = dir.join("queue");
+        let run = AssertUnwindSafe(|| nodes(scale, Fate(seed), dir, shared));
+        if let Err(panic) = panic::catch_unwind(run) {
+            // Without jobs the runner ends, and this test with it.
+            fs::write(queue, "").unwrap();
+            panic::resume_unwind(panic);
+        }
+    })
+}
 
-    // Every pair once.
-    let output = retort(&command, &["artifacts", "list", "latest", "--json"]).json();
+/// The most memory that a process takes until it ends.
+fn watch_memory(pid: u32) -> JoinHandle<u64> {
+    thread::spawn(move || {
+        let mut most = 0;
+        while Path::new(&format!("/proc/{pid}/status")).exists() {
+            let memory = most_memory(pid);
+            if memory == 0 {
+                break;
+            }
+            most = most.max(memory);
+            thread::sleep(Duration::from_millis(200));
+        }
+        most
+    })
+}
+
+/// Every pair was made once, and the history has everything that happened.
+fn check_history(scale: Scale, lab: &Lab, shared: &Shared) {
+    let output = retort(lab, &["artifacts", "list", "latest", "--json"]).json();
     let path = PathBuf::from(output[0]["path"].as_str().unwrap());
     let mut pairs = vec![0_u8; scale.pairs()];
     for line in fs::read_to_string(path.join("pairs")).unwrap().lines() {
@@ -592,11 +610,11 @@ fn simulate(scale: Scale) {
     assert_eq!(*shared.twice.lock().unwrap(), BTreeSet::new());
     // No event is lost, and none was recorded twice, although the runner was killed while it read.
     let points = "select count(*) as n from v_metrics";
-    let points = retort(&command, &["query", "--json", points]).json();
+    let points = retort(lab, &["query", "--json", points]).json();
     assert_eq!(points[0]["n"], scale.elements * SHARDS);
     // Each start's end is recorded correctly.
     let starts = "select reason, count(*) as n from v_job_lives group by reason";
-    let starts = retort(&command, &["query", "--json", starts]).json();
+    let starts = retort(lab, &["query", "--json", starts]).json();
     let known: BTreeMap<String, usize> = starts
         .as_array()
         .unwrap()
@@ -614,19 +632,10 @@ fn simulate(scale: Scale) {
         .map(|(how, count)| ((*how).to_owned(), *count))
         .collect();
     assert_eq!(known, brought_about);
-    assert!(memory < 500 << 20, "{figures}");
-    // Processor time is only checked for many elements: with few, the runner's fixed costs dominate, and on a shared machine
-    // they vary threefold. On busy cores, a thousand elements took 4.9 and 5.2 %.
-    if scale.elements >= 1000 {
-        assert!(
-            share < 0.06 * (running as f64 / 1000.0).max(1.0),
-            "{figures}"
-        );
-    }
 }
 
-fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> CommandOutput {
-    let output = command(arguments).output().unwrap();
+fn retort(lab: &Lab, arguments: &[&str]) -> CommandOutput {
+    let output = command(lab, arguments).output().unwrap();
     let said = CommandOutput {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
