@@ -168,20 +168,8 @@ pub fn drawn<B: Backend, M>(
 
 fn results<B: Backend>(backend: &B) -> Result<Results> {
     let (c, v) = (network(), images());
-    let (l, d) = (c.map.area(), c.codebook_dim);
+    let l = c.map.area();
     let mut found = Results::new();
-    let keep = |found: &mut Results, name: &str, x: &B::Tensor, tolerance| -> Result<()> {
-        let data = B::to_floats(x)?;
-        let scale = magnitude(&data);
-        let result = Found {
-            data,
-            tolerance,
-            scale,
-        };
-        found.insert(name.into(), result);
-        Ok(())
-    };
-
     let [teacher_weights, student_weights, image_weights] = [
         drawn(backend, |l| llamagen::Gpt::load(l, &c).map(drop))?,
         drawn(backend, |l| llamagen::GptStudent::load(l, &c).map(drop))?,
@@ -197,7 +185,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let mut choice = Sequence::new(3, Stream::Choice, 0);
     let ids: Vec<u32> = (0..BATCH * l).map(|_| choice.below(50) as u32).collect();
     let tokens = backend.indices(&ids, &[BATCH, l])?;
-    keep(
+    keep::<B>(
         &mut found,
         "teacher/logits",
         teacher.forced(&labels, &tokens)?.value(),
@@ -207,7 +195,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     // Trajectories, and their tokens' images.
     let (eps, path) = trajectories(backend, &teacher, &codebook, 5, BATCH)?;
     let same: Vec<f32> = B::to_indices(&path)?.iter().map(|&id| id as f32).collect();
-    keep(
+    keep::<B>(
         &mut found,
         "trajectories/tokens",
         &backend.floats(&same, &[BATCH * l])?,
@@ -215,10 +203,10 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     )?;
     let latents = Variable::constant(B::rows(&codebook, &path)?);
     let decoded = tokenizer.decode(&latents)?;
-    keep(&mut found, "tokenizer/images", decoded.value(), 1e-4)?;
+    keep::<B>(&mut found, "tokenizer/images", decoded.value(), 1e-4)?;
     let again = tokenizer.encode(decoded.value())?;
     let again: Vec<f32> = B::to_indices(&again)?.iter().map(|&id| id as f32).collect();
-    keep(
+    keep::<B>(
         &mut found,
         "tokenizer/tokens",
         &backend.floats(&again, &[BATCH * l])?,
@@ -239,13 +227,13 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let params = loader.into_params();
     let prediction = student.predict(&eps, &labels, &kinds)?;
     let continuous = student.continuous(&prediction)?;
-    keep(
+    keep::<B>(
         &mut found,
         "student/logits",
         prediction.logits.value(),
         1e-4,
     )?;
-    keep(&mut found, "student/continuous", continuous.value(), 1e-4)?;
+    keep::<B>(&mut found, "student/continuous", continuous.value(), 1e-4)?;
     let flat = B::reshape(&path, &[BATCH * l])?;
     let image_loss = distance(&tokenizer.decode(&continuous)?, &decoded)?;
     let loss = prediction
@@ -254,34 +242,56 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         .cross_entropy(&flat)?
         .add(&image_loss)?;
     drop((prediction, continuous, image_loss, student));
-    keep(&mut found, "student/loss", loss.value(), 1e-3)?;
+    keep::<B>(&mut found, "student/loss", loss.value(), 1e-3)?;
     gradients(&mut found, loss, &params)?;
 
-    // Large images: 36 x 36 tokens.
+    large_image(&mut found, backend)?;
+    tokenizer_step(&mut found, backend, &image_weights, &decoded)?;
+    Ok(found)
+}
+
+/// Decodes an image of 36 x 36 tokens.
+fn large_image<B: Backend>(found: &mut Results, backend: &B) -> Result<()> {
     let large = large_images();
     let weights = drawn(backend, |l| vq::VqModel::load(l, &large).map(drop))?;
-    let tokenizer = vq::VqModel::load(&mut constant(&weights), &large)?;
-    let latents = backend.floats(&noise(6, 0, 36 * 36, d), &[1, 36 * 36, d])?;
+    let mut loader = Loader::new(backend, ParameterSource::Host(&weights), false, "drawn");
+    let tokenizer = vq::VqModel::load(&mut loader, &large)?;
+    let (l, d) = (36 * 36, large.codebook_dim);
+    let latents = backend.floats(&noise(6, 0, l, d), &[1, l, d])?;
     let images = tokenizer.decode(&Variable::constant(latents))?;
-    keep(&mut found, "tokenizer/large", images.value(), 1e-4)?;
+    keep::<B>(found, "tokenizer/large", images.value(), 1e-4)
+}
 
-    // A training step of the tokenizer.
-    let mut loader = Loader::new(
-        backend,
-        ParameterSource::Host(&image_weights),
-        true,
-        "drawn",
-    );
-    let trained = vq::VqModel::load(&mut loader, &v)?;
+/// A training step of the tokenizer.
+fn tokenizer_step<B: Backend>(
+    found: &mut Results,
+    backend: &B,
+    weights: &Weights,
+    target: &Variable<B>,
+) -> Result<()> {
+    let mut loader = Loader::new(backend, ParameterSource::Host(weights), true, "drawn");
+    let trained = vq::VqModel::load(&mut loader, &images())?;
     let params = loader.into_params();
-    let result = trained.reconstruct(decoded.value())?;
-    let loss = distance(&result.images, &decoded)?
+    let result = trained.reconstruct(target.value())?;
+    let loss = distance(&result.images, target)?
         .add(&result.codebook_loss)?
         .add(&result.commitment_loss)?;
     drop((result, trained));
-    keep(&mut found, "tokenizer/loss", loss.value(), 1e-3)?;
-    gradients(&mut found, loss, &params)?;
-    Ok(found)
+    keep::<B>(found, "tokenizer/loss", loss.value(), 1e-3)?;
+    gradients(found, loss, &params)
+}
+
+/// Stores a result.
+fn keep<B: Backend>(found: &mut Results, name: &str, x: &B::Tensor, tolerance: f64) -> Result<()> {
+    let data = B::to_floats(x)?;
+    let scale = magnitude(&data);
+    let result = Found {
+        data,
+        tolerance,
+        scale,
+    };
+    found.insert(name.into(), result);
+    Ok(())
 }
 
 /// Mean squared distance.

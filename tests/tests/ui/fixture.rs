@@ -176,6 +176,17 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
     };
     let snapshot = writer.stage(&snapshot).await;
     writer.end(snapshot, None).await;
+    let hash = sample_stages(&mut writer, &drawer, steps).await;
+    evaluation_stage(&mut writer, steps, scale).await;
+    store
+        .finish_run(&writer.run, RunState::Succeeded, None)
+        .await
+        .unwrap();
+    (writer.run, hash)
+}
+
+/// Four sets of samples. Returns the hash of the student's.
+async fn sample_stages(writer: &mut Writer<'_>, drawer: &str, steps: u64) -> String {
     let mut hash = String::new();
     // All with one seed, except the last.
     for (name, sampler, seed, shade) in [
@@ -203,8 +214,9 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
                 inputs: &inputs,
             })
             .await;
-        store
-            .record_lineage(attempt, std::slice::from_ref(&drawer))
+        writer
+            .store
+            .record_lineage(attempt, &[drawer.to_owned()])
             .await
             .unwrap();
         // Another run has different samples.
@@ -215,6 +227,10 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
             hash = made;
         }
     }
+    hash
+}
+
+async fn evaluation_stage(writer: &mut Writer<'_>, steps: u64, scale: f64) {
     let evaluation = writer
         .stage(&Stage {
             name: "evaluation",
@@ -246,11 +262,6 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
             .unwrap()
         })
         .await;
-    store
-        .finish_run(&writer.run, RunState::Succeeded, None)
-        .await
-        .unwrap();
-    (writer.run, hash)
 }
 
 async fn hostile(store: &Store, dir: &Path) -> RunId {

@@ -43,11 +43,17 @@ fn mistakes_are_said_in_words() {
         json!({"dta": "d"}),
         &[("/dta", "unknown option `dta` / did you mean `data`?")],
     );
-    let with = |key: &str, value: Value, expected: &[(&str, &str)]| {
-        let mut options = json!({"data": "d"});
-        options[key] = value;
-        check_value(options, expected);
-    };
+}
+
+/// Checks options of which one is wrong.
+fn with(key: &str, value: Value, expected: &[(&str, &str)]) {
+    let mut options = json!({"data": "d"});
+    options[key] = value;
+    check_value(options, expected);
+}
+
+#[test]
+fn numbers_flags_and_texts_are_said_in_words() {
     with(
         "steps",
         json!("1_000"),
@@ -93,6 +99,10 @@ fn mistakes_are_said_in_words() {
         json!([1, "x"]),
         &[("/times/1", "expected a whole number")],
     );
+}
+
+#[test]
+fn mistakes_in_choices_are_said_in_words() {
     // Option<f64>: null is not offered.
     with(
         "guidance",

@@ -512,30 +512,46 @@ fn ranks(site: &Site) {
     let plugins = tempfile::tempdir().unwrap();
     compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
     let own = ["--plugin-dir", plugins.path().to_str().unwrap()];
+    ranks_on_two_nodes(site, &own);
+    ranks_that_end(site, &own);
+    ranks_that_are_stopped(site, &own);
+    ranks_that_lose_a_node(site, &own);
+}
+
+/// A training by two ranks that waits for a flag.
+fn held_ranks(options: &str) -> Lab {
+    let lab = Lab::new(&[]);
+    let flag = flag(&lab);
+    lab.recipe(&[&format!(
+        "a: {{kind: train, plugin: ranks, workers: 2, flag: {}, {options}}}",
+        flag.display()
+    )]);
+    lab
+}
+
+/// Waits until both ranks are running: signals before that are a different case. Returns the processes that watch them.
+fn watches(site: &Site, lab: &Lab) -> [u32; 2] {
+    wait_for("both ranks at work", || {
+        let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
+        let pids = said.stdout.lines().filter_map(began);
+        pids.collect::<Vec<u32>>().try_into().ok()
+    })
+}
+
+/// How many starts ended in this way.
+fn count_ends(site: &Site, lab: &Lab, wanted: &str) -> usize {
+    let all = ends(site, lab);
+    all.iter().filter(|end| *end == wanted).count()
+}
+
+fn ranks_on_two_nodes(site: &Site, own: &[&str]) {
     let training = |steps: u32| {
         Lab::new(&[&format!(
             "a: {{kind: train, plugin: ranks, steps: {steps}, workers: 2}}"
         )])
     };
-    let held = |options: &str| {
-        let lab = Lab::new(&[]);
-        let flag = flag(&lab);
-        lab.recipe(&[&format!(
-            "a: {{kind: train, plugin: ranks, workers: 2, flag: {}, {options}}}",
-            flag.display()
-        )]);
-        lab
-    };
-    // Both are running; signals before that are a different case.
-    let watches = |lab: &Lab| -> [u32; 2] {
-        wait_for("both ranks at work", || {
-            let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
-            let pids = said.stdout.lines().filter_map(began);
-            pids.collect::<Vec<u32>>().try_into().ok()
-        })
-    };
     let lab = training(10);
-    site.run(&lab, &own).expect(0);
+    site.run(&lab, own).expect(0);
     let starts = "select node from v_job_lives where element is not null";
     let starts = site.retort(&lab, &["query", "--json", starts]).expect(0);
     let starts = starts.json();
@@ -548,41 +564,48 @@ fn ranks(site: &Site) {
     assert_eq!(ends(site, &lab), ["succeeded"; 3]);
     // On this machine they make the same result.
     let here = training(10);
-    here.run(&own).expect(0);
+    here.run(own).expect(0);
     assert_eq!(here.attempt("a").output, lab.attempt("a").output);
+}
 
+/// One ends by itself: both restart from the checkpoint.
+fn ranks_that_end(site: &Site, own: &[&str]) {
     // One is killed: all restart from the checkpoint by themselves.
-    let lab = held("steps: 10");
-    let running = site.start_run(&lab, &own);
-    let [watch, _] = watches(&lab);
+    let lab = held_ranks("steps: 10");
+    let running = site.start_run(&lab, own);
+    let [watch, _] = watches(site, &lab);
     signal_process(child_of(watch), KILL);
     wait_for_starts(site, &lab, 4);
     release(&lab);
     running.end().expect(0);
-    let count = |lab: &Lab, wanted: &str| {
-        let all = ends(site, lab);
-        all.iter().filter(|end| *end == wanted).count()
-    };
-    let killed = count(&lab, "its worker was killed by SIGKILL");
+    let killed = count_ends(site, &lab, "its worker was killed by SIGKILL");
     assert_eq!(killed, 1, "{:?}", ends(site, &lab));
-    assert_eq!(count(&lab, "succeeded"), 3, "{:?}", ends(site, &lab));
+    assert_eq!(
+        count_ends(site, &lab, "succeeded"),
+        3,
+        "{:?}",
+        ends(site, &lab)
+    );
 
     // One hangs: its supervisor kills it, and all restart.
-    let lab = held("steps: 10");
-    let running = site.start_run(&lab, &own);
-    let [_, watch] = watches(&lab);
+    let lab = held_ranks("steps: 10");
+    let running = site.start_run(&lab, own);
+    let [_, watch] = watches(site, &lab);
     signal_process(child_of(watch), libc::SIGSTOP);
     wait_for_starts(site, &lab, 4);
     release(&lab);
     running.end().expect(0);
     let told = ends(site, &lab);
-    assert_eq!(count(&lab, "its worker hangs"), 1, "{told:?}");
-    assert_eq!(count(&lab, "succeeded"), 3, "{told:?}");
+    assert_eq!(count_ends(site, &lab, "its worker hangs"), 1, "{told:?}");
+    assert_eq!(count_ends(site, &lab, "succeeded"), 3, "{told:?}");
+}
 
+/// Slurm and the user stop them at a checkpoint.
+fn ranks_that_are_stopped(site: &Site, own: &[&str]) {
     // Slurm's signal ahead of a time limit.
-    let lab = held("steps: 10");
-    let running = site.start_run(&lab, &own);
-    watches(&lab);
+    let lab = held_ranks("steps: 10");
+    let running = site.start_run(&lab, own);
+    watches(site, &lab);
     site.administer("scancel", &["--signal=USR1", "--user=root"]);
     wait_for_starts(site, &lab, 4);
     release(&lab);
@@ -590,27 +613,29 @@ fn ranks(site: &Site) {
     // The first rank asks for the restart, which may end the other before it has reported why it stopped.
     let told = ends(site, &lab);
     let of_signal = ["time limit, at a checkpoint", "ended with another worker"];
-    let [first, second] = of_signal.map(|end| count(&lab, end));
+    let [first, second] = of_signal.map(|end| count_ends(site, &lab, end));
     assert!(first >= 1 && first + second == 2, "{told:?}");
-    assert_eq!(count(&lab, "succeeded"), 3, "{told:?}");
+    assert_eq!(count_ends(site, &lab, "succeeded"), 3, "{told:?}");
 
-    let lab = held("steps: 10");
-    let running = site.start_run(&lab, &own);
-    watches(&lab);
+    let lab = held_ranks("steps: 10");
+    let running = site.start_run(&lab, own);
+    watches(site, &lab);
     running.signal(2);
     running
         .end()
         .expect(130)
         .saying(&["stopped at a checkpoint"]);
     release(&lab);
-    site.retort(&lab, &[&["resume"][..], &own].concat())
+    site.retort(&lab, &[&["resume"][..], own].concat())
         .expect(0);
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+}
 
-    // A node is lost permanently: the training goes on with the other one.
-    let lab = held("steps: 80, min_workers: 1");
-    let running = site.start_run(&lab, &[&own[..], &["--slurm", "shrink-after=1s"]].concat());
-    watches(&lab);
+/// A node is lost permanently: the training goes on with the other one.
+fn ranks_that_lose_a_node(site: &Site, own: &[&str]) {
+    let lab = held_ranks("steps: 80, min_workers: 1");
+    let running = site.start_run(&lab, &[own, &["--slurm", "shrink-after=1s"]].concat());
+    watches(site, &lab);
     site.set_node("n2", "down");
     wait_for_starts(site, &lab, 3);
     release(&lab);
