@@ -231,7 +231,7 @@ const DEFAULT_SIGNAL: &str = "120s";
 const DEFAULT_POLL: &str = "10s";
 const DEFAULT_SHRINK_AFTER: &str = "10m";
 /// Options of `sbatch` that retort sets itself.
-const OWN: [&str; 14] = [
+const OWN: [&str; 15] = [
     "--array",
     "-a",
     "--output",
@@ -246,6 +246,7 @@ const OWN: [&str; 14] = [
     "--signal",
     "--parsable",
     "--wait",
+    "-W",
 ];
 /// Options of `sbatch` that would submit a job to a cluster other than the one that retort queries.
 const OTHER_CLUSTER: [&str; 2] = ["--clusters", "-M"];

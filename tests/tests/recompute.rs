@@ -116,6 +116,21 @@ fn gradients_are_handed_on_as_soon_as_they_are_complete() {
     }
 }
 
+#[test]
+fn a_parameter_that_is_the_loss_is_handed_on() {
+    let backend = Candle::open("cpu", "f32", 1).expect("a CPU");
+    let value = backend.floats(&[3.0], &[1]).expect("a tensor");
+    let parameter = Variable::<Candle>::parameter(value);
+    let params = vec![("a".to_owned(), parameter.clone())];
+    let mut told = Vec::new();
+    let mut ready = |number: usize, gradient: <Candle as Tensors>::Tensor| {
+        told.push((number, Candle::to_floats(&gradient)?));
+        Ok(())
+    };
+    backward_as_ready(parameter, &params, &mut ready).expect("a gradient");
+    assert_eq!(told, [(0, vec![1.0])]);
+}
+
 /// The memory of activations at a published size.
 #[test]
 #[ignore = "a minute and some GB: make test-long"]

@@ -70,23 +70,21 @@ fn open_with(found: &Metadata, path: &Path, flags: i32) -> io::Result<File> {
 
 /// Refuses files that the kernel generates (`/proc`, `/sys`): they look regular but may have no end.
 fn expect_stored(file: &File) -> io::Result<()> {
-    const MADE_UP: [u32; 6] = [
-        0x9fa0,
-        0x6265_6572,
-        0x6462_6720,
-        0x7472_6163,
-        0x6367_7270,
-        0x7363_6673,
-    ];
     // SAFETY: plain data, filled by the call; the descriptor is open.
-    let kind = unsafe {
+    let is_generated = unsafe {
         let mut found: libc::statfs = std::mem::zeroed();
-        match libc::fstatfs(file.as_raw_fd(), &mut found) {
-            0 => found.f_type as u32,
-            _ => return Ok(()),
-        }
+        libc::fstatfs(file.as_raw_fd(), &mut found) == 0
+            && matches!(
+                found.f_type,
+                libc::PROC_SUPER_MAGIC
+                    | libc::SYSFS_MAGIC
+                    | libc::DEBUGFS_MAGIC
+                    | libc::TRACEFS_MAGIC
+                    | libc::CGROUP2_SUPER_MAGIC
+                    | libc::SECURITYFS_MAGIC
+            )
     };
-    match MADE_UP.contains(&kind) {
+    match is_generated {
         true => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             "it is made by the kernel when it is read (/proc, /sys), not a regular file",

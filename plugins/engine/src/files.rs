@@ -174,6 +174,17 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
+/// What `read` finds at the path of something that is made once. If that is there and cannot be read, it is removed: it is
+/// incomplete, and nobody is making it, because a file or folder appears only when it is complete.
+pub fn read_or_remove<T>(path: &Path, read: impl FnOnce() -> Option<T>) -> Result<Option<T>> {
+    let is_there = path.exists();
+    let found = read();
+    if is_there && found.is_none() {
+        remove(path)?;
+    }
+    Ok(found)
+}
+
 /// Pretty JSON into a file.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;
@@ -230,6 +241,24 @@ pub(crate) mod tests {
         assert_eq!(fs::read_to_string(&file).unwrap(), "theirs");
         assert_eq!(names(&folder), ["x"]);
         assert_eq!(names(dir.path()), ["a.npy", "images"]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.npy");
+        let read = || {
+            fs::read_to_string(&file)
+                .ok()
+                .filter(|text| text == "whole")
+        };
+        assert_eq!(read_or_remove(&file, read).unwrap(), None);
+        write(&file, "whole").unwrap();
+        assert_eq!(read_or_remove(&file, read).unwrap().unwrap(), "whole");
+        assert!(file.exists());
+        write(&file, "half").unwrap();
+        assert_eq!(read_or_remove(&file, read).unwrap(), None);
+        assert!(!file.exists());
     }
 
     #[test]

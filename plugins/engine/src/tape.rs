@@ -185,14 +185,11 @@ fn send_back<B: Backend>(
     let mut open = BTreeMap::from([(from.id, (from, gradient))]);
     while let Some((id, (node, gradient))) = open.pop_last() {
         if let Some(slot) = leaves.get_mut(&id) {
-            // Some of its uses had no gradient, so it has not been reported yet.
-            if let Some(watch) = &mut watch
-                && watch.open.remove(&id).is_some_and(|uses| uses > 0)
-            {
-                (watch.ready)(id, gradient)?;
-                continue;
+            match &mut watch {
+                // It has not been reported yet: it is the loss itself, or some of its uses had no gradient.
+                Some(watch) => (watch.ready)(id, gradient)?,
+                None => *slot = Some(gradient),
             }
-            *slot = Some(gradient);
             continue;
         }
         // Every consumer has a higher number and has been dropped, unless the caller still holds the value.

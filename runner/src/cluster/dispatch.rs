@@ -69,8 +69,6 @@ pub struct StageSubmission {
     pub unsubmitted: Arc<AtomicUsize>,
     /// Receives its events.
     pub listener: Box<dyn Fn(DispatchEvent) + Send + Sync>,
-    /// The stage's name.
-    pub stage: String,
     /// The attempt.
     pub attempt: AttemptId,
     /// The stage's digest.

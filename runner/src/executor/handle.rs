@@ -239,7 +239,6 @@ impl ClusterPlacement {
             slurm: self.cluster.slurm,
             unsubmitted: Arc::clone(&context.unsubmitted),
             listener: Box::new(move |dispatched| listener(event(&stage, dispatched))),
-            stage: spec.stage.name.clone(),
             attempt,
             digest: spec.digest.hex.clone(),
             work_dir: spec.work_dir.clone(),

@@ -187,6 +187,7 @@ fn what_makes_no_sense_is_named() {
         ("[slurm]\nsbatch = ['x']", "expected an option"),
         ("[slurm]\nsbatch = ['--array=1-2']", "retort sets itself"),
         ("[slurm]\nsbatch = ['-a1-2']", "retort sets itself"),
+        ("[slurm]\nsbatch = ['-W']", "retort sets itself"),
         (
             "[slurm]\nsbatch = ['--clusters=far']",
             "this machine's cluster only",

@@ -13,7 +13,7 @@ use super::options::DataOptions;
 use super::prepared::{self, Prepared};
 use super::source::Source;
 use crate::error::{Error, Result};
-use crate::files::{MakeLock, make_once, remove};
+use crate::files::{MakeLock, make_once, read_or_remove};
 use crate::memory::gigabytes;
 
 /// The most bytes of images in memory.
@@ -79,8 +79,7 @@ impl ImageCache<'_> {
 
     fn write(&self, source: Source, folder: &Path) -> Result<Images> {
         let lock = (self.lock)()?;
-        let is_there = folder.exists();
-        if let Some(images) = self.kept() {
+        if let Some(images) = read_or_remove(folder, || self.kept())? {
             return Ok(images);
         }
         let (total, bytes) = (source.count() as u64, source.bytes());
@@ -94,10 +93,6 @@ impl ImageCache<'_> {
             gigabytes(bytes)
         );
         self.host.log(level, &message);
-        if is_there {
-            // It is incomplete, so nobody is making it: a folder appears only when it is complete.
-            remove(folder)?;
-        }
         let (_, damaged) = make_once(folder, &lock, |partial| {
             std::fs::create_dir(partial).map_err(Error::io(partial))?;
             prepared::write(source, partial, None, &mut |done| {

@@ -179,20 +179,19 @@ impl<'c> Directory<'c> {
                     entry.kind
                 ));
             }
+            if !is_read {
+                continue;
+            }
             let count = entry.count;
-            match (is_read, of_pieces) {
-                (_, true) if count > MOST_PIECES => {
-                    return Err(format!(
-                        "an image in {count} strips or tiles: more than {MOST_PIECES} are not decoded"
-                    ));
-                }
-                (true, false) if count > MOST_VALUES => {
-                    return Err(format!(
-                        "tag {tag} has {count} values: more than {MOST_VALUES} are not read"
-                    ));
-                }
-                (false, _) => continue,
-                _ => {}
+            if of_pieces && count > MOST_PIECES {
+                return Err(format!(
+                    "an image in {count} strips or tiles: more than {MOST_PIECES} are not decoded"
+                ));
+            }
+            if !of_pieces && count > MOST_VALUES {
+                return Err(format!(
+                    "tag {tag} has {count} values: more than {MOST_VALUES} are not read"
+                ));
             }
             if directory.entries.insert(tag, entry).is_some() {
                 return Err(format!(

@@ -19,7 +19,7 @@ use crate::captions::ConditioningSource;
 use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::files::{make_once, remove};
+use crate::files::{make_once, read_or_remove};
 use crate::model::{CODEBOOK, ConditioningShape, Teacher, TokenShape, llamagen, var};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
@@ -657,15 +657,11 @@ fn tokens<B: Backend>(
     let path = context.work_dir()?.join(name);
     let lock = context.lock(name)?;
     let (vocabulary, _) = source.config.tokenizer.codebook();
-    let is_there = path.exists();
-    if let Some(found) = kept_tokens(&path, images.len(), vocabulary) {
+    let kept = || kept_tokens(&path, images.len(), vocabulary);
+    if let Some(found) = read_or_remove(&path, kept)? {
         return Ok(found);
     }
     let tokens = encode_all(context, source, images, mirrored, at_once)?;
-    if is_there {
-        // It is incomplete, so nobody is making it: files appear only when they are complete.
-        remove(&path)?;
-    }
     make_once(&path, &lock, |partial| {
         let header = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
         let write = || {
