@@ -8,6 +8,7 @@ pub mod gpu;
 pub mod memory;
 pub mod patience;
 pub mod port;
+pub mod process;
 pub mod program;
 pub mod ranks;
 pub mod skip;

@@ -8,6 +8,8 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::process::ProcessStat;
+
 /// How long a program that a test has started may run, on a machine that may be very busy.
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -19,17 +21,17 @@ pub fn limit_children() {
 }
 
 fn watch() {
-    let mut seen: HashMap<(i32, String), Instant> = HashMap::new();
+    let mut seen: HashMap<(i32, u64), Instant> = HashMap::new();
     loop {
-        let now: Vec<(i32, String)> = children()
+        let now: Vec<(i32, u64)> = children()
             .into_iter()
             .filter_map(|child| Some((child, started(child)?)))
             .collect();
         seen.retain(|child, _| now.contains(child));
         for child in now {
-            let since = seen.entry(child.clone()).or_insert_with(Instant::now);
+            let since = seen.entry(child).or_insert_with(Instant::now);
             if since.elapsed() > LIMIT {
-                kill(child.0, &child.1);
+                kill(child.0, child.1);
             }
         }
         thread::sleep(Duration::from_secs(2));
@@ -51,13 +53,12 @@ fn children() -> Vec<i32> {
 }
 
 /// When a process started: with its number, this names it for good.
-fn started(process: i32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(19).map(str::to_owned)
+fn started(process: i32) -> Option<u64> {
+    let stat = ProcessStat::of(process.try_into().ok()?)?;
+    Some(stat.started)
 }
 
-fn kill(process: i32, start: &str) {
+fn kill(process: i32, start: u64) {
     // SAFETY: plain system calls; the descriptor is new and nobody else's.
     unsafe {
         let descriptor = libc::syscall(libc::SYS_pidfd_open, process, 0);
@@ -66,7 +67,7 @@ fn kill(process: i32, start: &str) {
         };
         let descriptor = OwnedFd::from_raw_fd(descriptor);
         // The descriptor belongs to the process that had this number when it was opened.
-        if started(process).as_deref() != Some(start) {
+        if started(process) != Some(start) {
             return;
         }
         let arguments = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();

@@ -3,6 +3,7 @@
 use retort::executor::progress_file;
 use retort::store::{AttemptState, RunState};
 use retort_tests::port::HeldPort;
+use retort_tests::process::ProcessStat;
 
 use crate::lab::{Lab, Running, compile, signal_process, try_signal, wait_for, wait_until_gone};
 use crate::training::{caught, lab, makes_shards, output, output_with, shards};
@@ -376,11 +377,7 @@ fn workers_beside(whole: u32, runner: u32) -> Vec<u32> {
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     numbers
         .filter(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let parent = stat
-                .rsplit_once(')')
-                .and_then(|(_, rest)| rest.split_whitespace().nth(1));
-            *pid != whole && parent == Some(&runner.to_string())
+            *pid != whole && ProcessStat::of(*pid).is_some_and(|stat| stat.parent == runner)
         })
         .collect()
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use retort_tests::process::ProcessStat;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
@@ -422,15 +423,7 @@ fn files_that_are_not_what_their_hash_says_stay_out_and_touch_nothing() {
 #[test]
 fn a_run_that_had_not_ended_is_lost_when_it_comes_from_elsewhere() {
     let source = Source::new();
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let began = stat
-        .rsplit_once(')')
-        .unwrap()
-        .1
-        .split_whitespace()
-        .nth(19)
-        .unwrap()
-        .to_owned();
+    let began = ProcessStat::of(std::process::id()).unwrap().started;
     let read = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
     // A lease of a live process on this machine, with a heartbeat in the far future.
     let file = source.changed(&format!(

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Child;
 
+use retort_tests::process::ProcessStat;
 use sqlx::Connection;
 
 use crate::imports::{Source, open};
@@ -16,11 +17,8 @@ const CONTINUE: i32 = 18;
 /// Stops a process, and lets it go on if it is too late for the test.
 fn is_stopped_with(process: &mut Child, is_there: impl Fn() -> bool) -> bool {
     signal_process(process.id(), STOP);
-    let stat = format!("/proc/{}/stat", process.id());
     let stopped = wait_for("the process to stop or to end", || {
-        let stat = std::fs::read_to_string(&stat).unwrap_or_default();
-        let (_, state) = stat.rsplit_once(") ")?;
-        match state.chars().next()? {
+        match ProcessStat::of(process.id())?.state {
             'T' => Some(true),
             'Z' => Some(false),
             _ => None,

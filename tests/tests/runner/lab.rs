@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, RunId, Store};
 use retort_tests::patience;
+use retort_tests::process::ProcessStat;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -316,10 +317,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 /// Waits until a process is gone (or a zombie).
 pub fn wait_until_gone(pid: u32) {
     wait_for("the end of a process", || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let state = stat
-            .rsplit_once(')')
-            .and_then(|(_, rest)| rest.trim().chars().next());
+        let state = ProcessStat::of(pid).map(|stat| stat.state);
         matches!(state, None | Some('Z' | 'X')).then_some(())
     });
 }

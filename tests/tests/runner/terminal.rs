@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use retort::store::{AttemptDetail, AttemptState, RunState};
+use retort_tests::process::ProcessStat;
 
 use crate::lab::{CommandOutput, Lab, Running, binary, plugins, wait_for, wait_until_gone};
 
@@ -185,8 +186,7 @@ fn a_run_that_ignores_hang_up_goes_on_without_a_terminal() {
 
 /// The state of a process, as the kernel's letter.
 fn state(pid: u32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim().chars().next()
+    ProcessStat::of(pid).map(|stat| stat.state)
 }
 
 fn wait_for_state(pid: u32, wanted: &str) {

@@ -19,6 +19,7 @@ use retort::store::{ArtifactRecord, Usage};
 use retort::worker::death::ExitStatus;
 use retort_abi::StageResult;
 
+use retort_tests::process::ProcessStat;
 use retort_tests::program::script;
 
 use crate::lab::{CommandOutput, Lab, Running, binary, compile, wait_for};
@@ -418,16 +419,9 @@ fn nodes(scale: Scale, fate: Fate, dir: PathBuf, shared: Arc<Shared>) {
 
 /// A process's processor time in seconds.
 fn cpu_seconds(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, fields) = stat.rsplit_once(')').unwrap();
-    let ticks: Vec<f64> = fields
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .map(|field| field.parse().unwrap())
-        .collect();
+    let ticks = ProcessStat::of(pid).unwrap().cpu_ticks;
     // SAFETY: a plain system call.
-    (ticks[0] + ticks[1]) / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64
+    ticks as f64 / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64
 }
 
 /// A process's peak memory in bytes.
