@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_takes_the_place_of_a_file_and_of_nothing_else() {
+    fn a_draft_replaces_only_files() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         write(&at("new"), b"1").unwrap();

@@ -152,7 +152,7 @@ fn pull(
 }
 
 #[test]
-fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
+fn the_adversary_pulls_as_much_as_the_other_terms() {
     let backend = candle();
     let seen = backend.floats(&reconstructions(), &SHAPE).expect("a map");
     let real = backend.floats(&images(), &SHAPE).expect("images");

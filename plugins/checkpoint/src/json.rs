@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_small_as_text_and_large_in_memory_is_refused_before_it_is_built() {
+    fn text_that_is_large_in_memory_is_refused() {
         for one in ["[0],", "[],", "{\"\":0},", "0,", "\"\",", "[{}],"] {
             let text = format!("[{}0]", one.repeat((24 << 20) / one.len()));
             let error = parse::<Value>(text.as_bytes()).unwrap_err().to_string();

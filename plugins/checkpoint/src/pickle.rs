@@ -650,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_written_down_and_objects_filled_like_dictionaries_are_dictionaries() {
+    fn calls_are_recorded_and_filled_objects_are_dictionaries() {
         let pickle = read(b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.").unwrap();
         let Node::Call { callable, .. } = pickle.node(pickle.root) else {
             panic!("{pickle:?}")

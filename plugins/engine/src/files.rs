@@ -262,7 +262,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_killed_processes_of_this_machine_have_left_is_removed_and_no_more() {
+    fn only_leftovers_of_this_machine_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.npy");
         let (ours, theirs) = (

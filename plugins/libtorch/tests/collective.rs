@@ -222,7 +222,7 @@ fn train_together(dir: &TempDir, size: usize, zero_stage: u8, until: u64) -> Opt
 }
 
 #[test]
-fn sharded_moments_change_nothing_and_any_number_of_ranks_takes_up_any_checkpoint() {
+fn any_number_of_ranks_resumes_sharded_moments() {
     let new = || tempfile::tempdir().unwrap();
     let whole = |size, zero_stage| train_together(&new(), size, zero_stage, u64::MAX).unwrap();
     let one = whole(1, 0);

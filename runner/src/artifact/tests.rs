@@ -239,7 +239,7 @@ fn a_work_directory_has_one_owner_and_survives_unless_empty() {
 }
 
 #[test]
-fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
+fn only_errors_in_artifacts_say_how_to_mend_one() {
     let hash = "0123456789abcdef".repeat(4);
     let within =
         |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");

@@ -179,7 +179,7 @@ mod tests {
     use super::second_statement;
 
     #[test]
-    fn a_second_statement_is_found_and_no_semicolon_in_a_text_or_a_comment() {
+    fn a_second_statement_is_found() {
         for (sql, more) in [
             ("select 1; select 2,3", Some("select")),
             ("select 1;;/* x */ -- y\n ;z", Some("z")),

@@ -417,7 +417,7 @@ fn the_run_of_a_killed_runner_is_lost() {
 }
 
 #[test]
-fn a_run_is_at_work_when_slurm_says_so_though_its_runner_never_did() {
+fn a_run_is_running_when_slurm_says_so() {
     check(|dir| async move {
         let store = open(&dir).await;
         let run = store.begin_run(&a_run("digits")).await.unwrap();
@@ -621,7 +621,7 @@ fn a_full_disk_ends_neither_a_connection_nor_what_comes_after() {
 }
 
 #[test]
-fn a_transaction_that_ends_early_leaves_nothing_and_a_good_connection() {
+fn a_transaction_that_ends_early_leaves_nothing() {
     check(|dir| async move {
         let store = open(&dir).await;
         for _ in 0..10 {

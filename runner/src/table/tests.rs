@@ -90,7 +90,7 @@ fn people_get_texts_and_programs_get_data() {
 }
 
 #[test]
-fn rows_are_wrapped_to_the_terminal_and_coloured_only_when_asked() {
+fn rows_are_wrapped_and_coloured_when_asked() {
     let mut rows = Rows::new(&["name", "text"]);
     rows.push([
         Cell::from("state").style(CellStyle::Error),

@@ -439,7 +439,7 @@ fn a_teacher_learns_captions_of_pictures() {
 }
 
 #[test]
-fn a_training_on_captions_that_was_interrupted_ends_with_the_same_bits() {
+fn an_interrupted_training_on_captions_ends_with_the_same_bits() {
     let undisturbed = pictures("text_encoder: t5", 400);
     undisturbed.retort(&["run", "r.yaml"]).expect(0);
     let lab = || pictures("text_encoder: t5", 400);
@@ -453,7 +453,7 @@ fn a_training_on_captions_that_was_interrupted_ends_with_the_same_bits() {
 }
 
 #[test]
-fn captions_to_learn_come_from_somewhere_and_are_those_of_the_images() {
+fn training_captions_are_those_of_the_images() {
     // Precomputed features, one per picture.
     let lab = pictures("features: {file: own.npy}", 5);
     let features: Vec<f32> = (0..12 * 12 * 6).map(|i| (i % 7) as f32 - 3.5).collect();

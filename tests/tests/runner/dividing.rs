@@ -293,7 +293,7 @@ fn a_training_goes_on_with_fewer_workers_while_there_are_enough() {
 }
 
 #[test]
-fn a_training_that_loses_a_worker_begins_again_with_all_as_often_as_it_may() {
+fn a_training_that_loses_a_worker_restarts_as_often_as_allowed() {
     let training = Training::new(2, "steps: 10, retries: 1");
     let running = training.start(&[]);
     let first = ranks(&running, 2);

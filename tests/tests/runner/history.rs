@@ -584,7 +584,7 @@ fn a_log_says_when_with_date_and_zone() {
 }
 
 #[test]
-fn a_time_to_come_is_said_to_be_one_and_the_latest_run_is_the_last_recorded() {
+fn future_times_and_the_latest_run() {
     let lab = lab();
     let runs = asked(&lab, &["runs", "list"]);
     let last = runs[0]["id"].as_str().unwrap();

@@ -73,7 +73,7 @@ pub fn every_format(dir: &Path) {
 }
 
 #[test]
-fn prepared_once_or_read_in_place_images_train_the_same_networks() {
+fn prepared_images_train_the_same_networks() {
     let stages = "
   pictures: {kind: images, data: {folder: mix, size: 16, fit: contain}}
   teacher:

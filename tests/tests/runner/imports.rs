@@ -376,7 +376,7 @@ fn share_pages(file: &Path) -> usize {
 }
 
 #[test]
-fn files_that_are_not_what_their_hash_says_stay_out_and_touch_nothing() {
+fn files_with_a_wrong_hash_stay_out() {
     let source = Source::new();
     for statements in [
         // Files of an artifact in the store, under an unknown name.
@@ -421,7 +421,7 @@ fn files_that_are_not_what_their_hash_says_stay_out_and_touch_nothing() {
 }
 
 #[test]
-fn a_run_that_had_not_ended_is_lost_when_it_comes_from_elsewhere() {
+fn an_imported_run_that_had_not_ended_is_lost() {
     let source = Source::new();
     let began = ProcessStat::of(std::process::id()).unwrap().started;
     let read = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();

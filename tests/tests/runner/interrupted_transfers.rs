@@ -32,7 +32,7 @@ fn is_stopped_with(process: &mut Child, is_there: impl Fn() -> bool) -> bool {
 }
 
 #[test]
-fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
+fn only_leftovers_of_a_killed_import_are_removed() {
     let source = Source::new();
     let there = Lab::new(&["a: {kind: do, text: mine}"]);
     there.run(&[]).expect(0);
@@ -75,7 +75,7 @@ fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
 
 /// A killed export leaves the previous file, and a draft. The next one removes the draft, but not while it is being written.
 #[test]
-fn a_killed_export_leaves_the_file_that_was_there_and_a_draft_that_is_removed() {
+fn a_killed_export_leaves_the_old_file() {
     let source = Source::new();
     let there = Lab::new(&["a: {kind: do, text: mine}"]);
     let file = many(&source, 3_000);
@@ -146,7 +146,7 @@ fn count(there: &Lab, sql: &'static str) -> i64 {
 
 /// A killed import leaves complete runs, and a later one imports the others. Meanwhile others write.
 #[test]
-fn a_killed_import_leaves_whole_runs_and_goes_on_when_it_is_repeated() {
+fn a_killed_import_leaves_whole_runs_and_can_be_repeated() {
     const RUNS: i64 = 12_000;
     let source = Source::new();
     let file = many(&source, RUNS as usize);

@@ -31,7 +31,7 @@ fn figures(dir: &Path) -> Value {
 }
 
 #[test]
-fn inception_measures_against_images_and_against_their_statistics() {
+fn inception_compares_with_images_and_statistics() {
     let lab = lab("
   drawn: {kind: sample, count: 24, sampler: {kind: teacher, teacher: teacher}}
   judged:

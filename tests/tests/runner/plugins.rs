@@ -58,7 +58,7 @@ fn a_missing_one() {
 }
 
 #[test]
-fn the_working_directory_is_not_searched_but_looked_at_for_a_hint() {
+fn the_working_directory_only_gives_a_hint() {
     let lab = Lab::new(&["a: {kind: do, plugin: mine}"]);
     build(&lab, "mine", "faulty.c", &["-DFAULTY_NAME=\"mine\""]);
     lab.run(&[]).expect(5).saying(&[
@@ -194,7 +194,7 @@ fn a_lock_that_cannot_be_read_allows_nothing() {
 }
 
 #[test]
-fn a_directory_above_that_others_can_change_counts_through_every_link() {
+fn a_parent_directory_counts_through_every_link() {
     let (lab, dir) = with_own_plugin();
     let above = dir.parent().unwrap();
     set_mode(above, 0o777);

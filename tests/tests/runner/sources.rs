@@ -64,7 +64,7 @@ fn a_file_that_changed_before_its_stage_began_stops_it() {
 }
 
 #[test]
-fn a_file_written_while_its_stage_runs_spoils_what_the_stage_makes() {
+fn a_file_written_during_its_stage_spoils_the_result() {
     for back in [false, true] {
         let lab = with_data(&["b: {kind: do, act: wait, flag: released, file: data.txt}"]);
         let data = lab.dir.path().join("data.txt");
@@ -330,7 +330,7 @@ fn a_plugin_that_is_no_file_is_not_examined() {
 }
 
 #[test]
-fn a_store_without_room_for_artifacts_is_known_before_a_stage_begins() {
+fn a_full_store_is_known_before_a_stage_begins() {
     let lab = Lab::new(&["a: {kind: do}"]);
     lab.run(&[]).expect(0);
     let artifacts = lab.store_dir().join("artifacts");

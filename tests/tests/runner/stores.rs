@@ -94,7 +94,7 @@ fn a_full_disk() {
 }
 
 #[test]
-fn a_full_disk_that_is_not_the_stores_is_named_and_nothing_is_left_on_it() {
+fn a_full_disk_is_named_and_left_clean() {
     let lab = Lab::new(&["a: {kind: do, act: flood, amount: 20000}"]);
     lab.run(&[]).expect(0);
     let small = lab.store_dir().with_file_name("small");

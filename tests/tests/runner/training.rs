@@ -433,7 +433,7 @@ fn parts_of_a_batch_and_recomputation_change_no_student() {
 
 /// The same for tokenizers and teachers, of both families.
 #[test]
-fn parts_of_a_batch_and_recomputation_change_no_tokenizer_and_no_teacher() {
+fn parts_and_recomputation_change_no_tokenizer_or_teacher() {
     const CODES: &str = "kind: tokenizer, data: '${params.data}', seed: 5, codebook_size: 16, codebook_dim: 4, channels: 8, \
                          multipliers: [1, 2], restart_every: 1";
     const GPT: &str = "kind: pretrain, tokenizer: codes, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2";
@@ -700,7 +700,7 @@ fn a_teacher_and_its_tokenizer_are_of_one_family() {
 
 /// The image that the perceptual term decodes contains X_t's tokens, like the one that sampling decodes.
 #[test]
-fn a_single_unknown_token_is_a_small_part_of_the_perceptual_term() {
+fn one_unknown_token_changes_the_perceptual_term_little() {
     const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, seed: 5, timesteps: [0, 15], split: 15, \
                            perceptual: {kind: l2, weight: 1.0}, train: {steps: 1, batch: 64}";
     let lab = lab(&format!(

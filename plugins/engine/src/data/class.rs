@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn two_names_of_one_number_are_refused_as_folders_and_one_class_in_tables() {
+    fn two_names_of_one_number() {
         let error = order(&["0", "00", "1"], true).unwrap_err();
         assert_eq!(
             error,

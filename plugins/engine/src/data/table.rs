@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_names_for_one_thing_the_first_counts_in_every_form() {
+    fn the_first_of_several_names_counts() {
         let wanted = [row("a.png", Some("cat"), Some("a cat"), 2)];
         let text = "text,path,class,caption,label,file_name\nno,no,no,a cat,cat,a.png\n";
         assert_eq!(rows("m.csv", text).unwrap(), wanted);

@@ -370,7 +370,7 @@ fn numpy_arrays_are_read() {
 }
 
 #[test]
-fn arrays_of_more_than_a_piece_are_read_and_labels_without_end_are_not() {
+fn large_arrays_are_read_and_endless_labels_are_not() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let write = |name: &str, shape: &[usize], data: &[u8]| {

@@ -23,7 +23,7 @@ fn all(reader: &mut Reader) -> Vec<Record> {
 }
 
 #[test]
-fn what_is_written_is_read_once_and_in_order_through_pieces_and_starts() {
+fn records_are_read_once_and_in_order() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("3");
     let mut reader = Reader::new(dir.clone());
@@ -59,7 +59,7 @@ fn what_is_written_is_read_once_and_in_order_through_pieces_and_starts() {
 }
 
 #[test]
-fn a_start_that_was_killed_before_its_first_piece_holds_nothing_up() {
+fn a_start_without_a_piece_holds_nothing_up() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("0");
     for start in [0, 3] {
@@ -78,7 +78,7 @@ fn a_start_that_was_killed_before_its_first_piece_holds_nothing_up() {
 }
 
 #[test]
-fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
+fn only_files_in_a_spool_are_used() {
     type Make = fn(&Path);
     let pipe: Make = |path| {
         let made = std::process::Command::new("mkfifo").arg(path).status();

@@ -163,7 +163,7 @@ async fn whole_runs(store: &Store, of: &Store) -> usize {
 }
 
 #[test]
-fn others_write_while_an_import_goes_on_and_one_that_ends_half_way_leaves_whole_runs() {
+fn an_import_lets_others_write_and_leaves_whole_runs() {
     check(|dir| async move {
         let (here, there) = (
             open(&dir.join("here")).await,

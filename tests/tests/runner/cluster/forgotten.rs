@@ -412,7 +412,7 @@ fn a_training_starts_again_with_all_its_workers() {
 }
 
 #[test]
-fn parts_that_are_done_are_not_submitted_beside_the_job_that_joins_them() {
+fn finished_parts_are_not_submitted_again() {
     let cluster = Forgetful::divided();
     let queue = format!("{THREE}2|N/A|PENDING|Resources|\n");
     fs::write(cluster.path("queue"), queue).unwrap();
@@ -493,7 +493,7 @@ fn a_runner_leaves_once_every_element_has_a_job() {
 }
 
 #[test]
-fn a_controller_that_does_not_answer_is_asked_for_a_restart_again() {
+fn a_silent_controller_is_asked_for_a_restart_again() {
     let cluster = Forgetful::of("a: {kind: do, act: kill}");
     cluster.program(
         "scontrol",

@@ -124,7 +124,7 @@ fn few_images_are_held_and_many_are_written_once() {
 }
 
 #[test]
-fn nothing_is_left_of_images_that_are_refused_cut_off_or_stopped() {
+fn unfinished_images_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (dir, host) = (dir.path(), Listener::default());
     let said = load_in(dir, &arrays(dir, 99, 0), &host).unwrap_err();

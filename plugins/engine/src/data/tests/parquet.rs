@@ -105,7 +105,7 @@ fn every_way_of_packing_gives_the_same_images() {
 }
 
 #[test]
-fn rows_without_images_are_damaged_and_captions_stay_with_theirs() {
+fn rows_without_images_are_damaged() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     copy(dir, &[("captions.parquet", "c.parquet")]);

@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn each_of_several_ranks_has_its_share_of_a_batch_and_of_sharded_moments() {
+    fn ranks_share_a_batch_and_sharded_moments() {
         let (hints, ranks) = (
             ShapeHints {
                 size: Some("d16".into()),
