@@ -10,6 +10,9 @@ const FIELDS: [&str; 20] = [
     "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused", "sweep", "point",
 ];
 
+/// Fields of a stage: `stage.NAME.state` and the like.
+const STAGE_FIELDS: [&str; 5] = ["state", "seconds", "kind", "plugin", "device"];
+
 impl Store {
     /// The meaning of a field in this store.
     pub(super) async fn target(
@@ -52,17 +55,17 @@ impl Store {
             }
             ["env" | "environment", name @ ..] => FieldTarget::Environment(name.join(".")),
             ["stage" | "stages", name @ .., column] if !name.is_empty() => {
-                let columns = ["state", "seconds", "kind", "plugin", "device"];
-                let Some(place) = columns.iter().position(|known| known == column) else {
-                    return Err(error(unknown(field, column, &columns, "column of a stage")));
+                let Some(known) = STAGE_FIELDS.into_iter().find(|known| known == column) else {
+                    let what = "column of a stage";
+                    return Err(error(unknown(field, column, &STAGE_FIELDS, what)));
                 };
-                let kind = if columns[place] == "seconds" {
-                    Type::Seconds
-                } else {
-                    Type::Text
+                let kind = match known {
+                    "seconds" => Type::Seconds,
+                    _ => Type::Text,
                 };
-                FieldTarget::Stage(name.join("."), columns[place], kind)
+                FieldTarget::Stage(name.join("."), known, kind)
             }
+            ["stage" | "stages", part] => return Err(error(incomplete(field, part))),
             [first, ..] => {
                 let families = ["params", "metrics", "stage", "env"];
                 return Err(error(unknown(field, first, &families, "group of fields")));
@@ -193,6 +196,19 @@ fn nothing(field: &Field, what: &str, name: &str, near: Option<String>) -> Filte
         Some(near) => error.hint(format!("did you mean `{near}`?")),
         None => error.hint("there are none in this store yet"),
     }
+}
+
+/// A field of a stage of which one part is missing: the stage's name, or what of it.
+fn incomplete(field: &Field, part: &str) -> FilterError {
+    let message = format!("there is no field `{}`", field.name());
+    let (name, column) = match STAGE_FIELDS.contains(&part) {
+        true => ("NAME", part),
+        false => (part, "state"),
+    };
+    FilterError::new(message, field.at.clone()).hint(format!(
+        "did you mean `stage.{name}.{column}`? There are: {}",
+        STAGE_FIELDS.join(", ")
+    ))
 }
 
 fn unknown(field: &Field, name: &str, known: &[&str], what: &str) -> FilterError {
