@@ -2,6 +2,8 @@
 
 #[path = "cluster/broken.rs"]
 mod broken;
+#[path = "cluster/fake.rs"]
+mod fake;
 #[path = "cluster/forgotten.rs"]
 mod forgotten;
 #[path = "cluster/imagined.rs"]

@@ -3,87 +3,18 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 
 use retort::cluster::spool::{self, SpoolEvent, Writer};
 
-use retort_tests::program::script;
-
-use crate::lab::{CommandOutput, Lab, Running, wait_for};
+use super::fake::FakeSlurm;
+use crate::lab::{CommandOutput, Running, wait_for};
 
 const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
-/// A lab with scripts as Slurm's programs.
-struct Fake {
-    lab: Lab,
-}
-
-impl Fake {
-    fn new() -> Self {
-        let lab = Lab::new(&["a: {kind: do}"]);
-        fs::create_dir(lab.dir.path().join("bin")).unwrap();
-        let fake = Self { lab };
-        let scripts = [
-            (
-                "sbatch",
-                "printf '%s\\n' \"$@\" > args; mv args submitted; while [ -e slow ]; do sleep 0.1; done; echo 1",
-            ),
-            (
-                "squeue",
-                "[ -e silent ] && { echo 'Unable to contact slurm controller' >&2; exit 1; }
-                 case \"$*\" in *--name=*) echo 1;; *) cat queue;; esac",
-            ),
-            (
-                "sacct",
-                "echo 'Slurm accounting storage is disabled' >&2; exit 1",
-            ),
-            ("scancel", "echo \"$@\" >> cancelled"),
-            ("scontrol", "echo 'MaxArraySize = 1001'"),
-        ];
-        for (name, text) in scripts {
-            fake.program(name, text);
-        }
-        fake.queue("1|N/A|RUNNING|None|node1\n");
-        fake
-    }
-
-    fn program(&self, name: &str, text: &str) {
-        let cd = self.lab.dir.path().display();
-        let text = format!("#!/bin/sh\ncd '{cd}'\n{text}\n");
-        script(&self.path("bin").join(name), &text);
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.lab.dir.path().join(name)
-    }
-
-    fn queue(&self, text: &str) {
-        fs::write(self.path("queue"), text).unwrap();
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.lab.command(arguments);
-        let path = std::env::var("PATH").unwrap();
-        command.env("PATH", format!("{}:{path}", self.path("bin").display()));
-        command
-    }
-
-    fn start(&self, arguments: &[&str]) -> Running {
-        let settings = ["--executor", "slurm", "--slurm", "poll=200ms"];
-        let mut command = self.command(&[arguments, &settings].concat());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::new(command.spawn().unwrap())
-    }
-
-    /// The spool of the job, once it is submitted.
-    fn spool(&self) -> PathBuf {
-        let arguments = wait_for("a job", || fs::read_to_string(self.path("submitted")).ok());
-        let value = arguments
-            .lines()
-            .find_map(|line| line.strip_prefix("--chdir="));
-        PathBuf::from(value.unwrap())
-    }
+fn start(fake: &FakeSlurm, arguments: &[&str]) -> Running {
+    let settings = ["--executor", "slurm", "--slurm", "poll=200ms"];
+    fake.start(&[arguments, &settings].concat())
 }
 
 /// The first start of the job's only element, already begun.
@@ -99,7 +30,7 @@ fn begin(spool: &std::path::Path) -> (PathBuf, Writer) {
     (dir, writer)
 }
 
-fn check_is_cancelled(fake: &Fake, said: CommandOutput, words: &[&str]) {
+fn check_is_cancelled(fake: &FakeSlurm, said: CommandOutput, words: &[&str]) {
     said.expect(100).saying(&["spool damaged"]).saying(words);
     let cancelled = fs::read_to_string(fake.path("cancelled")).unwrap();
     assert!(
@@ -111,9 +42,9 @@ fn check_is_cancelled(fake: &Fake, said: CommandOutput, words: &[&str]) {
 #[test]
 fn the_job_of_a_damaged_spool_is_cancelled() {
     // A changed byte in a sealed piece.
-    let fake = Fake::new();
-    let running = fake.start(&["run", "r.yaml"]);
-    let (dir, _writer) = begin(&fake.spool());
+    let fake = FakeSlurm::of_one_job();
+    let running = start(&fake, &["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool(1));
     let whole = fs::read(dir.join("0.0.open")).unwrap();
     let mut second = whole.clone();
     second[12] ^= 1;
@@ -122,18 +53,18 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
     check_is_cancelled(&fake, running.end(), &["0.0.sealed is damaged"]);
 
     // Its end is missing permanently.
-    let fake = Fake::new();
-    let running = fake.start(&["run", "r.yaml"]);
-    let (dir, _writer) = begin(&fake.spool());
+    let fake = FakeSlurm::of_one_job();
+    let running = start(&fake, &["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool(1));
     let bytes = fs::read(dir.join("0.0.open")).unwrap();
     fs::write(dir.join("torn"), [&bytes[..], &bytes[..20]].concat()).unwrap();
     fs::rename(dir.join("torn"), dir.join("0.0.sealed")).unwrap();
     check_is_cancelled(&fake, running.end(), &["its last record is cut off"]);
 
     // Somebody has put a link in its place.
-    let fake = Fake::new();
-    let running = fake.start(&["run", "r.yaml"]);
-    let (dir, _writer) = begin(&fake.spool());
+    let fake = FakeSlurm::of_one_job();
+    let running = start(&fake, &["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool(1));
     fs::write(fake.path("mine"), "mine").unwrap();
     fs::remove_file(dir.join("0.0.open")).unwrap();
     std::os::unix::fs::symlink(fake.path("mine"), dir.join("0.0.open")).unwrap();
@@ -146,11 +77,11 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
 
 #[test]
 fn a_spool_outlasts_a_slurm_that_does_not_answer() {
-    let fake = Fake::new();
+    let fake = FakeSlurm::of_one_job();
     // Slurm has accepted the job, and the runner dies before it knows the id.
     fs::write(fake.path("slow"), "").unwrap();
-    let running = fake.start(&["run", "r.yaml"]);
-    let spool = fake.spool();
+    let running = start(&fake, &["run", "r.yaml"]);
+    let spool = fake.spool(1);
     running.signal(KILL);
     running.end();
     fs::remove_file(fake.path("slow")).unwrap();
@@ -165,7 +96,7 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     let (dir, _writer) = begin(&spool);
     fs::write(fake.path("silent"), "").unwrap();
     assert_eq!(state(), "running");
-    let mut resumed = fake.start(&["resume"]);
+    let mut resumed = start(&fake, &["resume"]);
     // It retries for half a minute; an answer within that time would suffice.
     resumed.wait_for_words("the state of this spool's job cannot be determined at the moment");
     let said = resumed.end();
@@ -174,28 +105,28 @@ fn a_spool_outlasts_a_slurm_that_does_not_answer() {
     assert!(!fake.path("cancelled").exists());
     // Slurm answers again: the job is taken over unchanged.
     fs::remove_file(fake.path("silent")).unwrap();
-    fs::remove_file(fake.path("submitted")).unwrap();
-    let mut resumed = fake.start(&["resume", "-v"]);
+    fs::remove_file(fake.path("jobs/1/args")).unwrap();
+    let mut resumed = start(&fake, &["resume", "-v"]);
     resumed.wait_for_words("taken up");
     resumed.signal(KILL);
     resumed.end();
     assert!(
-        !fake.path("submitted").exists(),
+        !fake.path("jobs/1/args").exists(),
         "nothing is submitted again"
     );
 }
 
 #[test]
 fn what_slurm_did_not_hear_is_cancelled_again() {
-    let deaf = "echo >> tries; [ $(wc -l < tries) -gt 2 ] || {
+    let deaf = "echo >> \"$SIM/tries\"; [ $(wc -l < \"$SIM/tries\") -gt 2 ] || {
              echo 'scancel: error: Unable to contact slurm controller' >&2; exit 1
          }
-         echo \"$@\" >> cancelled
-         case \"$*\" in *PENDING*) ;; *) echo '1|N/A|CANCELLED|None|node1' > queue;; esac";
+         echo \"$@\" >> \"$SIM/cancelled\"
+         case \"$*\" in *PENDING*) ;; *) echo '1|N/A|CANCELLED|None|node1' > \"$SIM/queue\";; esac";
     // The user ends the run.
-    let fake = Fake::new();
+    let fake = FakeSlurm::of_one_job();
     fake.program("scancel", deaf);
-    let mut running = fake.start(&["run", "r.yaml", "-v"]);
+    let mut running = start(&fake, &["run", "r.yaml", "-v"]);
     running.wait_for_words("submitted as job");
     running.signal(INTERRUPT);
     wait_for("a cancellation", || {
@@ -213,10 +144,10 @@ fn what_slurm_did_not_hear_is_cancelled_again() {
     );
 
     // The job must not run beside its successor.
-    let fake = Fake::new();
+    let fake = FakeSlurm::of_one_job();
     fake.program("scancel", deaf);
-    let running = fake.start(&["run", "r.yaml"]);
-    let (dir, _writer) = begin(&fake.spool());
+    let running = start(&fake, &["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool(1));
     let bytes = fs::read(dir.join("0.0.open")).unwrap();
     fs::write(dir.join("torn"), [&bytes[..], &bytes[..20]].concat()).unwrap();
     fs::rename(dir.join("torn"), dir.join("0.0.sealed")).unwrap();
@@ -225,13 +156,13 @@ fn what_slurm_did_not_hear_is_cancelled_again() {
 
 #[test]
 fn a_job_that_slurm_holds_after_a_failed_launch_is_released() {
-    let fake = Fake::new();
+    let fake = FakeSlurm::of_one_job();
     fake.program(
         "scontrol",
-        "echo \"$@\" >> requests; echo 'MaxArraySize = 1001'",
+        "echo \"$@\" >> \"$SIM/requests\"; echo 'MaxArraySize = 1001'",
     );
     fake.queue("1|N/A|PENDING|launch failed requeued held|\n");
-    let said = fake.start(&["run", "r.yaml", "--slurm", "requeue=2"]).end();
+    let said = start(&fake, &["run", "r.yaml", "--slurm", "requeue=2"]).end();
     said.expect(100)
         .saying(&["launch failed", "Slurm could not launch job 1"]);
     let requests = fs::read_to_string(fake.path("requests")).unwrap();

@@ -1,7 +1,7 @@
 //! Jobs that Slurm's controller has forgotten: their end is in its accounts or their spools. Its programs are scripts.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, SystemTime};
 
@@ -11,83 +11,14 @@ use retort::store::{LogSource, Usage};
 use retort::worker::death::ExitStatus;
 use retort_abi::{Part, StageResult};
 
-use super::imagined::programs;
-use retort_tests::program::script;
+use super::fake::FakeSlurm;
+use crate::lab::{Running, compile, wait_for};
 
-use crate::lab::{CommandOutput, Lab, Running, compile, wait_for};
-
-/// A cluster whose programs print files: `queue` and `accounts`.
-struct Forgetful {
-    lab: Lab,
-}
-
-impl Forgetful {
-    fn new() -> Self {
-        Self::of("a: {kind: do}")
-    }
-
-    fn of(stage: &str) -> Self {
-        let lab = Lab::new(&[stage]);
-        programs(lab.dir.path());
-        Self { lab }
-    }
-
-    /// With a stage of three parts.
-    fn divided() -> Self {
-        let cluster = Self::of("a: {kind: do, plugin: parted, workers: 3}");
-        fs::create_dir(cluster.path("plugins")).unwrap();
-        let flags = ["-DFAULTY_NAME=\"parted\"", "-DFAULTY_DIVISIBLE=\"true\""];
-        let library = cluster.path("plugins/libretort_parted.so");
-        compile("faulty.c", &flags, &library);
-        cluster
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.lab.dir.path().join(name)
-    }
-
-    fn program(&self, name: &str, text: &str) {
-        let path = self.path("bin").join(name);
-        script(&path, &format!("#!/bin/sh\n{text}\n"));
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.lab.command(arguments);
-        let path = std::env::var("PATH").unwrap_or_default();
-        if self.path("plugins").exists() {
-            command.arg("--plugin-dir").arg(self.path("plugins"));
-        }
-        command
-            .env("PATH", format!("{}:{path}", self.path("bin").display()))
-            .env("SIM", self.lab.dir.path());
-        command
-    }
-
-    fn start(&self, arguments: &[&str]) -> Running {
-        let mut command = self.command(arguments);
-        let started = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::new(started.spawn().unwrap())
-    }
-
-    fn retort(&self, arguments: &[&str]) -> CommandOutput {
-        self.start(arguments).end()
-    }
-
-    fn start_run(&self) -> Running {
-        let slurm = ["--slurm", "poll=1s", "--slurm", "requeue=2"];
-        let settings = [&["--executor", "slurm", "-v"], &slurm[..]].concat();
-        self.start(&[&["run", "r.yaml"], &settings[..]].concat())
-    }
-
-    /// The spool of the job with this number, once it is submitted.
-    fn spool(&self, job: usize) -> PathBuf {
-        let arguments = self.path(&format!("jobs/{job}/args"));
-        let arguments = wait_for("a job", || fs::read_to_string(&arguments).ok());
-        let spool = arguments
-            .lines()
-            .find_map(|line| line.strip_prefix("--chdir="));
-        PathBuf::from(spool.unwrap())
-    }
+/// Starts a run whose elements may be restarted twice.
+fn start_run(cluster: &FakeSlurm) -> Running {
+    let slurm = ["--slurm", "poll=1s", "--slurm", "requeue=2"];
+    let settings = [&["--executor", "slurm", "-v"], &slurm[..]].concat();
+    cluster.start(&[&["run", "r.yaml"], &settings[..]].concat())
 }
 
 /// Begins the next start of the only element of a job.
@@ -142,7 +73,7 @@ fn start_job(spool: &Path) -> Output {
 
 #[test]
 fn a_result_of_a_job_that_slurm_has_forgotten_is_taken_up() {
-    let cluster = Forgetful::new();
+    let cluster = FakeSlurm::new();
     // Slurm has accepted the job, and the runner never learns its id.
     cluster.program(
         "sbatch",
@@ -150,7 +81,7 @@ fn a_result_of_a_job_that_slurm_has_forgotten_is_taken_up() {
          printf '%s\\n' \"$@\" > \"$SIM/jobs/1/draft\"; mv \"$SIM/jobs/1/draft\" \"$SIM/jobs/1/args\"
          while [ -e \"$SIM/jobs\" ] && ! [ -e \"$SIM/go-on\" ]; do sleep 0.1; done",
     );
-    let running = cluster.start_run();
+    let running = start_run(&cluster);
     let spool = cluster.spool(1);
     running.signal(9);
     running.end();
@@ -164,11 +95,11 @@ fn a_result_of_a_job_that_slurm_has_forgotten_is_taken_up() {
 
 #[test]
 fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
-    let cluster = Forgetful::new();
+    let cluster = FakeSlurm::new();
     cluster.program("sacct", "cat \"$SIM/accounts\"");
     fs::write(cluster.path("accounts"), "1|OUT_OF_MEMORY|n1\n").unwrap();
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let mut running = cluster.start_run();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let mut running = start_run(&cluster);
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     let _writer = begin(&spool);
@@ -190,7 +121,7 @@ fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
     };
     assert_eq!(state().0, "running");
     // The controller forgets it.
-    fs::write(cluster.path("queue"), "").unwrap();
+    cluster.queue("");
     let (state, error) = state();
     assert_eq!(state, "lost");
     let error = error.as_str().unwrap();
@@ -209,7 +140,7 @@ fn why_a_job_ended_is_asked_of_the_accounts_as_well() {
 }
 
 /// How jobs' starts have ended so far, in order.
-fn reasons(cluster: &Forgetful) -> Vec<String> {
+fn reasons(cluster: &FakeSlurm) -> Vec<String> {
     let starts = "select reason from v_job_lives order by job, life";
     let rows = cluster
         .retort(&["query", "--json", starts])
@@ -222,14 +153,14 @@ fn reasons(cluster: &Forgetful) -> Vec<String> {
 
 #[test]
 fn why_a_job_was_started_again_the_accounts_know() {
-    let cluster = Forgetful::new();
+    let cluster = FakeSlurm::new();
     cluster.program(
         "sacct",
         "[ \"$SLURM_TIME_FORMAT\" = %s ] || exit 1
          case \"$*\" in *--duplicates*) cat \"$SIM/accounts\";; esac",
     );
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let mut running = cluster.start_run();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let mut running = start_run(&cluster);
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     let _writer = begin(&spool);
@@ -245,7 +176,7 @@ fn why_a_job_was_started_again_the_accounts_know() {
         now + 2
     );
     fs::write(cluster.path("accounts"), accounts).unwrap();
-    fs::write(cluster.path("queue"), "1|N/A|PENDING|BeginTime|\n").unwrap();
+    cluster.queue("1|N/A|PENDING|BeginTime|\n");
     wait_for("the end of the job's start", || {
         let known = reasons(&cluster);
         (known != ["none"]).then(|| assert_eq!(known, ["node failed"]))
@@ -256,9 +187,9 @@ fn why_a_job_was_started_again_the_accounts_know() {
 
 #[test]
 fn what_an_element_wrote_before_it_was_lost_is_kept() {
-    let cluster = Forgetful::new();
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let mut running = cluster.start_run();
+    let cluster = FakeSlurm::new();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let mut running = start_run(&cluster);
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     running.signal(9);
@@ -276,7 +207,7 @@ fn what_an_element_wrote_before_it_was_lost_is_kept() {
         text: "its last words".into(),
     });
     writer.flush().unwrap();
-    fs::write(cluster.path("queue"), "1|N/A|NODE_FAIL|None|n1\n").unwrap();
+    cluster.queue("1|N/A|NODE_FAIL|None|n1\n");
     let running = cluster.start(&["resume"]);
     cluster.spool(2);
     wait_for("what it wrote", || {
@@ -292,9 +223,9 @@ fn what_an_element_wrote_before_it_was_lost_is_kept() {
 
 #[test]
 fn starts_in_all_jobs_of_a_stage_are_counted() {
-    let cluster = Forgetful::of("a: {kind: do, act: kill}");
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let running = cluster.start_run();
+    let cluster = FakeSlurm::of("a: {kind: do, act: kill}");
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let running = start_run(&cluster);
     let first = cluster.spool(1);
     let mut writer = begin(&first);
     writer.push(SpoolEvent::Over(StartEnd::Again {
@@ -307,10 +238,10 @@ fn starts_in_all_jobs_of_a_stage_are_counted() {
         (known == ["its worker was killed by SIGKILL", "none"]).then_some(())
     });
     // The job disappears with its second start: the next job has the last start.
-    fs::write(cluster.path("queue"), "").unwrap();
+    cluster.queue("");
     let second = cluster.spool(2);
     assert_eq!(spool::read_job_spec(&second).unwrap().wasted, [2]);
-    fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
+    cluster.queue("2|N/A|RUNNING|None|n1\n");
     let done = start_job(&second);
     assert!(!done.status.success());
     running
@@ -331,9 +262,9 @@ const THREE: &str = "1|0|RUNNING|None|n1\n1|1|RUNNING|None|n1\n1|2|RUNNING|None|
 
 #[test]
 fn only_what_has_no_result_is_submitted_again() {
-    let cluster = Forgetful::divided();
-    fs::write(cluster.path("queue"), THREE).unwrap();
-    let running = cluster.start_run();
+    let cluster = FakeSlurm::divided();
+    cluster.queue(THREE);
+    let running = start_run(&cluster);
     let spool = cluster.spool(1);
     finish_part(&spool, 0);
     finish_part(&spool, 2);
@@ -356,7 +287,7 @@ fn only_what_has_no_result_is_submitted_again() {
     assert_eq!(open(), 0);
 
     let queue = "2|0|RUNNING|None|n1\n3|N/A|RUNNING|None|n1\n";
-    fs::write(cluster.path("queue"), queue).unwrap();
+    cluster.queue(queue);
     let running = cluster.start(&["resume"]);
     let spool = cluster.spool(2);
     let arguments = fs::read_to_string(cluster.path("jobs/2/args")).unwrap();
@@ -391,12 +322,12 @@ fn only_what_has_no_result_is_submitted_again() {
 
 #[test]
 fn a_training_starts_again_with_all_its_workers() {
-    let cluster = Forgetful::of("a: {kind: train, plugin: ranks, workers: 2}");
+    let cluster = FakeSlurm::of("a: {kind: train, plugin: ranks, workers: 2}");
     fs::create_dir(cluster.path("plugins")).unwrap();
     compile("ranks.c", &[], &cluster.path("plugins/libretort_ranks.so"));
     let queue = "1|N/A|RUNNING|None|n1\n2|N/A|RUNNING|None|n1\n";
-    fs::write(cluster.path("queue"), queue).unwrap();
-    let running = cluster.start_run();
+    cluster.queue(queue);
+    let running = start_run(&cluster);
     let spool = cluster.spool(1);
     finish_part(&spool, 0);
     let mut writer = begin_element(&spool, 1);
@@ -413,10 +344,10 @@ fn a_training_starts_again_with_all_its_workers() {
 
 #[test]
 fn finished_parts_are_not_submitted_again() {
-    let cluster = Forgetful::divided();
+    let cluster = FakeSlurm::divided();
     let queue = format!("{THREE}2|N/A|PENDING|Resources|\n");
-    fs::write(cluster.path("queue"), queue).unwrap();
-    let mut running = cluster.start_run();
+    cluster.queue(&queue);
+    let mut running = start_run(&cluster);
     let spool = cluster.spool(1);
     for part in 0..3 {
         finish_part(&spool, part);
@@ -425,10 +356,10 @@ fn finished_parts_are_not_submitted_again() {
     running.wait_for_words("submitted as job 2");
     running.signal(9);
     running.end();
-    fs::write(cluster.path("queue"), "2|N/A|PENDING|Resources|\n").unwrap();
+    cluster.queue("2|N/A|PENDING|Resources|\n");
     let mut running = cluster.start(&["resume"]);
     running.wait_for_words("3 of 3 elements");
-    fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
+    cluster.queue("2|N/A|RUNNING|None|n1\n");
     work(&whole);
     running.end().expect(0);
     assert!(!cluster.path("jobs/3").exists());
@@ -436,7 +367,7 @@ fn finished_parts_are_not_submitted_again() {
 
 #[test]
 fn what_a_job_said_while_the_runner_left_is_in_the_log() {
-    let cluster = Forgetful::new();
+    let cluster = FakeSlurm::new();
     cluster
         .lab
         .recipe(&["a: {kind: do}", "b: {kind: do, text: b}"]);
@@ -449,13 +380,13 @@ fn what_a_job_said_while_the_runner_left_is_in_the_log() {
          [ $n = 1 ] && SLURM_JOB_ID=1 SLURM_PROCID=0 SLURMD_NODENAME=n1 bash \"$script\" > /dev/null 2>&1
          echo $n",
     );
-    fs::write(cluster.path("queue"), "2|N/A|PENDING|Resources|\n").unwrap();
+    cluster.queue("2|N/A|PENDING|Resources|\n");
     let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
     let run = [&["run", "r.yaml", "--detach", "--jobs", "2"], &slurm[..]].concat();
     cluster.retort(&run).expect(0).saying(&["is left to Slurm"]);
     let log = cluster.retort(&["log", "latest"]).expect(0).stdout;
     assert_eq!(log.matches("job 1 began on n1").count(), 1, "{log}");
-    fs::write(cluster.path("queue"), "2|N/A|RUNNING|None|n1\n").unwrap();
+    cluster.queue("2|N/A|RUNNING|None|n1\n");
     let resumed = cluster.start(&["resume"]);
     work(&cluster.spool(2));
     resumed.end().expect(0);
@@ -464,7 +395,7 @@ fn what_a_job_said_while_the_runner_left_is_in_the_log() {
 
 #[test]
 fn a_runner_leaves_once_every_element_has_a_job() {
-    let cluster = Forgetful::divided();
+    let cluster = FakeSlurm::divided();
     cluster.program("scontrol", "echo 'MaxArraySize = 2'");
     cluster.program(
         "sbatch",
@@ -474,7 +405,7 @@ fn a_runner_leaves_once_every_element_has_a_job() {
          n=1; while ! mkdir \"$SIM/jobs/$n\" 2>/dev/null; do n=$((n+1)); done
          printf '%s\\n' \"$@\" > \"$SIM/jobs/$n/draft\"; mv \"$SIM/jobs/$n/draft\" \"$SIM/jobs/$n/args\"; echo $n",
     );
-    fs::write(cluster.path("queue"), THREE).unwrap();
+    cluster.queue(THREE);
     let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
     let mut running = cluster.start(&[&["run", "r.yaml", "--detach"], &slurm[..]].concat());
     let _writer = begin_element(&cluster.spool(1), 0);
@@ -494,7 +425,7 @@ fn a_runner_leaves_once_every_element_has_a_job() {
 
 #[test]
 fn a_silent_controller_is_asked_for_a_restart_again() {
-    let cluster = Forgetful::of("a: {kind: do, act: kill}");
+    let cluster = FakeSlurm::of("a: {kind: do, act: kill}");
     cluster.program(
         "scontrol",
         "[ \"$1\" = requeue ] || { echo 'MaxArraySize = 1001'; exit; }
@@ -502,8 +433,8 @@ fn a_silent_controller_is_asked_for_a_restart_again() {
          [ $(wc -l < \"$SIM/asked\") -gt 2 ] && exit
          echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1",
     );
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let running = cluster.start_run();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let running = start_run(&cluster);
     let spool = cluster.spool(1);
     let path = std::env::var("PATH").unwrap_or_default();
     let mut node = Command::new("bash")
@@ -531,7 +462,7 @@ fn a_silent_controller_is_asked_for_a_restart_again() {
 
 #[test]
 fn the_shell_steers_no_job() {
-    let cluster = Forgetful::new();
+    let cluster = FakeSlurm::new();
     cluster.program(
         "scontrol",
         "echo 'ClusterName = here'; echo 'MaxArraySize = 1001'",
@@ -541,7 +472,7 @@ fn the_shell_steers_no_job() {
         "sbatch",
         "env | grep -e ^SLURM_ -e ^SBATCH_ > \"$SIM/variables\"; echo \"1;$WHERE\"",
     );
-    fs::write(cluster.path("queue"), "1|N/A|PENDING|Resources|\n").unwrap();
+    cluster.queue("1|N/A|PENDING|Resources|\n");
     let run = |place: &str| {
         let slurm = ["--executor", "slurm", "--slurm", "poll=1s"];
         let mut command = cluster.command(&[&["run", "r.yaml", "--detach"], &slurm[..]].concat());
