@@ -1,6 +1,7 @@
 //! Ranks in one process: threads that exchange through shared memory.
 
 use std::sync::{Arc, Barrier, Mutex};
+use std::time::Duration;
 
 use retort_engine::collective::Collective;
 use retort_engine::error::Result;
@@ -18,6 +19,8 @@ pub struct ThreadRank {
     shared: Arc<Shared>,
     /// The lengths of the sums, in order.
     pub sums: Mutex<Vec<usize>>,
+    /// How long exchanges may wait, as it was set.
+    pub patience: Mutex<Vec<Option<Duration>>>,
 }
 
 impl Collective for ThreadRank {
@@ -41,6 +44,10 @@ impl Collective for ThreadRank {
     fn barrier(&self) -> Result<()> {
         self.shared.all.wait();
         Ok(())
+    }
+
+    fn set_patience(&self, patience: Option<Duration>) {
+        self.patience.lock().expect("times").push(patience);
     }
 }
 
@@ -75,6 +82,7 @@ pub fn ranks(size: usize) -> impl Iterator<Item = ThreadRank> {
         size,
         shared: Arc::clone(&shared),
         sums: Mutex::default(),
+        patience: Mutex::default(),
     })
 }
 

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use retort_abi::{
     ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel, Part, Plugin, StageJob,
@@ -13,7 +14,7 @@ use retort_engine::backend::{Tensors, Unary};
 use retort_engine::collective::{Collective, SingleRank};
 use retort_engine::plugin::{EnginePlugin, PluginInfo};
 use retort_engine::tape::Variable;
-use retort_engine::train::{StepOutput, TrainOptions, TrainingLoop};
+use retort_engine::train::{HeldOut, StepOutput, TrainOptions, TrainingLoop};
 use retort_engine::weights::Weights;
 use retort_engine::{Error, Result};
 use retort_tests::threads::{ThreadRank, ranks, together};
@@ -209,6 +210,58 @@ fn train_few(
     };
     let made = fit.run(step, None);
     Trained { made, host }
+}
+
+/// The steps, of eight, in which each rank waits less long for the others than it may.
+fn hurried_steps(checkpoint_seconds: u64, measured_every: u64) -> Vec<Vec<usize>> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = TrainOptions {
+        checkpoint_seconds,
+        ..options(8, 0)
+    };
+    together(2, |rank| {
+        let (backend, host) = (candle(), Listener::default());
+        let params = parameters(&backend, &[5, 3]);
+        let fit = TrainingLoop {
+            host: &host,
+            backend: &backend,
+            work_dir: Some(dir.path()),
+            name: "test",
+            ranks: rank,
+            options: &options,
+            params: &params,
+            ema: None,
+            kept: None,
+            adversary: None,
+        };
+        let mut measure = || -> Result<f64> { Ok(1.0) };
+        let held_out = HeldOut {
+            every: measured_every,
+            name: "held_out",
+            measure: &mut measure,
+            keep_best: false,
+        };
+        let step = |_| Ok(StepOutput::new(loss(&params, 0.5)?, Vec::new()));
+        fit.run(step, Some(held_out)).expect("weights");
+        let set = rank.patience.lock().expect("times").clone();
+        // Before each step and after it.
+        let steps: Vec<&[Option<Duration>]> = set.chunks(2).collect();
+        assert_eq!(steps.len(), 8);
+        assert!(steps.iter().all(|times| times[1].is_none()), "{set:?}");
+        let least = Duration::from_secs(40);
+        assert!(set.iter().flatten().all(|time| *time >= least), "{set:?}");
+        let is_hurried = |step: &usize| steps[*step][0].is_some();
+        (0..8).filter(is_hurried).collect::<Vec<usize>>()
+    })
+}
+
+/// Ranks wait long for each other only when one of them may be busy alone: at first, after a measurement, after a checkpoint.
+#[test]
+fn ranks_wait_long_for_each_other_when_one_may_be_busy_alone() {
+    let expected = vec![2, 3, 5, 6, 7];
+    assert_eq!(hurried_steps(1000, 4), [expected.clone(), expected]);
+    let saves_each = hurried_steps(0, 100);
+    assert!(saves_each.iter().all(Vec::is_empty), "{saves_each:?}");
 }
 
 /// A training continues with another number of ranks, and reports it.

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use retort_abi::{ArtifactMeta, Cancel, Failure, Host, LogLevel, Part};
 
@@ -35,6 +35,10 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// [`crate::error::Error::Rank`].
     fn barrier(&self) -> Result<()>;
+
+    /// How long each later exchange may wait for the other ranks; None, as at first: for [`Rendezvous::patience`], which is
+    /// also the most. Without other ranks nothing waits.
+    fn set_patience(&self, _patience: Option<Duration>) {}
 
     /// The backend's handle for exchanging tensors in its device's memory
     /// ([`Exchange::begin_exchange_`](crate::backend::Exchange::begin_exchange_)); None if exchanges go through host
@@ -84,7 +88,7 @@ pub struct Rendezvous {
     pub name: String,
     /// Whether `torchrun` itself listens there.
     pub held: bool,
-    /// How long to wait for another rank.
+    /// How long to wait for another rank, at most.
     pub patience: Duration,
 }
 
@@ -120,6 +124,36 @@ impl Rendezvous {
             name,
             patience: patience.map_err(|_| missing("RETORT_RANK_TIMEOUT"))?,
         })
+    }
+}
+
+/// Measures how long a rank has waited. A pause of its process (Ctrl-Z) counts for a second at most: the other ranks pause
+/// with it.
+#[derive(Debug)]
+pub struct WaitClock {
+    looked: Instant,
+    waited: Duration,
+}
+
+impl WaitClock {
+    /// It starts now.
+    pub fn start() -> Self {
+        Self {
+            looked: Instant::now(),
+            waited: Duration::ZERO,
+        }
+    }
+
+    /// The time since the start. To be asked several times a second.
+    pub fn waited(&mut self) -> Duration {
+        self.waited_at(Instant::now())
+    }
+
+    fn waited_at(&mut self, now: Instant) -> Duration {
+        const MOST: Duration = Duration::from_secs(1);
+        self.waited += now.duration_since(self.looked).min(MOST);
+        self.looked = now;
+        self.waited
     }
 }
 
@@ -235,6 +269,20 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_pause_is_no_wait() {
+        let mut clock = WaitClock::start();
+        let mut now = clock.looked;
+        let mut after = |milliseconds| {
+            now += Duration::from_millis(milliseconds);
+            clock.waited_at(now).as_millis()
+        };
+        assert_eq!(after(300), 300);
+        assert_eq!(after(400), 700);
+        assert_eq!(after(3_600_000), 1700);
+        assert_eq!(after(50), 1750);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod options;
+mod patience;
 mod ranks;
 mod sharding;
 mod step;
@@ -23,6 +24,8 @@ use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::tape::Variable;
 use crate::weights::{self, Floats, Params, Weights};
+
+use self::patience::Patience;
 
 pub use options::{Decay, TrainOptions};
 pub(crate) use options::{check_parts, one_part};
@@ -201,6 +204,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let (mut state, start) = self.begin()?;
         let mut agreed = StepDecision::default();
         let mut saved = Instant::now();
+        let mut patience = Patience::default();
         let due = |saved: Instant| saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds);
         for step in start..o.steps {
             self.go_on(step, &state, agreed.stop)?;
@@ -212,12 +216,15 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 self.are_alike(step)?;
                 self.save(step, &state)?;
                 saved = Instant::now();
+                patience.unsettle();
             }
             let wishes = StepDecision {
                 stop: self.host.cancelled() != Cancel::Run,
                 save: due(saved) && self.ranks.rank() == 0,
             };
             let before = self.kept.map(|kept| kept.borrow().clone());
+            self.ranks.set_patience(patience.of_the_next());
+            let began = Instant::now();
             let taken = self.step(
                 step,
                 &state.moments,
@@ -226,6 +233,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 wishes,
                 &mut agreed,
             );
+            patience.note(began.elapsed());
+            self.ranks.set_patience(None);
             // A skipped step leaves no changes.
             if let (Some(kept), Some(before), false) =
                 (self.kept, before, matches!(taken, Ok(None)))
@@ -247,6 +256,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 && ((step + 1).is_multiple_of(h.every) || step + 1 == o.steps)
             {
                 self.measure(step, h, &mut state)?;
+                patience.unsettle();
             }
         }
         if self.ranks.is_shared() {

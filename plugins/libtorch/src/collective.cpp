@@ -6,11 +6,14 @@
 
 #define USE_C10D_GLOO
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <dlfcn.h>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <ATen/ops/empty.h>
@@ -27,6 +30,7 @@ using Group = c10d::Backend;
 using Gloo = c10d::ProcessGroupGloo;
 using Store = c10::intrusive_ptr<c10d::Store>;
 using Options = c10::intrusive_ptr<Group::Options>;
+using std::chrono::milliseconds;
 
 // The store ends after the group, and all that the first rank holds with it.
 struct Ranks {
@@ -35,18 +39,57 @@ struct Ranks {
   // The GPU; none is -1.
   int gpu;
   std::vector<c10::intrusive_ptr<c10d::Work>> begun;
+  // How many milliseconds an exchange may take.
+  std::atomic<int64_t> patience{0};
+  // Whether Gloo's thread still waits for an exchange that was given up.
+  bool waits = false;
 };
+
+// Longer than any pause. c10d's own time limits would end ranks that were paused: they read a clock.
+constexpr milliseconds NEVER = std::chrono::hours(24 * 365);
+
+[[noreturn]] void give_up(Ranks &ranks, c10d::Work &work, milliseconds patience) {
+  if (ranks.gpu >= 0)
+    // With a time limit of its own NCCL's group ends what it has begun, and throws.
+    work.wait(milliseconds(1));
+  else
+    ranks.waits = true;
+  const double seconds = std::chrono::duration<double>(patience).count();
+  TORCH_CHECK(false, "an exchange took longer than ", seconds, " s (RETORT_RANK_TIMEOUT sets the most)");
+}
+
+// Waits until an exchange is over. What it has waited is counted, not read from a clock: while all ranks are paused (Ctrl-Z)
+// none of them comes.
+void finish(Ranks &ranks, c10d::Work &work) {
+  const milliseconds patience(ranks.patience.load());
+  // Gloo's thread wakes this one; NCCL has to be asked.
+  const milliseconds slice(ranks.gpu < 0 ? 1000 : 1);
+  for (milliseconds waited(0); !work.isCompleted(); waited += slice) {
+    if (waited >= patience)
+      give_up(ranks, work, patience);
+    if (ranks.gpu >= 0) {
+      std::this_thread::sleep_for(slice);
+      continue;
+    }
+    try {
+      work.wait(std::min(slice, patience - waited));
+    } catch (const std::exception &) {
+      // It is not over yet, or it has failed: then it throws again below.
+    }
+  }
+  work.wait();
+}
 
 // Values of the host as what the group takes: itself, or a copy on the GPU that goes back afterwards.
 template <class Exchange> void exchange(Ranks &ranks, float *values, int64_t count, Exchange act) {
   at::Tensor host = at::from_blob(values, {count}, at::kFloat);
   if (ranks.gpu < 0) {
     std::vector<at::Tensor> tensors{host};
-    act(tensors)->wait();
+    finish(ranks, *act(tensors));
     return;
   }
   std::vector<at::Tensor> tensors{host.to(at::Device(at::kCUDA, ranks.gpu))};
-  act(tensors)->wait();
+  finish(ranks, *act(tensors));
   host.copy_(tensors[0]);
 }
 
@@ -66,7 +109,7 @@ template <class Function> Function found(const char *name) {
 
 // c10d::ProcessGroupNCCL(store, rank, size, options). Its header needs NCCL's, so its size is not known here: room is more
 // than it takes. Both objects end by their own virtual destructors.
-c10::intrusive_ptr<Group> nccl(const Store &store, int rank, int size, std::chrono::milliseconds timeout) {
+c10::intrusive_ptr<Group> nccl(const Store &store, int rank, int size, milliseconds timeout) {
   constexpr size_t ROOM = 64 * 1024;
   // So that a rank that is gone is an error here, and not the end of the process.
   setenv("TORCH_NCCL_BLOCKING_WAIT", "1", 0);
@@ -95,7 +138,7 @@ struct RendezvousAddress {
   const char *name;
 };
 
-// Waits until all ranks are there, `timeout` milliseconds at most; so long each later call may wait. `gpu`: by NCCL, on it.
+// Waits until all ranks are there, `timeout` milliseconds at most; so long each later exchange may take, too. `gpu`: by NCCL.
 const char *retort_ranks_meet(const RendezvousAddress *address, int rank, int size, int64_t timeout, int gpu, void **out) {
   return guarded([&] {
     const std::string host = address->host;
@@ -103,7 +146,7 @@ const char *retort_ranks_meet(const RendezvousAddress *address, int rank, int si
     options.port = address->port;
     options.isServer = rank == 0 && !address->held;
     options.waitWorkers = false;
-    options.timeout = std::chrono::milliseconds(timeout);
+    options.timeout = milliseconds(timeout);
     auto ranks = std::make_unique<Ranks>();
     ranks->gpu = gpu;
     ranks->store = c10::make_intrusive<c10d::TCPStore>(host, options);
@@ -115,9 +158,13 @@ const char *retort_ranks_meet(const RendezvousAddress *address, int rank, int si
       how->devices.push_back(device(host));
       ranks->group = c10::make_intrusive<Gloo>(ranks->store, rank, size, how);
     }
+    ranks->group->setTimeout(NEVER);
+    ranks->patience = timeout;
     *out = ranks.release();
   });
 }
+
+void retort_ranks_set_patience(void *ranks, int64_t time) { static_cast<Ranks *>(ranks)->patience = time; }
 
 const char *retort_ranks_all_reduce(void *own, float *values, int64_t count) {
   return guarded([&] {
@@ -158,14 +205,20 @@ const char *retort_ranks_begin(void *own, const void *tensor, int root) {
 
 const char *retort_ranks_end(void *own) {
   return guarded([&] {
-    auto begun = std::move(static_cast<Ranks *>(own)->begun);
-    static_cast<Ranks *>(own)->begun.clear();
+    auto &ranks = *static_cast<Ranks *>(own);
+    auto begun = std::move(ranks.begun);
+    ranks.begun.clear();
     for (auto &work : begun)
-      work->wait();
+      finish(ranks, *work);
   });
 }
 
-void retort_ranks_part(void *ranks) {
-  guarded([&] { delete static_cast<Ranks *>(ranks); });
+void retort_ranks_part(void *own) {
+  guarded([&] {
+    auto *ranks = static_cast<Ranks *>(own);
+    // The group's end would wait for Gloo's thread, which ends with the process.
+    if (!ranks->waits)
+      delete ranks;
+  });
 }
 }

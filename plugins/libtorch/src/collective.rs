@@ -4,6 +4,7 @@
 
 use std::any::Any;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::time::Duration;
 
 use retort_abi::Part;
 use retort_engine::collective::{Collective, Rendezvous};
@@ -21,6 +22,7 @@ unsafe extern "C" {
         gpu: c_int,
         out: *mut *mut c_void,
     ) -> *const c_char;
+    fn retort_ranks_set_patience(ranks: *mut c_void, milliseconds: i64);
     fn retort_ranks_all_reduce(ranks: *mut c_void, values: *mut f32, count: i64) -> *const c_char;
     fn retort_ranks_broadcast(
         ranks: *mut c_void,
@@ -49,6 +51,8 @@ pub(crate) struct Ranks {
     rank: usize,
     size: usize,
     on_gpu: bool,
+    /// How long an exchange may wait, at most.
+    patience: Duration,
 }
 
 // SAFETY: c10d's groups may be used from any thread; the engine orders the calls.
@@ -89,7 +93,7 @@ pub fn meet_at(rendezvous: &Rendezvous, device: Device, part: Part) -> Result<Bo
         _ => -1,
     };
     let (rank, size) = (part.index as c_int, part.of as c_int);
-    let timeout = i64::try_from(rendezvous.patience.as_millis()).unwrap_or(i64::MAX);
+    let timeout = milliseconds(rendezvous.patience);
     let mut ranks = std::ptr::null_mut();
     // SAFETY: the address, its strings and the place for the answer outlive the call.
     let said = unsafe { retort_ranks_meet(&address, rank, size, timeout, gpu, &mut ranks) };
@@ -99,7 +103,12 @@ pub fn meet_at(rendezvous: &Rendezvous, device: Device, part: Part) -> Result<Bo
         rank: part.index,
         size: part.of,
         on_gpu: gpu >= 0,
+        patience: rendezvous.patience,
     }))
+}
+
+fn milliseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
 
 impl Ranks {
@@ -155,6 +164,12 @@ impl Collective for Ranks {
         check(self.rank, unsafe {
             retort_ranks_broadcast(self.ranks, first, count, root as c_int)
         })
+    }
+
+    fn set_patience(&self, patience: Option<Duration>) {
+        let patience = patience.map_or(self.patience, |patience| patience.min(self.patience));
+        // SAFETY: the group lives as long as this does; the time is kept in an atomic number.
+        unsafe { retort_ranks_set_patience(self.ranks, milliseconds(patience)) }
     }
 
     fn on_device(&self) -> Option<&dyn Any> {

@@ -56,6 +56,46 @@ fn ranks_add_up_and_one_that_is_gone_is_an_error() {
     assert!(all.iter().all(|values| values == &all[0]), "the same bits");
 }
 
+/// A rank that is alive and does not come is waited for as long as the training says; what is configured is only the most.
+#[test]
+fn a_rank_that_does_not_come_is_given_up_in_time() {
+    let place = HeldPort::take();
+    let rendezvous = Rendezvous {
+        host: "127.0.0.1".into(),
+        port: place.number(),
+        name: String::new(),
+        held: false,
+        patience: Duration::from_secs(120),
+    };
+    let (done, given_up) = std::sync::mpsc::channel::<()>();
+    let other = rendezvous.clone();
+    let hangs = std::thread::spawn(move || {
+        let ranks = meet_at(&other, Device::Cpu, Part { index: 1, of: 2 }).unwrap();
+        ranks.all_reduce(&mut [1.0]).unwrap();
+        let _ = given_up.recv();
+    });
+    let ranks = meet_at(&rendezvous, Device::Cpu, Part { index: 0, of: 2 }).unwrap();
+    // What was set before does not matter.
+    ranks.set_patience(Some(Duration::ZERO));
+    ranks.set_patience(None);
+    ranks.all_reduce(&mut [1.0]).unwrap();
+    ranks.set_patience(Some(Duration::from_millis(1500)));
+    let began = std::time::Instant::now();
+    let error = ranks.all_reduce(&mut [1.0]).unwrap_err();
+    let waited = began.elapsed();
+    assert!(matches!(error, Error::Rank(_)), "{error:?}");
+    assert!(
+        error.to_string().contains("took longer than 1.5 s"),
+        "{error}"
+    );
+    assert!(waited >= Duration::from_millis(1400) && waited.as_secs() < 60);
+    // It does not wait for Gloo's thread, which goes on.
+    drop(ranks);
+    assert!(began.elapsed().as_secs() < 60);
+    drop(done);
+    hangs.join().unwrap();
+}
+
 #[test]
 fn several_trainings_meet_in_a_store_that_somebody_else_holds() {
     let place = HeldPort::take();

@@ -354,7 +354,7 @@ fn faults(lab: &Lab) {
             took.as_secs_f64()
         );
         assert!(!output.status.success(), "{}", said(&output));
-        // One that hangs is known by its silence, for 30 seconds; by themselves the others would wait for ten minutes.
+        // One that is stopped is known by its silence, for 30 seconds; by themselves the others would wait a little longer.
         assert!(took < Duration::from_secs(240), "{took:?}");
         match what {
             "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),

@@ -10,14 +10,14 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError};
 use libloading::os::unix::Library;
 use retort_abi::Part;
-use retort_engine::collective::{Collective, Rendezvous};
+use retort_engine::collective::{Collective, Rendezvous, WaitClock};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::tensor::{Raw, pointer, to_host};
@@ -125,7 +125,10 @@ pub struct Nccl {
     /// The device's stream, and that of exchanges.
     computing: Arc<CudaStream>,
     exchanging: Arc<CudaStream>,
+    /// How long an exchange may wait, at most.
     patience: Duration,
+    /// The same for exchanges at the moment, in milliseconds.
+    patience_now: AtomicU64,
     lost: AtomicBool,
 }
 
@@ -178,6 +181,7 @@ impl Nccl {
             computing,
             exchanging,
             patience: rendezvous.patience,
+            patience_now: AtomicU64::new(milliseconds(rendezvous.patience)),
             lost: AtomicBool::new(false),
         })
     }
@@ -244,20 +248,22 @@ impl Nccl {
     /// [`Error::Rank`].
     pub fn end(&self) -> Result<()> {
         let over = self.exchanging.record_event(None).map_err(refused)?;
-        let began = Instant::now();
+        let patience = Duration::from_millis(self.patience_now.load(Ordering::Relaxed));
+        let mut clock = WaitClock::start();
         while !over.try_is_complete().map_err(refused)? {
             let mut code = SUCCESS;
             // SAFETY: the communicator is there, and so is the place for the answer.
             let asked = unsafe { (self.functions.state)(self.communicator, &mut code) };
             let state = self.functions.check(self.rank, asked.max(code));
-            let late = began.elapsed() > self.patience;
+            let late = clock.waited() > patience;
             if late || state.is_err() {
                 self.abort();
                 state?;
-                return Err(lost(
-                    self.rank,
-                    "an exchange took longer than it may (RETORT_RANK_TIMEOUT sets how many seconds)",
-                ));
+                let seconds = patience.as_secs_f64();
+                let why = format!(
+                    "an exchange took longer than {seconds} s (RETORT_RANK_TIMEOUT sets the most)"
+                );
+                return Err(lost(self.rank, &why));
             }
             std::thread::sleep(POLL);
         }
@@ -272,6 +278,10 @@ impl Nccl {
         values.copy_from_slice(&to_host::<f32>(&x)?);
         Ok(())
     }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn refused(error: DriverError) -> Error {
@@ -297,6 +307,12 @@ impl Collective for Nccl {
 
     fn barrier(&self) -> Result<()> {
         self.through_device(&mut [0.0], None)
+    }
+
+    fn set_patience(&self, patience: Option<Duration>) {
+        let patience = patience.map_or(self.patience, |patience| patience.min(self.patience));
+        let patience = milliseconds(patience);
+        self.patience_now.store(patience, Ordering::Relaxed);
     }
 
     fn on_device(&self) -> Option<&dyn Any> {

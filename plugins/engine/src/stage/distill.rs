@@ -412,11 +412,15 @@ fn train<B: Backend>(
     let mut epoch = (u64::MAX, Vec::new());
     let (batch, trained) = (o.train.batch as u64, inputs.trained as u64);
     let step = |step: u64, part: usize| {
-        if part == 0 && ranks.rank() == 0 && o.keeps(step) {
-            // Before step n the weights are those after n steps.
-            let path = work.join(bundle::snapshot(step));
-            std::fs::create_dir_all(work.join(bundle::SNAPSHOTS)).map_err(Error::io(&path))?;
-            replace(&path, |partial| write_tensors::<B>(partial, &networks.kept))?;
+        if part == 0 && o.keeps(step) {
+            // The others wait for the first to write.
+            ranks.set_patience(None);
+            if ranks.rank() == 0 {
+                // Before step n the weights are those after n steps.
+                let path = work.join(bundle::snapshot(step));
+                std::fs::create_dir_all(work.join(bundle::SNAPSHOTS)).map_err(Error::io(&path))?;
+                replace(&path, |partial| write_tensors::<B>(partial, &networks.kept))?;
+            }
         }
         let mut choice = Sequence::new(seed, Stream::Step, step);
         let samples: Vec<usize> = (0..batch)
