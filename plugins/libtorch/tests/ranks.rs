@@ -1,7 +1,7 @@
 //! Trainings with several workers, through the real binary: two and four workers train like one, and the failure of one ends
 //! the attempt of all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,11 @@ impl Lab {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        self.completed(Command::new(binary()), arguments)
+    }
+
+    /// A command that begins with the binary, with its other arguments.
+    fn completed(&self, mut command: Command, arguments: &[&str]) -> Command {
         command
             .args(arguments)
             .arg("--store")
@@ -207,7 +211,7 @@ fn torchrun(lab: &Lab) {
     let hash = lab.hash("student");
     let held = HeldPort::take();
     let port = held.number().to_string();
-    let rank = |rank: &str, more: &[&str]| {
+    let by_hand = |rank: &str, more: &[&str]| {
         let mut command = lab.command(&student);
         command.args(["--executor", "torchrun"]).args(more);
         let place = [("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)];
@@ -217,14 +221,30 @@ fn torchrun(lab: &Lab) {
             .env("MASTER_PORT", &port);
         command
     };
-    let second = rank("1", &[]).spawn().expect("the binary runs");
-    let first = rank("0", &[]).output().expect("the binary runs");
-    assert!(first.status.success(), "{}", said(&first));
-    let second = second.wait_with_output().expect("it ends");
-    assert!(second.status.success(), "{}", said(&second));
+    match python_with_torch() {
+        Some(python) => {
+            // Its agent listens at the ranks' address, and the ranks meet in its store.
+            let mut agent = Command::new(python);
+            agent.args(["-m", "torch.distributed.run", "--standalone"]);
+            agent.args(["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]);
+            agent.arg("--no-python").arg(binary());
+            let mut agent = lab.completed(agent, &student);
+            agent.args(["--executor", "torchrun"]);
+            let ended = agent.output().expect("Python runs");
+            assert!(ended.status.success(), "{}", said(&ended));
+        }
+        None => {
+            println!("no Python here imports torch: two ranks are started without torchrun");
+            let second = by_hand("1", &[]).spawn().expect("the binary runs");
+            let first = by_hand("0", &[]).output().expect("the binary runs");
+            assert!(first.status.success(), "{}", said(&first));
+            let second = second.wait_with_output().expect("it ends");
+            assert!(second.status.success(), "{}", said(&second));
+        }
+    }
     assert_eq!(lab.hash("student"), hash, "as two workers of one runner");
     // Both refuse impossible settings.
-    let other = rank("0", &["--set", "stages.student.workers=3"])
+    let other = by_hand("0", &["--set", "stages.student.workers=3"])
         .output()
         .expect("it runs");
     assert_eq!(other.status.code(), Some(2), "{}", said(&other));
@@ -233,7 +253,7 @@ fn torchrun(lab: &Lab) {
         "{}",
         said(&other)
     );
-    let alone = rank("1", &[])
+    let alone = by_hand("1", &[])
         .env_remove("MASTER_PORT")
         .output()
         .expect("it runs");
@@ -242,6 +262,23 @@ fn torchrun(lab: &Lab) {
         "{}",
         said(&alone)
     );
+}
+
+/// A Python with PyTorch and so with `torchrun`: that of libtorch's own environment, or the one in use. Without `CUDA=1`,
+/// `make libtorch` installs only what the plugin needs of it, which Python does not import.
+fn python_with_torch() -> Option<PathBuf> {
+    let libtorch = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.libtorch");
+    // It links to lib/python3.*/site-packages/torch.
+    let found = libtorch.canonicalize().ok();
+    let own = found.and_then(|torch| Some(torch.ancestors().nth(4)?.join("bin/python")));
+    own.into_iter()
+        .chain([PathBuf::from("python3")])
+        .find(|python| {
+            let mut import = Command::new(python);
+            import.args(["-c", "import torch.distributed.run"]);
+            import.stdout(Stdio::null()).stderr(Stdio::null());
+            import.status().is_ok_and(|status| status.success())
+        })
 }
 
 /// Workers die each time: the training continues with fewer while there are enough; the history says why.
