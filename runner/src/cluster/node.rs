@@ -16,7 +16,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
 use crate::cluster::slurm::is_unanswered;
-use crate::cluster::spool::{self, JobSpec, SpoolError, SpoolEvent, StartEnd, Writer};
+use crate::cluster::spool::{
+    self, BestProgress, JobSpec, NO_PROGRESS, SpoolError, SpoolEvent, StartEnd, Writer,
+};
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
 use crate::worker::heartbeat::{self, Heartbeat};
@@ -147,6 +149,8 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         let mut watch = SupervisedWorker {
             place,
             spec: &spec,
+            best: BestProgress::before(&dir, writer.start()),
+            has_progress: false,
             writer: &mut writer,
             lost: 0,
             series: HashMap::new(),
@@ -163,13 +167,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         over
     };
     let again = matches!(over, StartEnd::TimeLimit { .. } | StartEnd::Again { .. });
-    let good = match &over {
-        StartEnd::TimeLimit { at_checkpoint } | StartEnd::Terminated { at_checkpoint } => {
-            *at_checkpoint
-        }
-        StartEnd::Again { .. } | StartEnd::OutOfTries { .. } | StartEnd::GaveUp => false,
-        StartEnd::Done | StartEnd::Stopped => true,
-    };
+    let good = over.is_at_checkpoint() || matches!(over, StartEnd::Done | StartEnd::Stopped);
     writer.push(SpoolEvent::Over(over));
     let began = Instant::now();
     while let Err(source) = writer.close(good) {
@@ -261,6 +259,9 @@ struct SupervisedWorker<'a> {
     /// Points since the last write, and the last progress, which are written together.
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
+    /// The most that this start and earlier ones have done, and whether this one has done more than those.
+    best: BestProgress,
+    has_progress: bool,
     answer: Option<WorkerAnswer>,
     cause: Option<StopCause>,
     /// Whether it was killed for missing heartbeats.
@@ -367,7 +368,13 @@ impl SupervisedWorker<'_> {
             usage: exit.usage,
             out_of_memory,
         });
-        Ok(self.judge(exit, out_of_memory, wasted))
+        let over = self.judge(exit, out_of_memory, wasted);
+        if over.is_at_checkpoint() {
+            let dir = spool::element_dir(&self.place.spool, self.place.element);
+            // Without it, the next start may count as one with progress.
+            let _ = self.best.write(&dir, self.writer.start());
+        }
+        Ok(over)
     }
 
     fn judge(&self, exit: WorkerExit, out_of_memory: bool, wasted: u32) -> StartEnd {
@@ -382,6 +389,19 @@ impl SupervisedWorker<'_> {
         }
         match self.cause {
             Some(StopCause::User) => return StartEnd::Stopped,
+            // It would be restarted for ever. Of ranks only the first reports progress.
+            Some(StopCause::TimeLimit)
+                if at_checkpoint
+                    && !self.has_progress
+                    && self.spec.again
+                    && !(self.spec.ranks && self.place.element > 0) =>
+            {
+                let reason = NO_PROGRESS.to_owned();
+                return match wasted < self.spec.requeue {
+                    true => StartEnd::Again { reason },
+                    false => StartEnd::OutOfTries { reason },
+                };
+            }
             Some(StopCause::TimeLimit) => return StartEnd::TimeLimit { at_checkpoint },
             Some(StopCause::Terminated) => return StartEnd::Terminated { at_checkpoint },
             // Ranks stop together: another rank was asked to stop, for a reason that Slurm knows.
@@ -441,8 +461,9 @@ impl SupervisedWorker<'_> {
                     self.join();
                 }
             }
-            WorkerEvent::Frame(progress @ FromWorker::Progress(_)) => {
-                self.progress = Some(progress)
+            WorkerEvent::Frame(FromWorker::Progress(progress)) => {
+                self.has_progress |= self.best.note(&progress);
+                self.progress = Some(FromWorker::Progress(progress));
             }
             WorkerEvent::Frame(frame) => {
                 self.answer = match &frame {
@@ -573,4 +594,100 @@ fn kills_for_memory() -> u64 {
         kills.trim().parse().ok()
     });
     of_group.unwrap_or_else(out_of_memory_kills)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Progress;
+    use crate::store::Usage;
+
+    /// How a start ends that has come this far when its time limit comes, and the next ones after it.
+    fn ends(of_ranks: bool, element: usize, starts: &[Option<u64>]) -> Vec<StartEnd> {
+        let dir = tempfile::tempdir().unwrap();
+        let part = |index| Some(Part { index, of: 2 });
+        let spec = JobSpec {
+            format: spool::FORMAT,
+            elements: vec![part(0), part(1)],
+            task: Task {
+                plugin: "/p.so".into(),
+                hash: None,
+                call: Call::Describe,
+            },
+            threads: 1,
+            requeue: 1,
+            wasted: Vec::new(),
+            interval: Duration::from_millis(250),
+            again: true,
+            ranks: of_ranks,
+            meeting: String::new(),
+        };
+        let place = ElementIdentity {
+            spool: dir.path().to_owned(),
+            element,
+            job: "1".into(),
+            shown_job: "1".into(),
+            node: "n1".into(),
+            local_rank: 0,
+            sees_all_devices: false,
+        };
+        let exit = WorkerExit {
+            status: ExitStatus::Code(0),
+            usage: Usage::default(),
+            out_of_memory: None,
+        };
+        let element_dir = spool::element_dir(&place.spool, element);
+        let end = |done: &Option<u64>| {
+            let mut writer = Writer::open(&element_dir).unwrap();
+            let start = writer.start();
+            let mut worker = SupervisedWorker {
+                place: &place,
+                spec: &spec,
+                writer: &mut writer,
+                lost: 0,
+                series: HashMap::new(),
+                progress: None,
+                best: BestProgress::before(&element_dir, start),
+                has_progress: false,
+                answer: Some(WorkerAnswer::Cancelled),
+                cause: Some(StopCause::TimeLimit),
+                is_silent: false,
+            };
+            if let Some(done) = *done {
+                let (total, unit) = (100, "steps".to_owned());
+                let progress = Progress { done, total, unit };
+                worker.has_progress = worker.best.note(&progress);
+            }
+            let over = worker.judge(exit, false, spool::wasted_starts(&element_dir, start));
+            let good = over.is_at_checkpoint();
+            if good {
+                worker.best.write(&element_dir, start).unwrap();
+            }
+            writer.close(good).unwrap();
+            over
+        };
+        starts.iter().map(end).collect()
+    }
+
+    #[test]
+    fn starts_that_get_no_further_are_limited() {
+        let good = StartEnd::TimeLimit {
+            at_checkpoint: true,
+        };
+        let reason = || NO_PROGRESS.to_owned();
+        let again = StartEnd::Again { reason: reason() };
+        let last = StartEnd::OutOfTries { reason: reason() };
+        // A week in pieces of four hours needs nobody.
+        let pieces: Vec<Option<u64>> = (1..40).map(Some).collect();
+        assert_eq!(ends(false, 0, &pieces), vec![good.clone(); 39]);
+        // It never gets to its first step.
+        assert_eq!(ends(false, 0, &[None, None]), [again.clone(), last.clone()]);
+        // It repeats the same steps, and goes on in between.
+        let repeats = [Some(5), Some(5), Some(6), Some(6)];
+        let expected = [good.clone(), again.clone(), good.clone(), last];
+        assert_eq!(ends(true, 0, &repeats), expected);
+        // Other ranks report no progress.
+        assert_eq!(ends(true, 1, &[None, None]), vec![good; 2]);
+        assert_eq!(ends(false, 1, &[None]), [again]);
+    }
 }

@@ -24,8 +24,10 @@ use crate::frame::{self, FromWorker};
 use crate::store::{LogSource, Time, Usage};
 use crate::worker::death::ExitStatus;
 
+mod best_progress;
 mod job_spec;
 
+pub use best_progress::BestProgress;
 pub use job_spec::{JobSpec, read_job_spec, write_job_spec};
 
 /// The version of these files' layout; a worker and a runner with different versions cannot work together.
@@ -113,7 +115,22 @@ pub enum StartEnd {
     GaveUp,
 }
 
+/// The reason for the end of a start at a checkpoint that holds nothing new.
+pub const NO_PROGRESS: &str = "time limit, without progress";
+
 impl StartEnd {
+    /// Whether Slurm ended it once the worker had saved what it did.
+    pub fn is_at_checkpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::TimeLimit {
+                at_checkpoint: true
+            } | Self::Terminated {
+                at_checkpoint: true
+            }
+        )
+    }
+
     /// Why another start follows, in words; None if none follows, or if only Slurm knows why.
     pub fn why_again(&self) -> Option<&str> {
         match self {

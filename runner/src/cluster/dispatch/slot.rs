@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
-use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolEvent, StartEnd};
+use crate::cluster::spool::{self, NO_PROGRESS, Reader, Record, SpoolError, SpoolEvent, StartEnd};
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, LogSource, ReadMark, Time, Usage};
 use crate::worker::death::ExitStatus;
@@ -577,13 +577,20 @@ fn line(source: LogSource, text: String, at: i64) -> LogLine {
 
 /// The end of an element that has used up its restarts.
 pub fn too_often(last: &str) -> ClusterEnd {
+    let hint = match last == NO_PROGRESS {
+        true => {
+            "a start has to get beyond what each start repeats: raise `time` or lower `signal` (in retort.toml or with \
+             --slurm), or save more often (`checkpoint_seconds`, `shard_size`); `retort resume` tries again"
+        }
+        false => "`retort log` says how each start ended; `retort resume` tries again",
+    };
     ClusterEnd {
         reason: "started too often".into(),
         message: format!(
             "{}, after all restarts that `requeue` allows",
             shortened(last)
         ),
-        hint: Some("`retort log` says how each start ended; `retort resume` tries again".into()),
+        hint: Some(hint.into()),
     }
 }
 
