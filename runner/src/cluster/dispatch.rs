@@ -5,7 +5,7 @@
 //! elements in turn and polls Slurm. It takes over jobs that an earlier runner submitted.
 //! Deliberately absent: what an end means for the stage (see the executor), and how Slurm's programs are called.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -623,11 +623,14 @@ impl DispatchLoop {
         }
         let known = self.look_for_elements().await;
         let (mut taken, mut count) = (BTreeSet::new(), 0);
+        let submitted = submitted(self.jobs.iter().map(|job| job.elements.as_slice()));
         for index in 0..self.slots.len() {
-            if !self.slots[index].is_new() {
+            let slot = &self.slots[index];
+            let places = submitted.get(&name(slot.part));
+            let Some(places) = places.filter(|_| slot.is_new()) else {
                 continue;
-            }
-            if let Some(key) = self.take_element(index, known.as_ref()).await? {
+            };
+            if let Some(key) = self.take_element(index, places, known.as_ref()).await? {
                 taken.insert(key);
                 count += 1;
             }
@@ -650,7 +653,6 @@ impl DispatchLoop {
 
     /// What Slurm says about the elements that slots without a job could take. None if it does not answer.
     async fn look_for_elements(&self) -> Option<HashMap<Key, ElementStatus>> {
-        let name = |part: Option<Part>| part.map(|part| (part.index, part.of));
         let asked = self.slots.iter().filter(|slot| slot.is_new());
         let asked: BTreeSet<_> = asked.map(|slot| name(slot.part)).collect();
         let wanted = |job: &Job, element: usize| {
@@ -672,24 +674,21 @@ impl DispatchLoop {
         known.await.ok()
     }
 
-    /// Gives a slot the newest element with its work that goes on or has a result. Returns the key of that element's job.
+    /// Gives a slot the newest element that goes on or has a result, of these jobs and elements with its work. Returns the key
+    /// of that element's job.
     async fn take_element(
         &mut self,
         index: usize,
+        places: &[(usize, usize)],
         known: Option<&HashMap<Key, ElementStatus>>,
     ) -> Result<Option<JobKey>, StoreError> {
-        let part = self.slots[index].part;
-        // Newest first.
-        for at in (0..self.jobs.len()).rev() {
+        for &(at, element) in places.iter().rev() {
             let job = &self.jobs[at];
-            let element = job.elements.iter().position(|known| *known == part);
-            let Some(element) = element.filter(|element| job.slots[*element].is_none()) else {
-                continue;
-            };
-            if job.over || job.given_up[element] {
+            if job.slots[element].is_some() || job.over || job.given_up[element] {
                 continue;
             }
             let dir = spool::element_dir(&job.dir, element);
+            let own = dir.clone();
             let place = (job.id, job.layout.element(element));
             let said = known.map(|known| known.get(&place));
             let goes_on = said.is_none_or(|said| said.is_some_and(|said| !said.state.is_final()));
@@ -698,13 +697,14 @@ impl DispatchLoop {
             // A spool may be long, and the file system may hang.
             let judged = move || {
                 let mut needed = needed.iter();
-                needed.try_fold(true, |all, dir| {
+                let worth = needed.try_fold(true, |all, dir| {
                     Ok::<_, SpoolError>(all && slot::is_worth_taking(dir, goes_on)?)
-                })
+                });
+                Ok::<_, SpoolError>((worth?, spool::releases(&own)))
             };
             let judged = tokio::task::spawn_blocking(judged).await;
             let judged = judged.map_err(|error| unknown(&dir, error))?;
-            let is_worth_taking = judged.map_err(|error| unknown(&dir, error))?;
+            let (is_worth_taking, released) = judged.map_err(|error| unknown(&dir, error))?;
             let (key, mark, results_only) = (job.key, job.marks[element], job.results_only);
             if !is_worth_taking && results_only {
                 match job.layout {
@@ -728,6 +728,7 @@ impl DispatchLoop {
                 continue;
             }
             self.slots[index].wasted = job.wasted[element];
+            self.slots[index].released = released;
             self.jobs[at].slots[element] = Some(index);
             self.slots[index].place((key, element), Reader::new(dir), mark);
             // Its records are there.
@@ -760,9 +761,51 @@ impl DispatchLoop {
     }
 }
 
+/// What identifies a piece of work: which part of how many, or None for all of it.
+fn name(part: Option<Part>) -> Option<(usize, usize)> {
+    part.map(|part| (part.index, part.of))
+}
+
+/// Where each piece of work was submitted: jobs and the elements in them, in order. So taking over looks once at each element
+/// of the earlier jobs, however many there are. It reads the spool of each that may have a result.
+fn submitted<'a>(
+    jobs: impl Iterator<Item = &'a [Option<Part>]>,
+) -> BTreeMap<Option<(usize, usize)>, Vec<(usize, usize)>> {
+    let mut found = BTreeMap::<_, Vec<_>>::new();
+    for (job, elements) in jobs.enumerate() {
+        for (element, part) in elements.iter().enumerate() {
+            found.entry(name(*part)).or_default().push((job, element));
+        }
+    }
+    found
+}
+
 /// A job that another runner left behind can neither be taken over nor given up.
 fn unknown(dir: &Path, error: impl std::fmt::Display) -> StoreError {
     let message =
         format!("the state of this spool's job cannot be determined at the moment: {error}");
     StoreError::refused(dir, std::io::Error::other(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn earlier_elements_are_found_by_their_work_oldest_first() {
+        let part = |index| Some(Part { index, of: 3 });
+        let jobs = [
+            vec![part(0), part(1), part(2)],
+            vec![None],
+            vec![part(2), part(0)],
+            vec![Some(Part { index: 2, of: 4 })],
+        ];
+        let found = submitted(jobs.iter().map(Vec::as_slice));
+        assert_eq!(found[&Some((2, 3))], [(0, 2), (2, 0)]);
+        assert_eq!(found[&Some((1, 3))], [(0, 1)]);
+        assert_eq!(found[&None], [(1, 0)]);
+        // Another number of parts is other work.
+        assert_eq!(found[&Some((2, 4))], [(3, 0)]);
+        assert_eq!(found.values().flatten().count(), 7);
+    }
 }

@@ -26,9 +26,11 @@ use crate::worker::death::ExitStatus;
 
 mod best_progress;
 mod job_spec;
+mod releases;
 
 pub use best_progress::BestProgress;
 pub use job_spec::{JobSpec, read_job_spec, write_job_spec};
+pub use releases::{note_releases, releases};
 
 /// The version of these files' layout; a worker and a runner with different versions cannot work together.
 pub const FORMAT: u32 = 2;

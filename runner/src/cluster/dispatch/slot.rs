@@ -160,7 +160,7 @@ pub struct Slot {
     pub expected: bool,
     /// Whether Slurm has been asked to start it without delay.
     pub hurried: bool,
-    /// How often it was released after Slurm could not launch it.
+    /// How often it was released after Slurm could not launch it; its spool knows too.
     pub released: u32,
     begun: bool,
 }

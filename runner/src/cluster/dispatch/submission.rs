@@ -195,6 +195,12 @@ impl DispatchLoop {
             results_only: false,
             over: false,
         });
+        for &index in slots
+            .iter()
+            .filter(|index| self.slots[**index].released > 0)
+        {
+            self.note_releases(index);
+        }
         self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
         Ok(Ok(()))
     }

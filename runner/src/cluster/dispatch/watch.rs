@@ -139,6 +139,7 @@ impl DispatchLoop {
                             said.reason
                         );
                         slot.note(LogLevel::Warn, held).await;
+                        self.note_releases(index);
                         // Ranks are one job.
                         if released.insert(place) {
                             self.to.slurm.release(place.0, place.1).await;
@@ -202,6 +203,17 @@ impl DispatchLoop {
         self.explain().await;
         let unsettled = |slot: &Slot| slot.absent > 0 && slot.phase != Phase::Over;
         Ok(self.slots.iter().any(unsettled))
+    }
+
+    /// Notes in its spool how often an element was released, for the runner that takes it over.
+    pub(super) fn note_releases(&self, index: usize) {
+        let slot = &self.slots[index];
+        if let Some((key, element)) = slot.job
+            && let Some(job) = self.job(key)
+        {
+            // Without the note, that runner may release it as often again.
+            let _ = spool::note_releases(&spool::element_dir(&job.dir, element), slot.released);
+        }
     }
 
     fn key(&self, slot: &Slot) -> Option<Key> {
