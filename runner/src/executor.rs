@@ -26,6 +26,7 @@ pub mod end;
 mod error;
 pub(crate) mod event;
 pub mod handle;
+pub mod held_port;
 mod options;
 pub mod pause;
 pub mod progress_file;

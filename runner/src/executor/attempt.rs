@@ -78,11 +78,11 @@ pub async fn run(
     };
     let (attempt, recorder) = begin(context, spec, placement.pid()).await?;
     let (cpus, pid) = (placement.cpus(), placement.pid());
-    let (dispatcher, whole, parts) = match placement {
-        Placement::Here(whole, parts) => (None, whole, parts),
+    let (dispatcher, whole, parts, _port) = match placement {
+        Placement::Here(whole, parts, port) => (None, whole, parts, port),
         Placement::Cluster(placed) => {
             let (dispatcher, whole, parts) = placed.open(context, spec, attempt).await?;
-            (Some(dispatcher), whole, parts)
+            (Some(dispatcher), whole, parts, None)
         }
     };
     let supervisor = Supervisor {

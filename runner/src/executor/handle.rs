@@ -3,7 +3,6 @@
 //! In: a stage about to start. Out: a [`WorkerHandle`] for the whole and for each part, all with the same interface.
 
 use std::ffi::OsString;
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,6 +13,7 @@ use crate::cluster::node::{MEETING, OWN_ADDRESS, rank_variables};
 use crate::cluster::torchrun::{PostedTraining, RemoteRank};
 use crate::executor::end::End;
 use crate::executor::event::Event;
+use crate::executor::held_port::HeldPort;
 use crate::executor::options::Cluster;
 use crate::executor::spec::{AttemptSpec, RunContext};
 use crate::frame::{FrameError, ToWorker};
@@ -74,8 +74,8 @@ impl WorkerHandle {
 
 /// Where a stage's workers run.
 pub enum Placement {
-    /// On this machine: the process of the whole, and one for each part.
-    Here(WorkerHandle, Vec<(Part, WorkerHandle)>),
+    /// On this machine: the process of the whole, and one for each part; the port at which ranks meet, to be held meanwhile.
+    Here(WorkerHandle, Vec<(Part, WorkerHandle)>, Option<HeldPort>),
     /// On a cluster.
     Cluster(Box<ClusterPlacement>),
 }
@@ -91,7 +91,7 @@ impl Placement {
     /// The process of the whole on this machine, else 0.
     pub fn pid(&self) -> u32 {
         match self {
-            Self::Here(WorkerHandle::Process(worker), _) => worker.pid(),
+            Self::Here(WorkerHandle::Process(worker), ..) => worker.pid(),
             _ => 0,
         }
     }
@@ -142,15 +142,16 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
     });
     let start = || {
         let port = match spec.stage.together && posted.is_none() {
-            true => free_port()?,
-            false => 0,
+            true => Some(HeldPort::take()?),
+            false => None,
         };
+        let number = port.as_ref().map_or(0, HeldPort::number);
         let meeting = meeting();
         let spawn = |part: Option<Part>| -> std::io::Result<WorkerHandle> {
             let part_of_all = part.filter(|_| spec.stage.together);
             let variables = match (part_of_all, &posted) {
                 (None, _) => Vec::new(),
-                (Some(part), None) => ranks(part, port, &meeting),
+                (Some(part), None) => ranks(part, number, &meeting),
                 (Some(part), Some(posted)) if part.index > 0 => {
                     let rank = RemoteRank::new(posted, part.index);
                     return Ok(WorkerHandle::Rank(Box::new(rank)));
@@ -171,6 +172,7 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
         Ok(Placement::Here(
             whole,
             parts.collect::<std::io::Result<_>>()?,
+            port,
         ))
     };
     start().map_err(|error: std::io::Error| {
@@ -194,16 +196,11 @@ fn ranks(part: Part, port: u16, meeting: &str) -> Vec<(&'static str, OsString)> 
     variables
 }
 
-/// A name that no other training has: another one may get the same port, which is free until somebody listens there.
+/// A name that no other training has, in case that a rank of another one comes to the port.
 fn meeting() -> String {
     static TRAININGS: AtomicU64 = AtomicU64::new(0);
     let number = TRAININGS.fetch_add(1, Ordering::Relaxed);
     format!("{}-{}-{number}", std::process::id(), Time::now().0)
-}
-
-/// A free local port.
-fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
 /// Converts an event of a stage's jobs to one of the run.
