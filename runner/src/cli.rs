@@ -418,8 +418,12 @@ fn is_thread_of_history() -> bool {
 fn end_if_the_history_panics() {
     let others = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        others(panic);
-        if is_thread_of_history() {
+        let is_of_history = is_thread_of_history();
+        // The library's words for it are no use to anybody.
+        if !is_of_history || !panic.to_string().contains("allocate memory") {
+            others(panic);
+        }
+        if is_of_history {
             output::say("error: memory ran out while the history was read or written");
             // SAFETY: ends the process at once; the kernel frees its locks, and SQLite undoes open transactions.
             unsafe { libc::_exit(Exit::Internal.code().into()) };

@@ -24,6 +24,7 @@ use sqlx::sqlite::{SqliteConnection, SqlitePool};
 mod block;
 mod browse;
 mod connection;
+mod deadline;
 mod error;
 mod file;
 mod file_limit;
@@ -55,6 +56,7 @@ mod unrecorded;
 
 pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
+pub use deadline::within;
 pub use error::StoreError;
 pub use file::HashTrust;
 pub use history::{

@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteSynchronous};
 use sqlx::{ConnectOptions, QueryBuilder, Sqlite};
 
-use super::{BUSY_TIMEOUT, StoreError};
+use super::{BUSY_TIMEOUT, StoreError, sandbox};
 
 /// The database of a store.
 pub(super) fn path_of(dir: &Path) -> PathBuf {
@@ -25,7 +25,19 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Normal)
         // Up to 64 MB, if needed: filters over many runs visit the same pages repeatedly.
         .pragma("cache_size", "-65536")
+        // The file may have been damaged, or written by somebody else.
+        .pragma("trusted_schema", "off")
+        .pragma("cell_size_check", "on")
         .disable_statement_logging()
+}
+
+/// Opens a connection, with the limits that every one has.
+pub(super) async fn connect(
+    options: &SqliteConnectOptions,
+) -> Result<SqliteConnection, sqlx::Error> {
+    let mut connection = options.connect().await?;
+    sandbox::protect(&mut connection).await?;
+    Ok(connection)
 }
 
 /// A connection that may write to an existing, current store.
@@ -33,8 +45,7 @@ pub(super) async fn connect_for_writing(dir: &Path) -> Result<SqliteConnection, 
     let path = path_of(dir);
     // A reader does not wait long: what it cannot record now, the next one will.
     let options = options(&path).busy_timeout(Duration::from_millis(200));
-    options
-        .connect()
+    connect(&options)
         .await
         .map_err(|error| StoreError::from(error).at(&path))
 }
@@ -56,7 +67,7 @@ pub(super) async fn run_once(
 /// would write its log into the database.
 pub(super) async fn stay_connected(dir: &Path) {
     let connected = async {
-        let mut connection = options(&path_of(dir)).read_only(true).connect().await?;
+        let mut connection = connect(&options(&path_of(dir)).read_only(true)).await?;
         // It connects at the first query.
         sqlx::query("select count(*) from sqlite_schema")
             .execute(&mut connection)

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::file_limit;
+use super::{file_limit, sandbox};
 use crate::filter::FilterError;
 
 /// SQLite's code for a write that failed (`SQLITE_IOERR_WRITE`).
@@ -221,8 +221,27 @@ pub enum StoreError {
         more: String,
     },
     /// Any other error of SQLite.
-    #[error("the store's database: {0}")]
+    #[error("the store's database: {}", words(.0))]
     Sql(sqlx::Error),
+}
+
+/// What an error of SQLite says; of those about limits, what they mean here.
+fn words(error: &sqlx::Error) -> String {
+    let database = error.as_database_error();
+    let code: Option<i32> = database.and_then(|error| error.code()?.parse().ok());
+    match code {
+        Some(libsqlite3_sys::SQLITE_TOOBIG) => format!(
+            "a row is longer than {} MiB, which retort never writes: it is damaged, or another program wrote it",
+            sandbox::LONGEST >> 20
+        ),
+        Some(libsqlite3_sys::SQLITE_NOMEM) => {
+            "its rows do not fit in memory, of which reading may take 1 GiB".to_owned()
+        }
+        Some(libsqlite3_sys::SQLITE_INTERRUPT) => {
+            "a statement took too long, and was ended".to_owned()
+        }
+        _ => error.to_string(),
+    }
 }
 
 fn first(candidates: &[String]) -> String {

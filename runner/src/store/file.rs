@@ -6,11 +6,15 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Row};
 
-use super::{Access, Store, StoreError};
+use super::{Access, Store, StoreError, sandbox};
 use crate::input::FileKind;
 use crate::input::{FileSnapshot, Folder, InputError, Listing};
+
+/// Most bytes of a row: a little less than a connection may read.
+const LONGEST_ROW: usize = sandbox::LONGEST as usize - 4096;
 
 /// Whether to trust hashes of earlier commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,27 +91,42 @@ impl Store {
         if folders.is_empty() {
             return Ok(());
         }
-        const SQL: &str = "insert into file_hashes (path, files) values (?1, ?2)
-             on conflict (path) do update set files = excluded.files";
         if self.access == Access::ReadWrite {
             let mut write = self.write().await?;
-            for (path, files) in folders {
-                let query = sqlx::query(SQL).bind(path).bind(files.pack());
-                query.execute(&mut *write).await?;
-            }
+            put_files(&mut write, folders).await?;
             return write.commit().await;
         }
         let mut lease = self.take_write_lease().await?;
         let noted = async {
             let mut write = lease.connection().begin_with("begin immediate").await?;
-            for (path, files) in folders {
-                let query = sqlx::query(SQL).bind(path).bind(files.pack());
-                query.execute(&mut *write).await?;
-            }
+            put_files(&mut write, folders).await?;
             Ok(write.commit().await?)
         };
         let noted = noted.await;
         lease.close().await;
         noted
     }
+}
+
+async fn put_files(
+    connection: &mut SqliteConnection,
+    folders: &BTreeMap<String, Folder>,
+) -> Result<(), sqlx::Error> {
+    for (path, files) in folders {
+        let packed = files.pack();
+        if path.len() + packed.len() > LONGEST_ROW {
+            tracing::debug!(path, "too many files to be remembered");
+            continue;
+        }
+        let query = sqlx::query(
+            "insert into file_hashes (path, files) values (?1, ?2)
+             on conflict (path) do update set files = excluded.files",
+        );
+        query
+            .bind(path)
+            .bind(packed)
+            .execute(&mut *connection)
+            .await?;
+    }
+    Ok(())
 }

@@ -8,8 +8,8 @@
 use std::path::Path;
 
 use serde_json::Value;
+use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
-use sqlx::{ConnectOptions, Connection};
 
 use super::{RunDetail, RunId, RunState, SeriesPoint, Store, StoreError, connection, schema};
 use crate::artifact::{self, file_name};
@@ -39,7 +39,8 @@ impl Store {
 
     async fn add_all(&self, runs: &[RunId], to: &Path) -> Result<(), StoreError> {
         let at = |error: sqlx::Error| StoreError::from(error).at(to);
-        let mut connection = connection::options(to).connect().await.map_err(at)?;
+        let options = connection::options(to);
+        let mut connection = connection::connect(&options).await.map_err(at)?;
         let known: i64 = sqlx::query_scalar(
             "select count(*) from sqlite_schema
              where type = 'table' and name in ('experiments', 'runs', 'metrics', 'latest_metrics', 'params', 'tags')",

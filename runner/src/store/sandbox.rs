@@ -1,5 +1,7 @@
 //! Limits for connections that read untrusted databases or run users' queries.
 //!
+//! A store may lie on a shared disk, where somebody else writes to it: every connection has the limits of [`protect`].
+//!
 //! A database can be crafted so that SQLite reads it correctly but never finishes: pages in two trees, values that share
 //! pages. A query can be anything. Both get size limits; a database gets a number of steps proportional to its size, a query
 //! only read actions ([`only_reading`]) and a time limit for each row.
@@ -12,6 +14,9 @@ use std::time::{Duration, Instant};
 use libsqlite3_sys as ffi;
 use sqlx::sqlite::SqliteConnection;
 
+/// Longest value, and longest row, of any database. The longest that retort writes are the hashes of the files of one folder:
+/// with this limit of more than a million files.
+pub(super) const LONGEST: i32 = 192 << 20;
 /// Longest value, and longest row, in a file that is imported.
 pub(super) const LONGEST_FOREIGN: i32 = 16 << 20;
 /// Longest value that a query may produce.
@@ -20,7 +25,7 @@ pub(super) const LONGEST_ANSWER: i32 = 32 << 20;
 /// steps and much more work than they say.
 pub(super) const ATTACHING: u64 = 20_000;
 /// SQLite's own unit of work, between two looks at the budget.
-const STEPS: i32 = 10_000;
+pub(super) const STEPS: i32 = 10_000;
 
 /// SQLite's remaining steps on a connection.
 #[derive(Debug, Clone)]
@@ -104,6 +109,24 @@ pub(super) async fn limit_time(
         !late
     });
     Ok(patience)
+}
+
+/// The limits of every connection to a store: on the length of rows, and on what statements may do to the file's structure.
+pub(super) async fn protect(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    let mut handle = connection.lock_handle().await?;
+    let handle = handle.as_raw_handle().as_ptr();
+    // SAFETY: the handle is locked, so nobody else uses the connection meanwhile. This option takes a number, and a pointer
+    // that may be null.
+    unsafe {
+        ffi::sqlite3_limit(handle, ffi::SQLITE_LIMIT_LENGTH, LONGEST);
+        ffi::sqlite3_db_config(
+            handle,
+            ffi::SQLITE_DBCONFIG_DEFENSIVE,
+            1 as c_int,
+            std::ptr::null_mut::<c_int>(),
+        );
+    }
+    Ok(())
 }
 
 /// Limits the sizes of values and statements on a connection.

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
+use sqlx::{AssertSqlSafe, Connection};
 
-use super::connection::{options, path_of};
-use super::{BUSY_TIMEOUT, StoreError, function, host, lease, objects, series};
+use super::connection::{self, options, path_of};
+use super::{BUSY_TIMEOUT, StoreError, deadline, function, host, lease, objects, sandbox, series};
 use crate::artifact;
 
 /// Every migration, in order. Append only.
@@ -35,11 +35,14 @@ const UNPACKED: usize = 2;
 /// `rtrt`: distinguishes retort's history from other SQLite databases.
 pub(super) const APPLICATION_ID: i64 = 0x7274_7274;
 
+/// Most memory that SQLite takes in a process that reads a store: 1 GiB, caches and rows that are not yet used included.
+const MOST_MEMORY: &str = "1073741824";
+
 /// Opens the store, creating or migrating it if necessary.
 pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreError> {
     let path = path_of(dir);
     migrate(dir, MIGRATIONS).await?;
-    Ok(pool(options(&path), 4))
+    Ok(pool(4).connect_lazy_with(options(&path)))
 }
 
 /// Opens for queries only. An older schema is migrated first, through a writable connection.
@@ -58,7 +61,11 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
     }
     let known = newest(MIGRATIONS);
     // Few rows are buffered at a time, because the rows of a user's query may be long.
-    let mut read = options(&path).read_only(true).row_buffer_size(8);
+    let mut read = options(&path)
+        .read_only(true)
+        .row_buffer_size(8)
+        // Many long rows can share the same pages of a small file.
+        .pragma("hard_heap_limit", MOST_MEMORY);
     let state = match inspect(&read, &path).await {
         Ok(state) => state,
         // A database in WAL mode needs two more files next to it. If they are absent and cannot be created, nobody else
@@ -90,7 +97,14 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
         })?;
     }
     // Queries on many runs visit thousands of pages once. Mapped pages are neither read nor copied.
-    Ok(pool(read.pragma("mmap_size", "2147418112"), 2))
+    let read = read.pragma("mmap_size", "2147418112");
+    let pool = pool(2).before_acquire(|connection, _| {
+        Box::pin(async move {
+            deadline::watch(connection).await?;
+            Ok(true)
+        })
+    });
+    Ok(pool.connect_lazy_with(read))
 }
 
 /// Brings the database of `dir` to the last of `migrations`. Makes the directory and the file if necessary.
@@ -116,7 +130,7 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     }
     let options = existing;
     let at = |error: sqlx::Error| StoreError::from(error).at(&path);
-    let mut connection = options.connect().await.map_err(at)?;
+    let mut connection = connection::connect(&options).await.map_err(at)?;
     let state = read_state(&mut connection).await.map_err(at)?;
     check_version(&state, known, &path)?;
     if state.version == known {
@@ -221,7 +235,7 @@ pub(super) async fn check_is_store(path: &Path) -> Result<i64, StoreError> {
 
 async fn inspect(options: &SqliteConnectOptions, path: &Path) -> Result<State, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(path);
-    let mut connection = options.connect().await.map_err(at)?;
+    let mut connection = connection::connect(options).await.map_err(at)?;
     let state = read_state(&mut connection).await.map_err(at)?;
     let applied = usize::try_from(state.version).unwrap_or(0);
     if state.application == APPLICATION_ID
@@ -247,15 +261,20 @@ async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Er
     })
 }
 
-fn pool(options: SqliteConnectOptions, connections: u32) -> SqlitePool {
+fn pool(connections: u32) -> SqlitePoolOptions {
     SqlitePoolOptions::new()
         .max_connections(connections)
         .acquire_timeout(BUSY_TIMEOUT * 2)
         .test_before_acquire(false)
         .idle_timeout(None)
         .max_lifetime(None)
-        .after_connect(|connection, _| Box::pin(function::register(connection)))
-        .connect_lazy_with(options)
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                sandbox::protect(connection).await?;
+                function::register(connection).await?;
+                deadline::watch(connection).await
+            })
+        })
 }
 
 pub(super) fn wal_of(path: &Path) -> PathBuf {

@@ -14,6 +14,7 @@ use crate::table::{Cell, Rows};
 
 mod filters;
 mod hosts;
+mod limits;
 mod migrations;
 mod points;
 mod transfer;

@@ -10,8 +10,8 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
-use sqlx::{ConnectOptions, Connection};
 
 use super::scratch::{self, ScratchDir};
 use super::{RunId, StoreError, connection, schema};
@@ -135,10 +135,12 @@ async fn export_whole(
 /// A connection that may write to `main`, with another database to read from under the name `source`.
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
-    let mut connection = connection::options(main).connect().await.map_err(at)?;
+    let options = connection::options(main);
+    let mut connection = connection::connect(&options).await.map_err(at)?;
     // Within a transaction, each statement saves the old content of the pages that it changes. For a run these are dozens,
     // because its parameters are stored by name. In a file, perhaps on another disk, that would be most of the work.
-    sqlx::raw_sql("pragma temp_store = memory")
+    // Of a damaged page of an export's source, the rows that can be read are read.
+    sqlx::raw_sql("pragma temp_store = memory; pragma cell_size_check = off")
         .execute(&mut connection)
         .await
         .map_err(at)?;

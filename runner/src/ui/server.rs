@@ -21,9 +21,12 @@ use super::guard::{AccessDecision, Guard};
 use super::reply::{Content, Reply, TEXT};
 use super::request::{self, Fields, PageRequest};
 use super::{ServerState, route};
+use crate::store;
 
 /// The time limit for a request's headers.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the statements for one answer may take. They also end when the browser no longer waits.
+const LONGEST: Duration = Duration::from_secs(60);
 /// The most bytes of a form.
 const FORM: usize = 64 << 10;
 
@@ -87,7 +90,7 @@ async fn answer(
                         form,
                     };
                     let _at_work = activity.begin();
-                    route::answer(site, &request).await
+                    store::within(LONGEST, route::answer(site, &request)).await
                 }
             },
         },

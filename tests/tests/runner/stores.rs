@@ -10,6 +10,7 @@ use std::time::Duration;
 use retort::store::{Access, RunState, Store};
 use retort_tests::skip::{leave_out, skip};
 
+use crate::imports::change;
 use crate::lab::{Lab, block_on, fifo, wait_for};
 
 /// Mounts a file system of a given kind on a directory, as long as the value lives; None without the right to mount.
@@ -261,6 +262,27 @@ fn a_damaged_store_is_told_and_what_is_left_is_saved() {
         .expect(0);
     let runs = fresh.retort(&["runs", "list", "--json"]).expect(0).json();
     assert!(!runs.as_array().unwrap().is_empty());
+}
+
+#[test]
+fn a_row_longer_than_any_that_retort_writes_is_an_error() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    // Without a log, so that it is written once.
+    change(
+        &lab.store_dir().join("history.db"),
+        "pragma journal_mode = off; pragma synchronous = off;
+         update runs set note = cast(zeroblob(202000000) as text)",
+    );
+    for command in [
+        &["runs", "list"] as &[&str],
+        &["runs", "show"],
+        &["compare", "latest", "latest"],
+    ] {
+        lab.retort(command)
+            .expect(1)
+            .saying(&["a row is longer than 192 MiB"]);
+    }
 }
 
 #[test]
