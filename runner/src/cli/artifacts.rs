@@ -1,10 +1,14 @@
 //! `retort artifacts`.
 
 use std::collections::HashSet;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 use retort_checkpoint::published::{self, ArtifactNetwork, Kind};
+use serde::Serializer as _;
+use serde::ser::SerializeSeq as _;
 
 use crate::artifact::file_name;
 use crate::artifact::{self, Layout};
@@ -117,69 +121,93 @@ pub(super) fn path(artifact: &ArtifactRow, context: &Context) -> String {
 
 /// Artifacts, a row each.
 pub(super) fn rows(artifacts: &[ArtifactRow], context: &Context) -> Rows {
-    let mut rows = Rows::new(&[
-        "hash", "kind", "stage", "run", "made", "size", "files", "picture",
-    ]);
+    let mut rows = Rows::new(&HEADS);
     for row in artifacts {
-        let artifact = &row.artifact;
-        let preview = artifact.meta.preview.as_ref();
-        let stage = if row.is_output {
-            row.stage.clone()
-        } else {
-            format!("{}/{}", row.stage, artifact.name)
-        };
-        rows.push([
-            Cell::hash(&artifact.hash),
-            artifact.kind.as_str().into(),
-            stage.into(),
-            row.run.0.as_str().into(),
-            row.created.into(),
-            Cell::bytes(artifact.size),
-            (artifact.files.len() as u64).into(),
-            preview
-                .map(|preview| format!("{}/{preview}", path(row, context)))
-                .into(),
-        ]);
+        rows.push(cells(row, context));
     }
     rows
 }
 
+const HEADS: [&str; 8] = [
+    "hash", "kind", "stage", "run", "made", "size", "files", "picture",
+];
+
+fn cells(row: &ArtifactRow, context: &Context) -> [Cell; HEADS.len()] {
+    let artifact = &row.artifact;
+    let preview = artifact.meta.preview.as_ref();
+    let stage = if row.is_output {
+        row.stage.clone()
+    } else {
+        format!("{}/{}", row.stage, artifact.name)
+    };
+    [
+        Cell::hash(&artifact.hash),
+        artifact.kind.as_str().into(),
+        stage.into(),
+        row.run.0.as_str().into(),
+        row.created.into(),
+        Cell::bytes(artifact.size),
+        (artifact.files.len() as u64).into(),
+        preview
+            .map(|preview| format!("{}/{preview}", path(row, context)))
+            .into(),
+    ]
+}
+
 fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     let style = args.format.style(context);
-    let mut artifacts = context.runtime()?.block_on(async {
+    if style == Style::Json {
+        return list_as_json(args, context);
+    }
+    let mut rows = Rows::new(&HEADS);
+    each(args, context, |row| {
+        rows.push(cells(&row, context));
+        ControlFlow::Continue(())
+    })?;
+    Ok(output::print(&rows.render(style))?)
+}
+
+/// Writes each artifact as soon as it is read: its list of files may be long.
+fn list_as_json(args: &ListArgs, context: &Context) -> Result<(), Error> {
+    let mut out = output::stdout();
+    let mut serializer = serde_json::Serializer::pretty(&mut out);
+    let mut list = serializer.serialize_seq(None).map_err(io::Error::from)?;
+    let mut written = Ok(());
+    each(args, context, |row| {
+        let mut shown = serde_json::json!(row);
+        shown["path"] = path(&row, context).into();
+        written = list.serialize_element(&shown);
+        match written {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    })?;
+    let ended = written.and_then(|()| list.end());
+    ended.map_err(io::Error::from)?;
+    writeln!(out)?;
+    Ok(out.flush()?)
+}
+
+/// Passes the artifacts that are to be listed to `take`, the newest first.
+fn each(
+    args: &ListArgs,
+    context: &Context,
+    mut take: impl FnMut(ArtifactRow) -> ControlFlow<()>,
+) -> Result<(), Error> {
+    context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = match args.run.as_ref().or(args.only_run.as_ref()) {
             Some(reference) => Some(store.resolve_run(reference).await?),
             None => None,
         };
-        let artifacts = store.list_artifacts(run.as_ref()).await?;
+        let wanted = |row: ArtifactRow| match &args.kind {
+            Some(kind) if row.artifact.kind != *kind => ControlFlow::Continue(()),
+            _ => take(row),
+        };
+        store.each_artifact(run.as_ref(), wanted).await?;
         store.close().await;
-        Ok::<_, Error>(artifacts)
-    })?;
-    artifacts.retain(|row| {
-        args.kind
-            .as_ref()
-            .is_none_or(|kind| row.artifact.kind == *kind)
-    });
-    artifacts.reverse();
-    let text = match style {
-        Style::Json => {
-            let with_path = |row: &ArtifactRow| {
-                let mut shown = serde_json::json!(row);
-                shown["path"] = path(row, context).into();
-                shown
-            };
-            format!(
-                "{:#}\n",
-                artifacts
-                    .iter()
-                    .map(with_path)
-                    .collect::<serde_json::Value>()
-            )
-        }
-        style => rows(&artifacts, context).render(style),
-    };
-    Ok(output::print(&text)?)
+        Ok::<_, Error>(())
+    })
 }
 
 fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {

@@ -1,5 +1,7 @@
 //! Queries on recorded runs. One named function per query.
 
+use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use retort_abi::{ArtifactMeta, Description, Failure};
@@ -258,6 +260,9 @@ pub struct LastExecution {
     pub state: StageState,
 }
 
+/// Artifacts whose lists of files are read at the same time: each may take as much memory as a value of a row.
+const LISTS_AT_ONCE: usize = 16;
+
 impl Store {
     /// Runs, the newest first unless the filter says otherwise.
     ///
@@ -345,13 +350,33 @@ impl Store {
         &self,
         run: Option<&RunId>,
     ) -> Result<Vec<ArtifactRow>, StoreError> {
+        let mut all = Vec::new();
+        let take = |row| {
+            all.push(row);
+            ControlFlow::Continue(())
+        };
+        self.each_artifact(run, take).await?;
+        all.reverse();
+        Ok(all)
+    }
+
+    /// Passes the same artifacts to `take`, the newest first, until that has enough. Their lists of files, which may be long,
+    /// are read a few at a time.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn each_artifact(
+        &self,
+        run: Option<&RunId>,
+        mut take: impl FnMut(ArtifactRow) -> ControlFlow<()>,
+    ) -> Result<(), StoreError> {
         // Two separate conditions, because SQLite can push each into the view. Otherwise it would compute the whole view.
         let (key, wanted) = match run {
             Some(run) => (self.run_key(run).await?, "v.run = ?1"),
             None => (None, "?1 is null and v.reused = 0"),
         };
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta, r.id as run, s.name as stage,
+            "select o.artifact as hash, o.kind, o.name, f.size, o.meta, r.id as run, s.name as stage,
                     v.attempt, v.reused, coalesce(a.output = o.artifact, 0) as is_output, o.created,
                     (select json_group_array(i.artifact) from inputs i where i.attempt = o.attempt) as made_from
              from v_stage_attempts v
@@ -361,24 +386,44 @@ impl Store {
              join stages s on s.key = v.stage
              join runs r on r.key = v.run
              where {wanted}
-             order by s.run, s.position, s.key, o.key"
+             order by s.run desc, s.position desc, s.key desc, o.key desc"
         )))
         .bind(key)
         .fetch_all(self.pool())
         .await?;
+        for rows in rows.chunks(LISTS_AT_ONCE) {
+            let lists = self.file_lists(rows).await?;
+            for row in rows {
+                let hash: &str = row.try_get("hash")?;
+                // One without a list has been removed since.
+                let Some(files) = lists.get(hash) else {
+                    continue;
+                };
+                if take(artifact_row(row, files.clone())?).is_break() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The lists of files of the artifacts in these rows, by hash.
+    async fn file_lists(
+        &self,
+        rows: &[SqliteRow],
+    ) -> Result<HashMap<String, Vec<ArtifactFile>>, StoreError> {
+        let hashes: Vec<&str> = rows
+            .iter()
+            .map(|row| row.try_get("hash"))
+            .collect::<Result<_, _>>()?;
+        let rows = sqlx::query(
+            "select hash, files from artifacts where hash in (select value from json_each(?1))",
+        )
+        .bind(serde_json::json!(hashes).to_string())
+        .fetch_all(self.pool())
+        .await?;
         rows.iter()
-            .map(|row| {
-                Ok(ArtifactRow {
-                    artifact: artifact_record(row)?,
-                    run: RunId(row.try_get("run")?),
-                    stage: row.try_get("stage")?,
-                    attempt: AttemptId(row.try_get("attempt")?),
-                    reused: row.try_get("reused")?,
-                    is_output: row.try_get("is_output")?,
-                    created: Time(row.try_get("created")?),
-                    made_from: json(row, "made_from")?,
-                })
-            })
+            .map(|row| Ok((row.try_get("hash")?, json(row, "files")?)))
             .collect()
     }
 
@@ -395,7 +440,8 @@ impl Store {
         .bind(hash)
         .fetch_optional(self.pool())
         .await?;
-        Ok(row.as_ref().map(artifact_record).transpose()?)
+        let record = |row: &SqliteRow| artifact_record(row, json(row, "files")?);
+        Ok(row.as_ref().map(record).transpose()?)
     }
 
     /// The newest successful attempt with a digest.
@@ -420,7 +466,7 @@ impl Store {
             Ok(ReusableAttempt {
                 attempt: AttemptId(row.try_get("attempt")?),
                 run: RunId(row.try_get("run")?),
-                output: artifact_record(&row)?,
+                output: artifact_record(&row, json(&row, "files")?)?,
             })
         })
         .transpose()
@@ -666,13 +712,29 @@ fn source_stage(row: &SqliteRow) -> Result<Option<SourceStage>, sqlx::Error> {
     }))
 }
 
-fn artifact_record(row: &SqliteRow) -> Result<ArtifactRecord, sqlx::Error> {
+fn artifact_row(row: &SqliteRow, files: Vec<ArtifactFile>) -> Result<ArtifactRow, sqlx::Error> {
+    Ok(ArtifactRow {
+        artifact: artifact_record(row, files)?,
+        run: RunId(row.try_get("run")?),
+        stage: row.try_get("stage")?,
+        attempt: AttemptId(row.try_get("attempt")?),
+        reused: row.try_get("reused")?,
+        is_output: row.try_get("is_output")?,
+        created: Time(row.try_get("created")?),
+        made_from: json(row, "made_from")?,
+    })
+}
+
+fn artifact_record(
+    row: &SqliteRow,
+    files: Vec<ArtifactFile>,
+) -> Result<ArtifactRecord, sqlx::Error> {
     Ok(ArtifactRecord {
         hash: row.try_get("hash")?,
         kind: row.try_get("kind")?,
         name: row.try_get("name")?,
         size: row.try_get::<i64, _>("size")?.cast_unsigned(),
-        files: json::<Vec<ArtifactFile>>(row, "files")?,
+        files,
         meta: json::<ArtifactMeta>(row, "meta")?,
     })
 }

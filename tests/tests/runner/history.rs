@@ -5,6 +5,7 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
+use crate::imports::change;
 use crate::lab::{Lab, Running, ended};
 
 /// A store with three runs of one recipe: it ran; half of it was reused; it failed.
@@ -149,6 +150,29 @@ fn only_what_differs_is_compared() {
     assert_eq!(rows[1]["about"], "picture");
     let picture = rows[1]["values"][0].as_str().unwrap();
     assert!(std::path::Path::new(picture).exists() || lab.dir.path().join(picture).exists());
+}
+
+#[test]
+fn long_lists_of_files_are_held_a_few_at_a_time() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    // 300 results with the same artifact, whose list of files takes a megabyte.
+    change(
+        &lab.store_dir().join("history.db"),
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 10000)
+         update artifacts set files = (select json_group_array(
+             json_object('path', 'file' || i, 'size', 1, 'hash', hex(zeroblob(32)))) from n);
+         with recursive n(i) as (select 2 union all select i + 1 from n where i < 300)
+         insert into outputs (attempt, artifact, kind, name, meta, created)
+         select attempt, artifact, kind, name, meta, created from outputs, n",
+    );
+    let mut command = lab.command(&["artifacts", "list", "--format", "csv"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let listed = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+    let (code, usage) = ended(child);
+    assert_eq!(code, Some(0));
+    assert_eq!(listed.lines().count(), 301);
+    assert!(usage.ru_maxrss < 300_000, "{} kB", usage.ru_maxrss);
 }
 
 #[test]
