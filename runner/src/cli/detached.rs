@@ -6,29 +6,40 @@ use crate::cli::{Context, Error, output};
 use crate::cluster::slurm::{ElementStatus, Slurm, SlurmError, State};
 use crate::store::{DetachedJobs, Store};
 
-/// Asks Slurm about runs with unfinished jobs but no runner, and corrects their states in the store. Returns those that Slurm
-/// still runs, or whose state is unknown.
+/// Runs with unfinished jobs but no runner, after Slurm was asked about them.
+pub struct Asked {
+    /// Those that Slurm still runs, or whose state is unknown.
+    pub left: Vec<DetachedJobs>,
+    /// Why their states could not be asked.
+    pub silence: Option<SlurmError>,
+}
+
+/// As [`ask`], and says why Slurm could not be asked.
 pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
+    let Asked { left, silence } = ask(store).await?;
+    if let Some(error) = silence
+        && !context.quiet
+    {
+        output::say(&format!(
+            "{error}; runs that were left to it are shown as they were last known"
+        ));
+    }
+    Ok(left)
+}
+
+/// Asks Slurm about runs with unfinished jobs but no runner, and corrects their states in the store.
+pub async fn ask(store: &Store) -> Result<Asked, Error> {
     let mut left = store.left_to_scheduler().await?;
+    let asked = |left, silence| Ok(Asked { left, silence });
     if left.is_empty() {
-        return Ok(left);
+        return asked(left, None);
     }
     let slurm = Slurm::default();
-    let silent = |error: SlurmError| {
-        if !context.quiet {
-            output::say(&format!(
-                "{error}; runs that were left to it are shown as they were last known"
-            ));
-        }
-    };
     for run in &mut left {
         for name in &run.names {
             match slurm.find(name).await {
                 Ok(job) => run.jobs.extend(job),
-                Err(error) => {
-                    silent(error);
-                    return Ok(left);
-                }
+                Err(error) => return asked(left, Some(error)),
             }
         }
     }
@@ -39,10 +50,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
     });
     let known = match known.await {
         Ok(known) => known,
-        Err(error) => {
-            silent(error);
-            return Ok(left);
-        }
+        Err(error) => return asked(left, Some(error)),
     };
     let mut alive = Vec::new();
     for run in left {
@@ -64,7 +72,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
         let _ = store.scheduler_says(&run, waiting).await;
         alive.push(run);
     }
-    Ok(alive)
+    asked(alive, None)
 }
 
 /// The most frequent reason.

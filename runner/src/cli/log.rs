@@ -6,7 +6,8 @@ use clap::ValueEnum;
 
 use crate::artifact::Layout;
 use crate::cli::spooled::Spools;
-use crate::cli::{Context, Error, Format, FormatArgs, detached, output};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, detached, output};
+use crate::cluster::slurm::SlurmError;
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, CellStyle, Rows};
 use crate::terminal::{clean_line, paint};
@@ -136,12 +137,13 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
         let mut after = 0;
         let mut begun = false;
         let mut headed = false;
+        let (mut silence, mut cannot_ask) = (None, None);
         let (mut ask_at, mut look_at) = (tokio::time::Instant::now(), tokio::time::Instant::now());
         loop {
             // Another machine may have taken the store up since the last look.
             store.check_host().await?;
             if tokio::time::Instant::now() >= ask_at {
-                detached::refresh(&store, context).await?;
+                cannot_ask = ask(&store, &run, &mut silence, context).await?;
                 ask_at = tokio::time::Instant::now() + ASK;
             }
             // Read the state first, so that everything logged before the end is still printed.
@@ -155,7 +157,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
             }
             let state = detail.summary.state;
             let over = !state.is_under_way();
-            if (over || tokio::time::Instant::now() >= look_at)
+            if (over || cannot_ask.is_some() || tokio::time::Instant::now() >= look_at)
                 && has_no_runner(&store, &run, state).await?
             {
                 look_at = tokio::time::Instant::now() + LOOK;
@@ -172,11 +174,48 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
                 store.close().await;
                 return Ok::<_, Error>((run, detail));
             }
+            if let Some(error) = cannot_ask.take() {
+                store.close().await;
+                return Err(error);
+            }
             tokio::time::sleep(INTERVAL).await;
         }
     })?;
     say_end(&ended.0, &ended.1, context);
     Ok(())
+}
+
+/// Asks Slurm about the run, if that has no runner. Returns an error if it can never be asked here: then nobody on this machine
+/// will learn of the run's end.
+async fn ask(
+    store: &Store,
+    run: &RunId,
+    silence: &mut Option<String>,
+    context: &Context,
+) -> Result<Option<Error>, Error> {
+    let asked = detached::ask(store).await?;
+    let Some(error) = asked.silence else {
+        *silence = None;
+        return Ok(None);
+    };
+    if !asked.left.iter().any(|left| left.run == *run) {
+        return Ok(None);
+    }
+    if matches!(error, SlurmError::NotInstalled { .. }) {
+        let message = format!("the jobs of run {run} cannot be followed here");
+        return Ok(Some(
+            Error::new(Exit::Internal, message)
+                .cause(&error)
+                .hint("`retort tail`, or `retort resume`, on a machine that has Slurm goes on"),
+        ));
+    }
+    let said = error.to_string();
+    // It is asked again, and says the same for as long as it is down.
+    if silence.as_ref() != Some(&said) && !context.quiet {
+        output::say(&format!("{said}; the run is shown as it was last known"));
+    }
+    *silence = Some(said);
+    Ok(None)
 }
 
 /// Whether no runner collects the output of a run's jobs.

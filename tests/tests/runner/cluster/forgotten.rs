@@ -394,6 +394,27 @@ fn what_a_job_said_while_the_runner_left_is_in_the_log() {
 }
 
 #[test]
+fn tail_ends_where_slurm_cannot_be_asked() {
+    let cluster = Forgetful::new();
+    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
+    let mut running = cluster.start_run();
+    let spool = cluster.spool(1);
+    running.wait_for_words("submitted as job");
+    let _writer = begin(&spool);
+    running.signal(9);
+    running.end();
+    let mut tail = cluster.command(&["tail"]);
+    let tail = tail.env("PATH", cluster.path("nothing"));
+    let tail = tail.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let tail = Running::new(tail.spawn().unwrap());
+    tail.end().expect(1).saying(&[
+        "cannot be followed here",
+        "was not found on PATH",
+        "`retort resume`",
+    ]);
+}
+
+#[test]
 fn a_runner_leaves_once_every_element_has_a_job() {
     let cluster = FakeSlurm::divided();
     cluster.program("scontrol", "echo 'MaxArraySize = 2'");
