@@ -16,6 +16,7 @@ pub mod dataset;
 pub mod detached;
 pub mod doctor;
 pub mod error;
+pub mod event_loop;
 pub mod execution;
 pub mod gc;
 pub mod graph;
@@ -53,6 +54,7 @@ use crate::table::Style;
 use crate::terminal;
 
 pub use error::{Error, Exit};
+use event_loop::EventLoop;
 
 /// What was typed.
 #[derive(Debug, Parser)]
@@ -395,14 +397,11 @@ impl Context {
         }
     }
 
-    /// A single-threaded runtime for the store and the executor, the only async code.
-    pub fn runtime(&self) -> Result<tokio::runtime::Runtime, Error> {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| {
-                Error::new(Exit::Internal, "the event loop could not start").cause(&error)
-            })
+    /// The event loop for the store and the executor, the only async code.
+    pub fn runtime(&self) -> Result<EventLoop, Error> {
+        EventLoop::start().map_err(|error| {
+            Error::new(Exit::Internal, "the event loop could not start").cause(&error)
+        })
     }
 }
 

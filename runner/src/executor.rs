@@ -17,7 +17,7 @@ use crate::executor::spec::RunContext;
 use crate::input::FileSnapshot;
 use crate::plan::Plan;
 use crate::plan::decision::Role;
-use crate::store::{AttemptState, HashTrust, RunState, Store};
+use crate::store::{AttemptState, HashTrust, RunId, RunState, Store, StoreError};
 
 pub mod attempt;
 pub mod control;
@@ -46,6 +46,9 @@ pub use report::{Outcome, RunReport, StageReport};
 use describe::new_run;
 use report::why;
 use scheduler::Scheduler;
+
+/// How often a run writes a heartbeat.
+const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// How long a detached run's last rows may take.
 const LAST_ROWS: Duration = Duration::from_secs(10);
@@ -83,7 +86,7 @@ pub async fn execute(
 /// Runs a plan concurrently with others, under the same control.
 ///
 /// # Errors
-/// As [`execute`].
+/// As [`execute`]; [`ExecutorError::Interrupted`] if a signal comes while the files of its stages are hashed.
 pub async fn execute_beside(
     plan: &Plan,
     roles: &[Role],
@@ -92,7 +95,12 @@ pub async fn execute_beside(
     listener: Listener,
     control: &Control,
 ) -> Result<RunReport, ExecutorError> {
-    let sources = sources(plan, roles, &store).await?;
+    let mut signals = control.follow();
+    let sources = tokio::select! {
+        biased;
+        _ = signals.next() => return Err(ExecutorError::Interrupted),
+        sources = sources(plan, roles, &store) => sources?,
+    };
     carry_out(plan, roles, sources, store, options, listener, control).await
 }
 
@@ -141,7 +149,11 @@ async fn carry_out(
         scheduler.work(control.follow()).await?;
         Ok::<_, ExecutorError>(scheduler)
     };
-    let scheduler = match outcome.await {
+    let outcome = tokio::select! {
+        outcome = outcome => outcome,
+        taken = heartbeats(&store, &run) => Err(taken),
+    };
+    let scheduler = match outcome {
         Ok(scheduler) => scheduler,
         Err(error) => {
             // Best effort: a store that refused a write may refuse this one too; then the run shows as lost.
@@ -203,6 +215,21 @@ async fn check_given(plan: &Plan, layout: &Layout, store: &Store) -> Result<(), 
         }
     }
     Ok(())
+}
+
+/// Writes heartbeats while the run is under way, whatever its scheduler waits for. Ends only with an error: another machine has
+/// taken the history, and nothing that happens here could be recorded.
+async fn heartbeats(store: &Store, run: &RunId) -> ExecutorError {
+    let mut due = tokio::time::interval_at(tokio::time::Instant::now() + HEARTBEAT, HEARTBEAT);
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        due.tick().await;
+        match store.heartbeat(run).await {
+            Ok(()) => {}
+            Err(error @ StoreError::Elsewhere { .. }) => return error.into(),
+            Err(error) => tracing::debug!("heartbeat: {error}"),
+        }
+    }
 }
 
 /// Detaches from a run's jobs, which the cluster continues.
@@ -270,4 +297,53 @@ async fn sources(
         }
     }
     Ok(sources)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::plan::fake;
+    use crate::store::{Access, RunFilter};
+
+    #[tokio::test]
+    async fn a_signal_while_files_are_hashed_ends_a_run_before_it_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), Access::ReadWrite).await.unwrap();
+        let store = Arc::new(store);
+        let text = "version: 1\nbackend: fake\nstages:\n  codes: {kind: tokenizer, data: d.csv}\n";
+        let plan = fake::plan(text, &[]).unwrap();
+        let roles = vec![Role::Wanted; plan.stages.len()];
+        let options = Options {
+            jobs: NonZeroUsize::MIN,
+            keep_going: false,
+            grace: Duration::ZERO,
+            command: Vec::new(),
+            environment: serde_json::Value::Null,
+            resumed_from: None,
+            runs: NonZeroUsize::MIN,
+            sweep: None,
+            rung: None,
+            cluster: None,
+            training_board: None,
+            leave: DetachPolicy::Never,
+            slurm: Vec::new(),
+        };
+        let control = Control::default();
+        control.send(libc::SIGINT);
+        let listener: Listener = Arc::new(|_| {});
+        let work = execute_beside(
+            &plan,
+            &roles,
+            Arc::clone(&store),
+            &options,
+            listener,
+            &control,
+        );
+        let ended = work.await;
+        assert!(matches!(ended, Err(ExecutorError::Interrupted)));
+        let runs = store.list_runs(&RunFilter::default()).await.unwrap();
+        assert!(runs.is_empty());
+    }
 }

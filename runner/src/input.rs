@@ -345,6 +345,18 @@ impl Listing {
         &self,
         remembered: &BTreeMap<String, Folder>,
     ) -> Result<(FileSnapshot, BTreeMap<String, Folder>), InputError> {
+        self.hashed_while(&|| true, remembered)
+    }
+
+    /// The same, for as long as the hashes are wanted.
+    ///
+    /// # Errors
+    /// [`InputError`], also if they are not wanted any more.
+    pub fn hashed_while(
+        &self,
+        is_wanted: &dyn Fn() -> bool,
+        remembered: &BTreeMap<String, Folder>,
+    ) -> Result<(FileSnapshot, BTreeMap<String, Folder>), InputError> {
         let mut anew: BTreeMap<String, Folder> = BTreeMap::new();
         let mut list = blake3::Hasher::new();
         let mut single = String::new();
@@ -365,7 +377,7 @@ impl Listing {
                 None => {
                     let path = self.at(name);
                     let file = regular::open(&path).map_err(failed("open", &path))?;
-                    content_hash(file).map_err(failed("read", &path))?
+                    content_hash_while(is_wanted, file).map_err(failed("read", &path))?
                 }
             };
             young |= known.is_none() && is_young;
@@ -482,14 +494,34 @@ impl Folder {
     }
 }
 
+/// A reader that fails as soon as its content is not wanted any more.
+struct WhileWanted<'w, R> {
+    is_wanted: &'w dyn Fn() -> bool,
+    reader: R,
+}
+
+impl<R: Read> Read for WhileWanted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match (self.is_wanted)() {
+            true => self.reader.read(buffer),
+            false => Err(io::Error::other("nobody waits for its hash any more")),
+        }
+    }
+}
+
 /// BLAKE3 of an open file's bytes.
 ///
 /// # Errors
 /// It cannot be read, or is longer than reported: some files are endless.
 pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
+    content_hash_while(&|| true, file)
+}
+
+fn content_hash_while(is_wanted: &dyn Fn() -> bool, file: File) -> io::Result<blake3::Hash> {
     let length = file.metadata()?.len();
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file.take(length.saturating_add(1)))?;
+    let reader = file.take(length.saturating_add(1));
+    hasher.update_reader(WhileWanted { is_wanted, reader })?;
     if hasher.count() > length {
         let message = format!(
             "it has more than the {length} bytes that it is said to have; does another program write it?"

@@ -314,6 +314,7 @@ impl From<ExecutorError> for Error {
             }
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
+            ExecutorError::Interrupted => Self::new(Exit::Interrupted, error.to_string()),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {
                 Self::new(Exit::Internal, error.to_string())
             }

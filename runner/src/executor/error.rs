@@ -41,6 +41,9 @@ pub enum ExecutorError {
         /// The stage.
         stage: String,
     },
+    /// A signal ended it while files were read that its stages name.
+    #[error("interrupted before the run began")]
+    Interrupted,
     /// A basic operation of the operating system failed.
     #[error("{what}: {source}")]
     System {

@@ -24,9 +24,6 @@ use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
 use crate::store::{ArtifactRecord, ReusableAttempt, RunId, StageId, StoreError};
 
-/// How often the run writes a heartbeat.
-const HEARTBEAT: Duration = Duration::from_secs(5);
-
 /// How often to check whether everything has been submitted, so that the runner can exit.
 const LEAVE: Duration = Duration::from_millis(500);
 
@@ -156,8 +153,6 @@ impl<'p> Scheduler<'p> {
 
     /// Runs all stages that can run.
     pub(super) async fn work(&mut self, mut signals: Follower) -> Result<(), ExecutorError> {
-        let mut heartbeat = tokio::time::interval(HEARTBEAT);
-        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.settle().await?;
             self.launch();
@@ -191,14 +186,6 @@ impl<'p> Scheduler<'p> {
                         *stop = (*stop).max(Stop::AtCheckpoint);
                         asks
                     });
-                }
-                _ = heartbeat.tick() => {
-                    match self.context.store.heartbeat(&self.run).await {
-                        Ok(()) => {}
-                        // Another machine has taken the history: nothing that happens here could be recorded.
-                        Err(error @ StoreError::Elsewhere { .. }) => return Err(error.into()),
-                        Err(error) => tracing::debug!("heartbeat: {error}"),
-                    }
                 }
             }
         }
@@ -528,8 +515,16 @@ async fn find_success(
     context: &RunContext,
     digest: &str,
 ) -> Result<Option<ReusableAttempt>, StoreError> {
-    let found = context.store.find_success(digest).await?;
-    Ok(found.filter(|success| context.layout.holds(&success.output)))
+    let Some(success) = context.store.find_success(digest).await? else {
+        return Ok(None);
+    };
+    // It asks for the size of each file. That may take long, and heartbeats are due meanwhile.
+    let layout = context.layout.clone();
+    let held = tokio::task::spawn_blocking(move || {
+        let is_held = layout.holds(&success.output);
+        is_held.then_some(success)
+    });
+    Ok(held.await.unwrap_or(None))
 }
 
 /// Starts a stage as soon as no other process is running the same.
@@ -565,7 +560,12 @@ async fn run_stage(
         empty(work.path())?;
     }
     for source in &mut spec.sources {
-        if let Err(message) = source.begin(&context.store).await {
+        let begun = tokio::select! {
+            begun = source.begin(&context.store) => begun,
+            _ = stop.changed() => return Ok(StageEnd::Stopped),
+            () = context.left() => return Ok(StageEnd::Stopped),
+        };
+        if let Err(message) = begun {
             let end = End::InputChanged { message };
             return Ok(StageEnd::Attempted(
                 attempt::refuse(context, spec, end).await?,

@@ -345,3 +345,13 @@ fn more_files_than_can_be_held_are_refused() {
         assert!(said.starts_with(root.path().to_str().unwrap()), "{said}");
     }
 }
+
+#[test]
+fn hashing_ends_when_nobody_waits_for_it() {
+    let root = filled(&[("a", &"x".repeat(1 << 20))]);
+    let listing = Listing::of(&root.path().join("a"), FileKind::File).unwrap();
+    let looks = std::cell::Cell::new(0);
+    let is_wanted = || looks.replace(looks.get() + 1) < 2;
+    assert!(listing.hashed_while(&is_wanted, &BTreeMap::new()).is_err());
+    assert_eq!(looks.get(), 3);
+}

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Row};
@@ -49,7 +50,14 @@ impl Store {
                 })
             }
         };
-        let hashed = tokio::task::spawn_blocking(move || listing.hashed(&known)).await;
+        // After Ctrl-C nobody waits for the thread, which would otherwise read to the end of its files.
+        let waiting = Arc::new(());
+        let waiter = Arc::downgrade(&waiting);
+        let hashed = tokio::task::spawn_blocking(move || {
+            listing.hashed_while(&|| waiter.strong_count() > 0, &known)
+        })
+        .await;
+        drop(waiting);
         let hashed = hashed.unwrap_or_else(|error| Err(InputError::interrupted(path, error)));
         let (snapshot, anew) = hashed?;
         if let Err(error) = self.remember_files(&anew).await {

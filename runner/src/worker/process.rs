@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use retort_abi::Failure;
@@ -27,6 +27,10 @@ use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long to wait for a dead worker's remaining output: processes that left its group may hold the pipes open.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// How long after SIGKILL a worker is given up. The kernel lets it do nothing more by itself, but does not end it while it waits
+/// for a disk or a device. With much memory to give back that takes a while.
+const UNKILLABLE: Duration = Duration::from_secs(120);
 
 /// How many of a dead worker's last lines are reported.
 const LAST_LINES: usize = 8;
@@ -58,6 +62,8 @@ pub struct Worker {
     exit: Option<JoinHandle<WorkerExit>>,
     /// Its exit, once known; reported after everything that it left behind has been read.
     ended: Option<(WorkerExit, tokio::time::Instant)>,
+    /// When it was first sent SIGKILL.
+    killed: OnceLock<tokio::time::Instant>,
 }
 
 /// Something a worker did.
@@ -241,6 +247,7 @@ impl Worker {
             stderr: Lines::new(OwnedFd::from(stderr))?,
             exit: Some(exit),
             ended: None,
+            killed: OnceLock::new(),
         })
     }
 
@@ -261,6 +268,9 @@ impl Worker {
     pub fn signal(&self, signal: i32) {
         if self.exit.is_some() {
             signal_group(self.pid, signal);
+            if signal == libc::SIGKILL {
+                self.killed.get_or_init(tokio::time::Instant::now);
+            }
         }
     }
 
@@ -304,7 +314,20 @@ impl Worker {
                 self.ended = Some((exit, tokio::time::Instant::now()));
             }
             () = tokio::time::sleep(DRAIN), if ended => {}
+            () = given_up(self.killed.get()), if self.exit.is_some() => {
+                self.exit = None;
+                let exit = WorkerExit { status: ExitStatus::Signal(libc::SIGKILL), usage: Usage::default(), out_of_memory: None };
+                self.ended = Some((exit, tokio::time::Instant::now()));
+            }
         }
+    }
+}
+
+/// Waits until a worker that was killed at this time is given up; forever if it was not.
+async fn given_up(killed: Option<&tokio::time::Instant>) {
+    match killed {
+        Some(killed) => tokio::time::sleep_until(*killed + UNKILLABLE).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -504,5 +527,32 @@ impl Lines {
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_that_does_not_die_is_given_up() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (stdout, _written) = io::pipe().unwrap();
+        let (stderr, _said) = io::pipe().unwrap();
+        let killed = tokio::time::Instant::now() - UNKILLABLE;
+        let mut worker = Worker {
+            // No process has it.
+            pid: i32::MAX as u32,
+            wire: WorkerSocket::new(ours).unwrap(),
+            stdout: Lines::new(stdout.into()).unwrap(),
+            stderr: Lines::new(stderr.into()).unwrap(),
+            exit: Some(tokio::spawn(std::future::pending())),
+            ended: None,
+            killed: OnceLock::from(killed),
+        };
+        let WorkerEvent::Exited(exit) = worker.next().await else {
+            panic!("its end was expected");
+        };
+        assert!(matches!(exit.status, ExitStatus::Signal(libc::SIGKILL)));
     }
 }

@@ -260,8 +260,10 @@ impl<'a> SweepScheduler<'a> {
             if let Some(signal) = signal {
                 self.interrupt(signal, under_way.len());
             }
-            if let Some((next, report)) = ended {
-                self.take_back(next, report?)?;
+            match ended {
+                // It had not begun.
+                None | Some((_, Err(ExecutorError::Interrupted))) => {}
+                Some((next, report)) => self.take_back(next, report?)?,
             }
         }
     }
