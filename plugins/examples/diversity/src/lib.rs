@@ -6,12 +6,15 @@
 //! and no diversity.
 //!
 //! The artifact's format is the runner's documentation: a `manifest.json` that names shards, safetensors with `labels` (n)
-//! and `images` (n, c, H, W), as bytes or as f32 in [0, 1]. One shard is in memory at a time.
+//! and `images` (n, c, H, W), as bytes or as f32 in [0, 1]. One shard is in memory at a time. A set may come from anybody, so
+//! both are read with retort's own reader of such files, within its limits.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use retort_abi::*;
+use retort_checkpoint::regular;
+use retort_checkpoint::sample_shards::{Shard, read_manifest};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -178,21 +181,24 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 /// What is read of `manifest.json`.
 #[derive(Deserialize)]
 struct Manifest {
+    format: u32,
     shards: Vec<Shard>,
 }
 
-/// A file of samples.
-#[derive(Deserialize)]
-struct Shard {
-    file: String,
-}
+/// The version of the format.
+const FORMAT: u32 = 1;
+/// The most bytes of a shard: a thousand images of 1024 x 1024 in f32 take less.
+const LONGEST_SHARD: u64 = 16 << 30;
+/// The most bytes of its header, which has an entry for each of a few tensors.
+const LONGEST_HEADER: u64 = 1 << 20;
 
 /// The first `max` images of each class of a sample artifact.
 fn read_classes(dir: &Path, max: usize) -> Result<Classes, Failure> {
-    let path = dir.join("manifest.json");
-    let bad = |what: String| bad(&path, what);
-    let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let manifest = read_manifest(dir, FORMAT, |manifest: &Manifest| {
+        (manifest.format, &manifest.shards)
+    });
+    let manifest =
+        manifest.map_err(|error| Failure::new(FailureCode::BadData, error.to_string()))?;
     let mut classes = Classes::new();
     for shard in &manifest.shards {
         read_shard(&dir.join(&shard.file), max, &mut classes)?;
@@ -207,7 +213,15 @@ fn bad(path: &Path, what: String) -> Failure {
 /// Adds the images of a shard to their classes, up to `max` of each.
 fn read_shard(path: &Path, max: usize, classes: &mut Classes) -> Result<(), Failure> {
     let bad = |what: String| bad(path, what);
-    let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
+    let bytes = regular::read(path, LONGEST_SHARD).map_err(|error| bad(error.to_string()))?;
+    let length = bytes
+        .first_chunk()
+        .map_or(0, |length| u64::from_le_bytes(*length));
+    if length > LONGEST_HEADER {
+        return Err(bad(format!(
+            "a header of {length} bytes, expected at most {LONGEST_HEADER}"
+        )));
+    }
     let file = SafeTensors::deserialize(&bytes).map_err(|error| bad(error.to_string()))?;
     let tensor = |name: &str| file.tensor(name).map_err(|error| bad(error.to_string()));
     let (labels, images) = (tensor("labels")?, tensor("images")?);
@@ -283,5 +297,32 @@ mod tests {
     fn one_image_has_no_distance() {
         let measured = measure(&Classes::from([(0, vec![vec![0.5]])]), 0.1);
         assert_eq!((measured.mean_distance, measured.twins), (0.0, 0));
+    }
+
+    /// What is said of a set with these files.
+    fn refused(files: &[(&str, &[u8])]) -> String {
+        let dir = std::env::temp_dir().join(format!("diversity-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        for (name, bytes) in files {
+            std::fs::write(dir.join(name), bytes).unwrap();
+        }
+        let said = read_classes(&dir, 2).unwrap_err().message;
+        std::fs::remove_dir_all(&dir).unwrap();
+        said
+    }
+
+    #[test]
+    fn sets_are_read_within_limits() {
+        let shards = |shards: &str| format!("{{\"format\": 1, \"shards\": [{shards}]}}");
+        let elsewhere = shards("{\"file\": \"../s\", \"start\": 0, \"end\": 1}");
+        let said = refused(&[("manifest.json", elsewhere.as_bytes())]);
+        assert!(said.contains("not a valid shard"), "{said}");
+        let heavy = shards(&"{\"\":0},".repeat(1 << 20));
+        let said = refused(&[("manifest.json", heavy.as_bytes())]);
+        assert!(said.contains("MiB of memory"), "{said}");
+        let one = shards("{\"file\": \"s\", \"start\": 0, \"end\": 1}");
+        let header = (2_u64 << 20).to_le_bytes();
+        let said = refused(&[("manifest.json", one.as_bytes()), ("s", &header)]);
+        assert!(said.contains("a header of 2097152 bytes"), "{said}");
     }
 }
