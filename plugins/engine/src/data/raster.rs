@@ -11,11 +11,13 @@ use std::io::Cursor;
 use std::panic::AssertUnwindSafe;
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{
+    ColorType, DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage,
+};
 use retort_checkpoint::images;
 
 use super::memory_pool::MOST_MEMORY;
-use super::{decoding_cost, memory_pool};
+use super::{decoding_cost, memory_pool, tiff};
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,15 +70,17 @@ pub fn format(start: &[u8]) -> Option<ImageFormat> {
 }
 
 /// An image whose header has been read, and checked.
-pub(super) struct Opened<D> {
+pub(super) struct Opened<'c, D> {
     pub(super) decoder: D,
     format: ImageFormat,
     turned: Orientation,
     /// Bytes that decoding takes in addition to the file.
     memory: u64,
+    /// Its pixels, if they lie in the file as they are.
+    raw: Option<Vec<&'c [u8]>>,
 }
 
-pub(super) fn open(content: &[u8]) -> Result<Opened<impl ImageDecoder + '_>, String> {
+pub(super) fn open(content: &[u8]) -> Result<Opened<'_, impl ImageDecoder + '_>, String> {
     let Some(format) = format(content) else {
         let found = match content {
             [] => "an empty file",
@@ -123,11 +127,21 @@ pub(super) fn open(content: &[u8]) -> Result<Opened<impl ImageDecoder + '_>, Str
         true => decoder.total_bytes(),
         false => 0,
     };
+    let raw = match format {
+        ImageFormat::Tiff => tiff::raw(content),
+        _ => None,
+    };
+    let bytes = |strips: &Vec<&[u8]>| strips.iter().map(|strip| strip.len() as u64).sum::<u64>();
+    let raw = raw.filter(|strips| converted == 0 && bytes(strips) == decoder.total_bytes());
     let stored = decoder.original_color_type().bits_per_pixel();
+    let buffers = match raw {
+        Some(_) => 0,
+        None => pixels * decoding_cost::of_pixels(content, format, stored),
+    };
     let memory = decoder
         .total_bytes()
         .saturating_add(converted.max(copied))
-        .saturating_add(pixels * decoding_cost::of_pixels(content, format, stored))
+        .saturating_add(buffers)
         .saturating_add(beside);
     let all = memory.saturating_add(content.len() as u64);
     if all > MOST_MEMORY {
@@ -142,6 +156,7 @@ pub(super) fn open(content: &[u8]) -> Result<Opened<impl ImageDecoder + '_>, Str
         format,
         turned,
         memory,
+        raw,
     })
 }
 
@@ -211,9 +226,12 @@ pub(super) fn decode_then<T>(
     })
 }
 
-fn pixels_of(opened: Opened<impl ImageDecoder>, background: [u8; 3]) -> Result<Raster, String> {
+fn pixels_of(opened: Opened<'_, impl ImageDecoder>, background: [u8; 3]) -> Result<Raster, String> {
     let turned = opened.turned;
-    let mut image = DynamicImage::from_decoder(opened.decoder).map_err(fault)?;
+    let mut image = match opened.raw {
+        Some(strips) => of_strips(&strips, &opened.decoder)?,
+        None => DynamicImage::from_decoder(opened.decoder).map_err(fault)?,
+    };
     image.apply_orientation(turned);
     let (height, width) = (image.height() as usize, image.width() as usize);
     let (grey, clear) = (!image.color().has_color(), image.color().has_alpha());
@@ -236,6 +254,17 @@ fn pixels_of(opened: Opened<impl ImageDecoder>, background: [u8; 3]) -> Result<R
         channels,
         pixels,
     })
+}
+
+/// The image that lies in strips as it is.
+fn of_strips(strips: &[&[u8]], decoder: &impl ImageDecoder) -> Result<DynamicImage, String> {
+    let (width, height) = decoder.dimensions();
+    let pixels = strips.concat();
+    let image = match decoder.color_type().has_color() {
+        true => RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8),
+        false => GrayImage::from_raw(width, height, pixels).map(DynamicImage::ImageLuma8),
+    };
+    image.ok_or_else(|| "strips of another size than the image".to_owned())
 }
 
 /// Pixels with opacity as last value, laid over a colour.

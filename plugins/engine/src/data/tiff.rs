@@ -115,6 +115,46 @@ pub(super) fn check(content: &[u8]) -> Result<u64, String> {
     }
 }
 
+/// The strips of an image whose pixels lie in the file as they are decoded: grey or RGB, of 8 bits, not packed. None for any
+/// other, and if strips are missing.
+pub(super) fn raw(content: &[u8]) -> Option<Vec<&[u8]>> {
+    let directory = Directory::read(content).ok()??;
+    let number = |tag, absent| directory.numbers(tag).next().unwrap_or(absent);
+    let all = |tag, wanted| directory.numbers(tag).all(|value| value == wanted);
+    let samples = number(tag::SAMPLES, 1);
+    // Of these tags 1 means: as it is.
+    let plain = [
+        tag::COMPRESSION,
+        tag::PLANAR,
+        tag::PREDICTOR,
+        tag::SAMPLE_FORMAT,
+    ];
+    let others = [tag::EXTRA_SAMPLES, tag::TILE_OFFSETS];
+    let is_raw = matches!((number(tag::PHOTOMETRIC, 0), samples), (1, 1) | (2, 3))
+        && directory.numbers(tag::BITS).count() as u64 == samples
+        && all(tag::BITS, 8)
+        && plain.into_iter().all(|tag| all(tag, 1))
+        && !others.iter().any(|tag| directory.entries.contains_key(tag));
+    if !is_raw {
+        return None;
+    }
+    let (width, height) = (number(tag::WIDTH, 0), number(tag::HEIGHT, 0));
+    let rows = number(tag::ROWS_PER_STRIP, height);
+    let mut strips = Vec::new();
+    let mut below = height;
+    let offsets = directory.numbers(tag::STRIP_OFFSETS);
+    for (start, length) in offsets.zip(directory.numbers(tag::STRIP_LENGTHS)) {
+        let high = rows.min(below);
+        if high == 0 || width.checked_mul(samples)?.checked_mul(high)? != length {
+            return None;
+        }
+        let (start, length) = (usize::try_from(start).ok()?, usize::try_from(length).ok()?);
+        strips.push(content.get(start..start.checked_add(length)?)?);
+        below -= high;
+    }
+    (below == 0).then_some(strips)
+}
+
 /// A tag's values.
 #[derive(Clone, Copy)]
 struct Entry {
@@ -369,6 +409,58 @@ mod tests {
         let said = check(content).unwrap_err();
         assert!(said.contains(expected), "{said}");
         assert_eq!(raster::header(content).unwrap_err(), said);
+    }
+
+    /// Entries of an RGB image of these sides, packed in this way, a strip for so many rows.
+    fn rgb((width, height): (u32, u32), compression: u32, rows: u32) -> Vec<(u32, u32, Vec<u32>)> {
+        let entries = [
+            (256, vec![width]),
+            (257, vec![height]),
+            (258, vec![8; 3]),
+            (259, vec![compression]),
+            (262, vec![2]),
+            (277, vec![3]),
+            (278, vec![rows]),
+        ];
+        entries.map(|(tag, values)| (tag, 4, values)).to_vec()
+    }
+
+    #[test]
+    fn pixels_that_are_not_packed_are_taken_as_they_are() {
+        let pixels: Vec<u8> = (0..8 * 5 * 3).collect();
+        let strips = [&pixels[..72], &pixels[72..]];
+        let content = tiff(false, &rgb((8, 5), 1, 3), &strips);
+        assert_eq!(raw(&content).unwrap(), strips);
+        let decoded = raster::decode(&content, [0; 3]).unwrap();
+        assert_eq!((decoded.width, decoded.height), (8, 5));
+        assert_eq!((decoded.channels, decoded.pixels), (3, pixels.clone()));
+        let grey = tiff(true, &grey(4, 1, 2), &[&pixels[..16], &pixels[16..32]]);
+        assert_eq!(raw(&grey).unwrap().concat(), pixels[..32]);
+        assert_eq!(raster::decode(&grey, [0; 3]).unwrap().pixels, pixels[..32]);
+        // Packed, short, with too few strips, with others than colours.
+        let alpha = [rgb((8, 5), 1, 3), vec![(338, 3, vec![0])]].concat();
+        for content in [
+            tiff(false, &rgb((8, 5), 8, 3), &strips),
+            tiff(false, &rgb((8, 5), 1, 3), &[strips[0], &strips[1][1..]]),
+            tiff(false, &rgb((8, 5), 1, 3), &strips[..1]),
+            tiff(false, &alpha, &strips),
+        ] {
+            assert!(raw(&content).is_none());
+        }
+        for length in 0..content.len() {
+            let _ = raw(&content[..length]);
+        }
+    }
+
+    #[test]
+    fn the_largest_image_may_lie_in_a_tiff_as_it_is() {
+        let pixels = vec![0; 8192 * 8192 * 3];
+        let content = |compression| tiff(false, &rgb((8192, 8192), compression, 8192), &[&pixels]);
+        let header = raster::header(&content(1)).unwrap();
+        assert_eq!((header.width, header.height), (8192, 8192));
+        // A packed one needs a buffer.
+        let said = raster::header(&content(5)).unwrap_err();
+        assert!(said.contains("takes 576 MiB to decode"), "{said}");
     }
 
     #[test]
