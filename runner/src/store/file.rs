@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use futures_util::TryStreamExt;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Row};
 
@@ -77,15 +78,15 @@ impl Store {
         let wanted = serde_json::Value::from(folders).to_string();
         let rows = sqlx::query(
             "select path, files from file_hashes where path in (select value from json_each(?1))",
-        )
-        .bind(wanted)
-        .fetch_all(self.pool())
-        .await?;
-        let rows = rows.iter().map(|row| {
+        );
+        // Row by row: all of them may take half a gigabyte.
+        let mut rows = rows.bind(wanted).fetch(self.pool());
+        let mut folders = BTreeMap::new();
+        while let Some(row) = rows.try_next().await? {
             let files: &[u8] = row.try_get("files")?;
-            Ok((row.try_get("path")?, Folder::unpack(files)))
-        });
-        rows.collect()
+            folders.insert(row.try_get("path")?, Folder::unpack(files));
+        }
+        Ok(folders)
     }
 
     /// Caches the entries of these folders, all at once; also through a store opened for reading.
