@@ -122,7 +122,7 @@ pub(super) async fn protect(connection: &mut SqliteConnection) -> Result<(), sql
         ffi::sqlite3_db_config(
             handle,
             ffi::SQLITE_DBCONFIG_DEFENSIVE,
-            1 as c_int,
+            c_int::from(true),
             std::ptr::null_mut::<c_int>(),
         );
     }
