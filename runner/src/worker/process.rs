@@ -28,8 +28,8 @@ use crate::worker::{LONGEST_LINE, shortened};
 /// How long to wait for a dead worker's remaining output: processes that left its group may hold the pipes open.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// How long after SIGKILL a worker is given up. It executes nothing of its own any more, but the kernel does not end it while it
-/// waits for a disk or a device, and needs a while to take back much memory.
+/// How long after SIGKILL a worker is given up. It executes nothing of its own any more, but the kernel does not end it while
+/// it waits for a disk or a device, and needs a while to take back much memory.
 const UNKILLABLE: Duration = Duration::from_secs(120);
 
 /// How many of a dead worker's last lines are reported.
