@@ -157,10 +157,10 @@ fn what_slurm_did_not_hear_is_cancelled_again() {
 /// A runner that takes the job over goes on counting.
 #[test]
 fn a_held_job_is_released_as_often_as_it_may_be_by_all_runners_together() {
-    let fake = Fake::new();
+    let fake = FakeSlurm::of_one_job();
     fake.program(
         "scontrol",
-        "echo \"$@\" >> requests; echo 'MaxArraySize = 1001'",
+        "echo \"$@\" >> \"$SIM/requests\"; echo 'MaxArraySize = 1001'",
     );
     let releases = || {
         let requests = fs::read_to_string(fake.path("requests")).unwrap_or_default();
@@ -169,9 +169,9 @@ fn a_held_job_is_released_as_often_as_it_may_be_by_all_runners_together() {
     };
     // Slurm tries to launch it only once.
     fake.queue("1|N/A|PENDING|Priority|\n");
-    let mut running = fake.start(&["run", "r.yaml", "-v", "--slurm", "requeue=1"]);
+    let mut running = start(&fake, &["run", "r.yaml", "-v", "--slurm", "requeue=1"]);
     running.wait_for_words("submitted as job");
-    let spool = fake.spool();
+    let spool = fake.spool(1);
     fake.queue("1|N/A|PENDING|launch failed requeued held|\n");
     wait_for("its release, and a note of it", || {
         let noted = spool::releases(&spool::element_dir(&spool, 0));
@@ -179,7 +179,7 @@ fn a_held_job_is_released_as_often_as_it_may_be_by_all_runners_together() {
     });
     running.signal(KILL);
     running.end();
-    let said = fake.start(&["resume", "--slurm", "requeue=1"]).end();
+    let said = start(&fake, &["resume", "--slurm", "requeue=1"]).end();
     said.expect(100).saying(&["Slurm could not launch job 1"]);
     assert_eq!(releases(), 1);
 }
