@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -49,11 +48,8 @@ pub struct Args {
 
 /// Serves pages until Ctrl-C.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let runtime = context.runtime()?;
-    let result = runtime.block_on(serve(args, context));
-    // Unfinished downloads may be cut off.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    // At its end unfinished downloads may be cut off.
+    context.runtime()?.block_on(serve(args, context))
 }
 
 async fn serve(args: &Args, context: &Context) -> Result<(), Error> {

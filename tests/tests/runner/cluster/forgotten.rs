@@ -395,9 +395,9 @@ fn what_a_job_said_while_the_runner_left_is_in_the_log() {
 
 #[test]
 fn tail_ends_where_slurm_cannot_be_asked() {
-    let cluster = Forgetful::new();
-    fs::write(cluster.path("queue"), "1|N/A|RUNNING|None|n1\n").unwrap();
-    let mut running = cluster.start_run();
+    let cluster = FakeSlurm::new();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let mut running = start_run(&cluster);
     let spool = cluster.spool(1);
     running.wait_for_words("submitted as job");
     let _writer = begin(&spool);
