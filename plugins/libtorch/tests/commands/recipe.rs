@@ -1,6 +1,6 @@
 //! Both plugins in one recipe, through the real binary: each reads the other's artifacts, and both train alike.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use retort_tests::digits::Digits;
@@ -107,7 +107,7 @@ fn a_recipe_may_change_plugins_between_its_stages() {
 
 /// What a command of the real binary prints as JSON.
 fn retort(dir: &Path, arguments: &[&str]) -> Value {
-    let output = Command::new(binary())
+    let output = Command::new(crate::binary())
         .args(arguments)
         .args(["--json", "--store"])
         .arg(dir.join("store"))
@@ -121,18 +121,4 @@ fn retort(dir: &Path, arguments: &[&str]) -> Value {
         String::from_utf8_lossy(&output.stderr)
     );
     serde_json::from_slice(&output.stdout).expect("JSON")
-}
-
-/// The binary beside the plugins; tests lie two directories below.
-fn binary() -> PathBuf {
-    let this = std::env::current_exe().expect("this test's path");
-    let dir = this.ancestors().nth(2).expect("target/release");
-    for file in ["retort", "libretort_candle.so", "libretort_libtorch.so"] {
-        assert!(
-            dir.join(file).exists(),
-            "{} is missing: make build libtorch",
-            dir.join(file).display()
-        );
-    }
-    dir.join("retort")
 }

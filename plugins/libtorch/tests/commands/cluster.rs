@@ -1,12 +1,12 @@
 //! A training whose workers are on two nodes of a real Slurm, with libtorch's own collective between them.
 
-use lab::Lab;
 use retort_tests::digits::Digits;
-use site::Site;
+
+use self::lab::Lab;
+use self::site::Site;
 
 /// What the cluster's set-up needs of a laboratory.
 mod lab {
-    use std::path::PathBuf;
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ mod lab {
 
     impl Lab {
         pub fn command(&self, arguments: &[&str]) -> Command {
-            let mut command = Command::new(binary());
+            let mut command = Command::new(crate::binary());
             command
                 .args(arguments)
                 .arg("--store")
@@ -26,17 +26,6 @@ mod lab {
                 .stdin(Stdio::null());
             command
         }
-    }
-
-    /// The binary beside the plugins; tests lie two directories below.
-    fn binary() -> PathBuf {
-        let this = std::env::current_exe().expect("this test's path");
-        let dir = this.ancestors().nth(2).expect("target/release");
-        assert!(
-            dir.join("libretort_libtorch.so").exists(),
-            "make build libtorch"
-        );
-        dir.join("retort")
     }
 
     pub struct CommandOutput {
@@ -73,7 +62,7 @@ mod lab {
     }
 }
 
-#[path = "../../../tests/tests/runner/cluster/site.rs"]
+#[path = "../../../../tests/tests/runner/cluster/site.rs"]
 #[allow(dead_code)]
 mod site;
 

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use retort_tests::digits::Digits;
@@ -40,15 +41,28 @@ const LONG: [&str; 3] = [
 struct Lab(tempfile::TempDir);
 
 impl Lab {
-    /// A directory with the recipe.
+    /// A directory with the recipe and its store, in which one process has trained everything. Each test has a copy.
     fn new() -> Self {
+        static TRAINED: OnceLock<PathBuf> = OnceLock::new();
+        let trained = TRAINED.get_or_init(|| {
+            let place = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            let kept = place.join("trained");
+            let _ = std::fs::remove_dir_all(&kept);
+            let lab = Self(tempfile::tempdir_in(place).expect("a directory"));
+            std::fs::write(lab.0.path().join("r.yaml"), TEACHER.recipe(STUDENT)).expect("a recipe");
+            lab.retort(&["run", "r.yaml"]);
+            std::fs::rename(lab.0.path(), &kept).expect("it is kept");
+            kept
+        });
         let dir = tempfile::tempdir().expect("a directory");
-        std::fs::write(dir.path().join("r.yaml"), TEACHER.recipe(STUDENT)).expect("a recipe");
+        let mut copy = Command::new("cp");
+        copy.arg("-a").arg(trained.join(".")).arg(dir.path());
+        assert!(copy.status().expect("cp").success());
         Self(dir)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        self.completed(Command::new(binary()), arguments)
+        self.completed(Command::new(crate::binary()), arguments)
     }
 
     /// A command that begins with the binary, with its other arguments.
@@ -99,19 +113,18 @@ impl Lab {
         rows[0]["reason"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Runs a long training of two workers, or starts it.
-    fn long(&self, seed: &str, more: &[&str]) -> Command {
-        let mut command = self.command(&["run", "r.yaml", "--grace", "2s", "--set", seed]);
+    /// A training of two workers that is long enough to be disturbed.
+    fn long(&self) -> Command {
+        let mut command = self.command(&["run", "r.yaml", "--grace", "2s"]);
         for setting in LONG {
             command.args(["--set", setting]);
         }
-        command.args(more);
         command
     }
 
     /// Starts it, and waits for its first checkpoint; returns the process of a rank too.
-    fn start(&self, seed: &str, rank: usize) -> (Child, i32) {
-        let child = self.long(seed, &[]).spawn().expect("the binary runs");
+    fn start(&self, rank: usize) -> (Child, i32) {
+        let child = self.long().spawn().expect("the binary runs");
         self.wait_for_checkpoint();
         let pid = self.rank(&child, rank, 2);
         (child, pid)
@@ -164,32 +177,10 @@ fn signal(pid: i32, name: &str) {
     assert!(done.expect("kill").success());
 }
 
-/// The binary beside the plugins; tests lie two directories below.
-fn binary() -> PathBuf {
-    let this = std::env::current_exe().expect("this test's path");
-    let dir = this.ancestors().nth(2).expect("target/release");
-    for file in ["retort", "libretort_libtorch.so"] {
-        assert!(
-            dir.join(file).exists(),
-            "{} is missing: make build libtorch",
-            dir.join(file).display()
-        );
-    }
-    dir.join("retort")
-}
-
-#[test]
-fn n_workers_train_as_one_does_and_what_happens_to_one_ends_all() {
-    let lab = Lab::new();
-    curves(&lab);
-    sharding(&lab);
-    torchrun(&lab);
-    fewer(&lab);
-    faults(&lab);
-}
-
 /// A sharded optimiser gives the same bits.
-fn sharding(lab: &Lab) {
+#[test]
+fn shards_of_the_optimiser_change_nothing() {
+    let lab = Lab::new();
     for (stage, workers) in [("codes", 2), ("student", 4)] {
         let force = format!("--force={stage}");
         let workers = format!("stages.{stage}.workers={workers}");
@@ -205,7 +196,9 @@ fn sharding(lab: &Lab) {
 }
 
 /// Processes started by somebody else find their ranks in the variables of `torchrun`.
-fn torchrun(lab: &Lab) {
+#[test]
+fn processes_of_torchrun_are_ranks() {
+    let lab = Lab::new();
     let student = ["run", "r.yaml", "--until", "student", "--force=student"];
     lab.retort(&[&student[..], &["--set", "stages.student.workers=2"]].concat());
     let hash = lab.hash("student");
@@ -227,7 +220,7 @@ fn torchrun(lab: &Lab) {
             let mut agent = Command::new(python);
             agent.args(["-m", "torch.distributed.run", "--standalone"]);
             agent.args(["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]);
-            agent.arg("--no-python").arg(binary());
+            agent.arg("--no-python").arg(crate::binary());
             let mut agent = lab.completed(agent, &student);
             agent.args(["--executor", "torchrun"]);
             let ended = agent.output().expect("Python runs");
@@ -282,7 +275,9 @@ fn python_with_torch() -> Option<PathBuf> {
 }
 
 /// Workers die each time: the training continues with fewer while there are enough; the history says why.
-fn fewer(lab: &Lab) {
+#[test]
+fn training_continues_with_fewer_workers() {
+    let lab = Lab::new();
     let mut command = lab.command(&["run", "r.yaml", "--grace", "2s"]);
     for setting in [
         "train.steps=400",
@@ -328,91 +323,126 @@ fn fewer(lab: &Lab) {
     );
 }
 
-fn curves(lab: &Lab) {
-    lab.retort(&["run", "r.yaml"]);
-    for (stage, name, held) in [
-        ("codes", "tokenizer", "held_out_error"),
-        ("teacher", "pretrain", "held_out_loss"),
-        ("student", "distill", "held_out_loss"),
-    ] {
-        let [loss, held] = ["loss", held].map(|figure| format!("{name}/{figure}"));
+#[test]
+fn n_workers_train_a_tokenizer_as_one_does() {
+    train_alike("codes", "tokenizer", "held_out_error");
+}
+
+#[test]
+fn n_workers_train_a_teacher_as_one_does() {
+    train_alike("teacher", "pretrain", "held_out_loss");
+}
+
+#[test]
+fn n_workers_train_a_student_as_one_does() {
+    train_alike("student", "distill", "held_out_loss");
+}
+
+/// Two and four workers have the curves of one: the training loss and the held-out figure.
+fn train_alike(stage: &str, name: &str, held: &str) {
+    let lab = Lab::new();
+    let [loss, held] = ["loss", held].map(|figure| format!("{name}/{figure}"));
+    let (one, held_of_one) = (lab.points(stage, &loss), lab.points(stage, &held));
+    assert!(one.last().unwrap() < &(0.9 * one[0]), "it learns: {one:?}");
+    let hash_alone = lab.hash(stage);
+    for workers in [2, 4] {
         let force = format!("--force={stage}");
-        let alone = ["run", "r.yaml", "--until", stage, &force];
-        lab.retort(&alone);
-        let (one, held_of_one) = (lab.points(stage, &loss), lab.points(stage, &held));
-        assert!(one.last().unwrap() < &(0.9 * one[0]), "it learns: {one:?}");
-        let hash_alone = lab.hash(stage);
-        for workers in [2, 4] {
-            let setting = format!("stages.{stage}.workers={workers}");
-            let run = [&alone[..], &["--set", &setting]].concat();
-            lab.retort(&run);
-            let (many, held_of_many) = (lab.points(stage, &loss), lab.points(stage, &held));
-            let apart = |one: &[f64], many: &[f64]| -> f64 {
-                assert_eq!(one.len(), many.len());
-                let apart = one.iter().zip(many).map(|(a, b)| (b / a - 1.0).abs());
-                apart.fold(0.0, f64::max)
-            };
-            let (first, all) = (apart(&one[..1], &many[..1]), apart(&one, &many));
-            let held = apart(&held_of_one, &held_of_many);
-            println!(
-                "{stage}, {workers} workers: loss {:.6} .. {:.6}, of one {:.6} .. {:.6}; apart {first:.1e} at first, {all:.1e} at \
-                 most; held out {:.6}, of one {:.6}, apart {held:.1e} at most",
-                many[0],
-                many.last().unwrap(),
-                one[0],
-                one.last().unwrap(),
-                held_of_many.last().unwrap(),
-                held_of_one.last().unwrap(),
-            );
-            assert!(first < 1e-5 && all < 5e-3 && held < 5e-3);
-            let hash = lab.hash(stage);
-            assert_ne!(
-                hash, hash_alone,
-                "sums are rounded in another order: it was no single process"
-            );
-            lab.retort(&run);
-            assert_eq!(lab.hash(stage), hash, "the same workers give the same bits");
-        }
+        let setting = format!("stages.{stage}.workers={workers}");
+        let run = ["run", "r.yaml", "--until", stage, &force, "--set", &setting];
+        lab.retort(&run);
+        let (many, held_of_many) = (lab.points(stage, &loss), lab.points(stage, &held));
+        let (first, all) = (apart(&one[..1], &many[..1]), apart(&one, &many));
+        let held = apart(&held_of_one, &held_of_many);
+        println!(
+            "{stage}, {workers} workers: loss {:.6} .. {:.6}, of one {:.6} .. {:.6}; apart {first:.1e} at first, {all:.1e} at \
+             most; held out {:.6}, of one {:.6}, apart {held:.1e} at most",
+            many[0],
+            many.last().unwrap(),
+            one[0],
+            one.last().unwrap(),
+            held_of_many.last().unwrap(),
+            held_of_one.last().unwrap(),
+        );
+        assert!(first < 1e-5 && all < 5e-3 && held < 5e-3);
+        let hash = lab.hash(stage);
+        assert_ne!(
+            hash, hash_alone,
+            "sums are rounded in another order: it was no single process"
+        );
+        lab.retort(&run);
+        assert_eq!(lab.hash(stage), hash, "the same workers give the same bits");
     }
 }
 
-fn faults(lab: &Lab) {
-    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-TERM", 0)];
-    for (number, (what, rank)) in faults.into_iter().enumerate() {
-        let seed = format!("stages.student.seed={number}");
-        let (child, pid) = lab.start(&seed, rank);
-        let runner = i32::try_from(child.id()).expect("a process id");
-        signal(if what == "-TERM" { runner } else { pid }, what);
-        let began = Instant::now();
-        let output = child.wait_with_output().expect("it ends");
-        let (took, reason) = (began.elapsed(), lab.reason());
-        println!(
-            "{what} of rank {rank}: {reason}, after {:.1} s",
-            took.as_secs_f64()
-        );
-        assert!(!output.status.success(), "{}", said(&output));
-        // One that is stopped is known by its silence, for 30 seconds; by themselves the others would wait a little longer.
-        assert!(took < Duration::from_secs(240), "{took:?}");
-        match what {
-            "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
-            "-TERM" => assert_eq!(reason, "interrupted", "{}", said(&output)),
-            _ => assert_eq!(reason, "rank 1 hangs", "{}", said(&output)),
-        }
-        let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
-        assert!(resumed.status.success(), "{}", said(&resumed));
-        let text = said(&resumed);
-        assert!(
-            text.contains("part 1 of 2: distill: continuing from step"),
-            "{text}"
-        );
-        let hash = lab.hash("student");
-        let again = lab.long(&seed, &["--force=student"]).output();
-        let again = again.expect("it runs");
-        assert!(again.status.success(), "{}", said(&again));
-        assert_eq!(
-            lab.hash("student"),
-            hash,
-            "{what}: as if nothing had happened"
-        );
+/// The largest relative distance between two curves.
+fn apart(one: &[f64], many: &[f64]) -> f64 {
+    assert_eq!(one.len(), many.len());
+    let apart = one.iter().zip(many).map(|(a, b)| (b / a - 1.0).abs());
+    apart.fold(0.0, f64::max)
+}
+
+#[test]
+fn a_worker_that_dies_ends_the_attempt() {
+    disturb("-KILL", 1);
+}
+
+#[test]
+fn a_first_worker_that_dies_ends_the_attempt() {
+    disturb("-KILL", 0);
+}
+
+#[test]
+fn a_worker_that_hangs_ends_the_attempt() {
+    disturb("-STOP", 1);
+}
+
+#[test]
+fn a_runner_that_is_ended_ends_its_workers() {
+    disturb("-TERM", 0);
+}
+
+/// A signal to a rank, or to the runner, ends a training. It continues, and its result is as if nothing had happened.
+fn disturb(what: &str, rank: usize) {
+    let lab = Lab::new();
+    let (child, pid) = lab.start(rank);
+    let runner = i32::try_from(child.id()).expect("a process id");
+    signal(if what == "-TERM" { runner } else { pid }, what);
+    let began = Instant::now();
+    let output = child.wait_with_output().expect("it ends");
+    let (took, reason) = (began.elapsed(), lab.reason());
+    println!(
+        "{what} of rank {rank}: {reason}, after {:.1} s",
+        took.as_secs_f64()
+    );
+    assert!(!output.status.success(), "{}", said(&output));
+    // One that is stopped is known by its silence, for 30 seconds; by themselves the others would wait a little longer.
+    assert!(took < Duration::from_secs(240), "{took:?}");
+    match what {
+        "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
+        "-TERM" => assert_eq!(reason, "interrupted", "{}", said(&output)),
+        _ => assert_eq!(reason, "rank 1 hangs", "{}", said(&output)),
     }
+    let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
+    assert!(resumed.status.success(), "{}", said(&resumed));
+    let text = said(&resumed);
+    assert!(
+        text.contains("part 1 of 2: distill: continuing from step"),
+        "{text}"
+    );
+    assert_eq!(
+        lab.hash("student"),
+        undisturbed(),
+        "{what}: as if nothing had happened"
+    );
+}
+
+/// The content hash of the student whose training nothing disturbs.
+fn undisturbed() -> &'static str {
+    static HASH: OnceLock<String> = OnceLock::new();
+    HASH.get_or_init(|| {
+        let lab = Lab::new();
+        let output = lab.long().output().expect("it runs");
+        assert!(output.status.success(), "{}", said(&output));
+        lab.hash("student")
+    })
 }
