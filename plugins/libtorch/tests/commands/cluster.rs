@@ -6,7 +6,7 @@ use self::lab::Lab;
 use self::site::Site;
 
 /// What the cluster's set-up needs of a laboratory.
-mod lab {
+pub mod lab {
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 

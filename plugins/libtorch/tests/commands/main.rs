@@ -8,6 +8,9 @@ mod recipe;
 
 use std::path::PathBuf;
 
+// The cluster's set-up, shared with the runner's tests, looks for it here.
+use cluster::lab;
+
 /// The binary beside the plugins; tests lie two directories below.
 fn binary() -> PathBuf {
     let this = std::env::current_exe().expect("this test's path");
