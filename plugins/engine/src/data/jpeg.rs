@@ -19,6 +19,8 @@ pub(super) struct Frame {
     keeps: bool,
     /// Components in all scans.
     scanned: u64,
+    /// Whether an end of the image follows the first scan.
+    ends: bool,
 }
 
 impl Frame {
@@ -55,6 +57,8 @@ impl Frame {
         // The number of components of a scan follows its length.
         let components = |at: usize| content.get(at + 3).copied().map_or(1, |n| n.clamp(1, 4));
         frame.scanned = components(at).into();
+        let scans = content.get(at..).unwrap_or_default();
+        frame.ends = scans.windows(2).rev().any(|two| two == [0xff, 0xd9]);
         frame.keeps |= frame.scanned < frame.factors.len() as u64;
         if frame.keeps {
             for (place, two) in content[at + 1..].windows(2).enumerate() {
@@ -80,6 +84,7 @@ impl Frame {
                 .collect(),
             keeps: marker == 0xc2,
             scanned: 0,
+            ends: false,
         })
     }
 
@@ -123,6 +128,15 @@ impl Frame {
                 self.width, self.height
             )),
         }
+    }
+}
+
+/// Refuses a JPEG that ends before its image does: the decoder fills the rest with grey and says nothing. Pillow refuses the
+/// same files.
+pub(super) fn check_end(content: &[u8]) -> Result<(), String> {
+    match Frame::of(content)? {
+        Some(frame) if frame.ends => Ok(()),
+        _ => Err("a truncated JPEG: its end is missing; copy or download it again".into()),
     }
 }
 
@@ -213,6 +227,29 @@ pub(super) mod tests {
             read(&jpeg(0xc0, 8192, &[0x11], &[1; 99])).visited(),
             1 << 20
         );
+    }
+
+    /// The decoder makes an image of any beginning.
+    #[test]
+    fn a_truncated_jpeg_is_damaged() {
+        let formats = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/images/formats");
+        for name in ["grey.jpg", "cmyk.jpg", "progressive.jpg", "smooth.jpg"] {
+            let whole = std::fs::read(format!("{formats}/{name}")).unwrap();
+            let decode = |content: &[u8]| raster::decode(content, [255; 3]);
+            // What stands behind the end is not part of the image.
+            let longer = [&whole[..], b"more"].concat();
+            assert_eq!(decode(&longer), decode(&whole), "{name}");
+            assert!(decode(&whole).is_ok(), "{name}");
+            for length in [whole.len() - 1, whole.len() - 2, whole.len() - 9] {
+                assert_eq!(
+                    decode(&whole[..length]).unwrap_err(),
+                    "a truncated JPEG: its end is missing; copy or download it again",
+                    "{name}, {length} bytes"
+                );
+                // A header is read from the beginning alone.
+                assert!(raster::header(&whole[..length]).is_ok(), "{name}");
+            }
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use image::{
 use retort_checkpoint::images;
 
 use super::memory_pool::MOST_MEMORY;
-use super::{decoding_cost, memory_pool, tiff};
+use super::{decoding_cost, jpeg, memory_pool, tiff};
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -221,6 +221,9 @@ pub(super) fn decode_then<T>(
 ) -> Result<T, String> {
     survived(|| {
         let opened = open(content)?;
+        if opened.format == ImageFormat::Jpeg {
+            jpeg::check_end(content)?;
+        }
         let _permit = memory_pool::DECODERS.take(opened.memory);
         then(pixels_of(opened, background)?)
     })
