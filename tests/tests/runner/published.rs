@@ -495,6 +495,14 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
             distill("timesteps: [0, 6, 6]"),
             "timesteps [0, 6, 6]: expected ascending AR steps from 0",
         ),
+        (
+            sample(&format!("{teacher}, labels: [0, 1, 2]")),
+            "3 labels for 2 samples: expected 1 to 2, which samples take in turn",
+        ),
+        (
+            sample(&format!("{teacher}, labels: []")),
+            "0 labels for 2 samples",
+        ),
     ] {
         check("validate", 3, &stage, expected);
     }
@@ -503,10 +511,6 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
         (
             sample(&format!("{teacher}, labels: [0, 10]")),
             "class 10: the model has the classes 0 to 9",
-        ),
-        (
-            sample(&format!("{teacher}, labels: [0]")),
-            "1 labels for 2 samples",
         ),
         (
             student("timesteps: [0, 16]"),

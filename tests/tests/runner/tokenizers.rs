@@ -181,6 +181,7 @@ fn classes_keep_the_names_of_their_folders() {
     let lab = pictures(
         "
   named: {kind: sample, count: 2, labels: [dogs, cats], grid_columns: 1, sampler: {kind: teacher, teacher: teacher}}
+  turns: {kind: sample, count: 5, labels: [dogs, cats], shard_size: 2, sampler: {kind: teacher, teacher: teacher}}
   like: {kind: sample, count: 6, labels: {images: pictures}, sampler: {kind: teacher, teacher: teacher}}
   eye: {kind: classifier, data: pictures, features: 8, train: {steps: 4, batch: 8}}
   judged: {kind: evaluate, data: pictures, classifier: eye, samples: {like: like}, tokenizers: {reconstruction: codes}}
@@ -193,6 +194,7 @@ fn classes_keep_the_names_of_their_folders() {
         samples.labels
     };
     assert_eq!(labels("named"), [1, 0]);
+    assert_eq!(labels("turns"), [1, 0, 1, 0, 1]);
     assert_eq!(labels("like"), [0, 0, 0, 1, 1, 1]);
     let all = lab
         .retort(&["artifacts", "list", "latest", "--json"])

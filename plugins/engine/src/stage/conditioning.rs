@@ -29,7 +29,7 @@ use crate::weights::CheckpointWeights;
 pub enum Labels {
     /// `balanced`: sample i has class i mod classes; `drawn`: one that is drawn.
     Rule(Rule),
-    /// One class per sample.
+    /// Classes in turn: of n in the list, sample i has the class in place i mod n.
     List(Vec<Class>),
     /// From a file.
     File(TensorFile),
@@ -122,11 +122,15 @@ impl Labels {
         )?;
         let labels = match self {
             Self::Rule(rule) => rule.labels(seed, count, classes),
-            Self::List(list) => list
-                .iter()
-                .map(|class| class.number(names))
-                .collect::<Result<_, _>>()
-                .map_err(|message| Error::option(pointer, message))?,
+            Self::List(list) => {
+                let given: Vec<u32> = list
+                    .iter()
+                    .map(|class| class.number(names))
+                    .collect::<Result<_, _>>()
+                    .map_err(|message| Error::option(pointer, message))?;
+                let in_turn = given.iter().copied().cycle();
+                in_turn.take(count as usize).collect()
+            }
             Self::File(given) => given.indices(base)?,
             Self::Images(ImageProportions { images }) => {
                 let all = Prepared::open(context.input_dir(images)?)?.labels;
@@ -224,9 +228,18 @@ pub struct Conditioning {
 }
 
 impl ConditioningOptions<'_> {
-    /// Refuses contradictions; files that exist already must be valid.
-    pub fn check(&self, base: &Path) -> Result<()> {
+    /// Refuses contradictions, and lists of labels that do not fit `count` samples; files that exist already must be valid.
+    pub fn check(&self, base: &Path, count: u64) -> Result<()> {
         let refuse = |pointer: &str, message: &str| Err(Error::option(pointer, message));
+        if let Some(Labels::List(list)) = self.labels
+            && (list.is_empty() || list.len() as u64 > count)
+        {
+            let message = format!(
+                "{} labels for {count} samples: expected 1 to {count}, which samples take in turn",
+                list.len()
+            );
+            return refuse("/labels", &message);
+        }
         match (self.caption, self.text_encoder, self.features) {
             (Some(_), _, Some(_)) => {
                 return refuse("/features", "captions and features exclude each other");

@@ -160,7 +160,7 @@ impl<B: Backend> Stage<B> for Sample {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.sample_range().check()?;
-        o.conditioning_options().check(base)?;
+        o.conditioning_options().check(base, o.count)?;
         if o.tokens && !o.sampler.chooses() {
             let message = "this sampler makes vectors, not codes: there are no tokens to keep; keep `latents`";
             return Err(Error::option("/tokens", message));

@@ -123,7 +123,7 @@ impl<B: Backend> Stage<B> for Trajectories {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.sample_range().check()?;
-        o.conditioning_options().check(base)
+        o.conditioning_options().check(base, o.count)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
