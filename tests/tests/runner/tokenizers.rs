@@ -69,6 +69,10 @@ fn losses_that_cannot_be_are_refused_before_anything_runs() {
         ("adversarial.start=300", "it would never act"),
         ("family=var", "not for `family: var`"),
         ("entropy={weight: 0.1}", "averaged codes follow no gradient"),
+        // Decays of 1, with which nothing would ever move.
+        ("codebook_ema=1", "less than 1 was expected"),
+        ("train.beta1=1.0", "less than 1 was expected"),
+        ("train.beta2=1", "less than 1 was expected"),
     ] {
         let lab = lab(ADVERSARY);
         let change = format!("against.{change}");

@@ -104,7 +104,7 @@ pub struct Options {
     /// LlamaGen: decay of the moving averages of vectors per code, which then are the codes. If left out, codes
     /// follow the gradient of their squared distance.
     #[serde(default)]
-    #[schemars(range(min = 0, max = 1))]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub codebook_ema: Option<f64>,
     /// Weight of the commitment loss.
     #[serde(default = "commitment")]

@@ -31,10 +31,10 @@ pub struct TrainOptions {
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Decay of AdamW's first moment.
-    #[schemars(range(min = 0, max = 1))]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub beta1: f64,
     /// Decay of AdamW's second moment.
-    #[schemars(range(min = 0, max = 1))]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub beta2: f64,
     /// Largest global norm of the gradient; 0 switches clipping off.
     #[schemars(range(min = 0))]
