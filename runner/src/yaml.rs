@@ -342,6 +342,9 @@ mod tests {
         check("a:\n  b: 1\n\tc: 1\n", Some((3, 1)), "spaces");
         check("a: b: c\n", Some((1, 5)), "quotes");
         check("a: [1, 2\n", Some((2, 1)), "");
+        check("a: {b: ${x.y}}\n", Some((1, 8)), "needs quotes");
+        check("a: [c/${x.y}]\n", Some((1, 7)), "needs quotes");
+        check("a: {b: $ {x}}\n", Some((1, 10)), "closing bracket");
         check("a: 1\n---\nb: 2\n", Some((2, 1)), "one document");
         check("a: !x 1\n", Some((1, 4)), "tag");
         check("a: \u{0}\n", Some((1, 4)), "control");

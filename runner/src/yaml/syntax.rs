@@ -61,6 +61,14 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
                     .to_owned(),
             ),
         )
+    } else if has("flow")
+        && let Some(at) = bare_reference(text, position)
+    {
+        position = at;
+        (
+            "a value with `${...}` needs quotes inside brackets".to_owned(),
+            Some("put the whole value in quotes, as in `size: \"${params.size}\"`".to_owned()),
+        )
     } else if has("flow mapping") || has("flow sequence") || has("flow construct") {
         (
             said.to_owned(),
@@ -145,6 +153,18 @@ fn in_indentation(
         let (column, odd) = indentation.enumerate().find(|(_, c)| is(*c))?;
         let column = column + 1;
         Some((Position { line, column }, odd))
+    })
+}
+
+/// The `$` of a reference whose bracket is at `position`: there YAML begins a mapping.
+fn bare_reference(text: &str, position: Position) -> Option<Position> {
+    let column = position.column.checked_sub(1)?;
+    let line = lines(text).nth(position.line.checked_sub(1)?)?;
+    let mut at = line.chars().skip(column.checked_sub(1)?);
+    let found = (at.next(), at.next()) == (Some('$'), Some('{'));
+    found.then_some(Position {
+        line: position.line,
+        column,
     })
 }
 
