@@ -206,6 +206,8 @@ fn damaged_files_are_told_at_once_before_anything_is_trained() {
     let whole = fs::read(mix.join("cats/rgb.png")).unwrap();
     fs::write(mix.join("cats/cut.png"), &whole[..60]).unwrap();
     fs::write(mix.join("dogs/empty.webp"), "").unwrap();
+    let jpeg = fs::read(mix.join("cats/progressive.jpg")).unwrap();
+    fs::write(mix.join("dogs/half.jpg"), &jpeg[..jpeg.len() / 2]).unwrap();
     fs::write(
         mix.join("dogs/notes.txt"),
         "not an image, and none promised",
@@ -214,9 +216,10 @@ fn damaged_files_are_told_at_once_before_anything_is_trained() {
     let said = lab.retort(&["run", "r.yaml"]);
     assert_ne!(said.code, Some(0));
     let said = said.saying(&[
-        "2 of 14 images are damaged",
+        "3 of 15 images are damaged",
         "cats/cut.png",
         "dogs/empty.webp",
+        "dogs/half.jpg: a truncated JPEG",
         "skip_damaged: true",
     ]);
     assert!(!said.stderr.contains("panicked"));
@@ -225,9 +228,25 @@ fn damaged_files_are_told_at_once_before_anything_is_trained() {
     let said = lab.retort(&["log", "latest"]).expect(0);
     let log = format!("{}{}", said.stdout, said.stderr);
     assert!(
-        log.contains("2 damaged images were left out") && log.contains(".txt 1"),
+        log.contains("3 damaged images were left out") && log.contains(".txt 1"),
         "{log}"
     );
+}
+
+#[test]
+fn the_log_counts_the_damaged_files_that_it_does_not_name() {
+    let stage = "  pictures: {kind: images, data: {folder: mix, size: 16, skip_damaged: true}}\n";
+    let lab = lab(stage, "");
+    let mix = lab.dir.path().join("mix");
+    every_format(&mix);
+    for number in 0..23 {
+        fs::write(mix.join(format!("cats/{number}.png")), "").unwrap();
+    }
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    assert_eq!(said.stderr.matches("found an empty file").count(), 20);
+    said.saying(&["left out: 3 more; manifest.jsonl beside the images lists all 23"]);
+    let manifest = fs::read_to_string(output(&lab, "pictures").1.join("manifest.jsonl")).unwrap();
+    assert_eq!(manifest.matches("\"damaged\":").count(), 23);
 }
 
 #[test]

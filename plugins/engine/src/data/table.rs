@@ -297,6 +297,9 @@ pub(super) fn text(object: &Value, names: &[&str]) -> Result<Option<String>, Str
     Err(format!("`{name}` is {found}: expected a text or a number"))
 }
 
+/// Ends every table: a CSV reader takes the end of a file for the end of a quotation.
+const END: &str = "\u{3}end of table\u{3}";
+
 fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
     let mut reader = open(path)?;
     let start = reader
@@ -315,7 +318,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         // The CR of CR LF is trimmed, so lines are counted correctly.
         .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
-        .from_reader(records);
+        .from_reader(records.chain(b"\n".as_slice()).chain(END.as_bytes()));
     let (mut rows, mut columns, mut held) = (Vec::new(), None, MemoryBudget::default());
     let mut record = csv::StringRecord::new();
     loop {
@@ -333,24 +336,18 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         if record.iter().all(str::is_empty) {
             continue;
         }
-        let place = |names: &[&str]| {
-            for name in names {
-                let bears = |cell: &str| cell.eq_ignore_ascii_case(name);
-                let mut bearing = record.iter().enumerate().filter(|(_, cell)| bears(cell));
-                match (bearing.next(), bearing.next()) {
-                    (Some((one, _)), Some((other, _))) => {
-                        let message = format!(
-                            "line {line}: columns {} and {} are both called `{name}`; remove or rename one",
-                            one + 1,
-                            other + 1
-                        );
-                        return Err(DataError::content(path, message));
-                    }
-                    (Some((column, _)), None) => return Ok(Some(column)),
-                    (None, _) => {}
-                }
+        match (record.len(), record.iter().next_back()) {
+            (1, Some(END)) => return Ok(rows),
+            (_, Some(last)) if last.ends_with(END) => {
+                let message = format!(
+                    "line {line}: a quotation mark that is never closed: all rows after it belong to one cell"
+                );
+                return Err(DataError::content(path, message));
             }
-            Ok(None)
+            _ => {}
+        }
+        let place = |names: &[&str]| {
+            column(&record, names, line).map_err(|message| DataError::content(path, message))
         };
         let (file, label, caption) = match columns {
             Some(columns) => columns,
@@ -393,6 +390,26 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         held.add(&row).map_err(full)?;
         rows.push(row);
     }
+}
+
+/// The column with the first of these names that there is.
+fn column(record: &csv::StringRecord, names: &[&str], line: u64) -> Result<Option<usize>, String> {
+    for name in names {
+        let bears = |cell: &str| cell.eq_ignore_ascii_case(name);
+        let mut bearing = record.iter().enumerate().filter(|(_, cell)| bears(cell));
+        match (bearing.next(), bearing.next()) {
+            (Some((one, _)), Some((other, _))) => {
+                return Err(format!(
+                    "line {line}: columns {} and {} are both called `{name}`; remove or rename one",
+                    one + 1,
+                    other + 1
+                ));
+            }
+            (Some((column, _)), None) => return Ok(Some(column)),
+            (None, _) => {}
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -440,6 +457,14 @@ mod tests {
         assert_eq!(
             rows("l.csv", "a.png\n").unwrap(),
             [row("a.png", None, None, 1)]
+        );
+        // Line breaks in quotation marks, and a last line that none ends.
+        assert_eq!(
+            rows("q.csv", "file,text\na.png,\"a \"\"b\"\"\nc\"\nb.png,\"x\"").unwrap(),
+            [
+                row("a.png", None, Some("a \"b\"\nc"), 2),
+                row("b.png", None, Some("x"), 4)
+            ]
         );
         let lines = "{\"file_name\": \"a.png\", \"label\": 3}\n\n{\"file_name\": \"b.png\", \"label\": 1, \"text\": \"x, y\"}\n";
         let wanted = [
@@ -546,8 +571,18 @@ mod tests {
             ),
             (
                 "m.csv",
-                &format!("file,label\n\"a.png,1\n{}", "b.png,2\n".repeat(1000)),
+                &format!("file,label\n\"a.png,1\n{}\",3\n", "b.png,2\n".repeat(1000)),
                 "m.csv: line 2: a path of ",
+            ),
+            (
+                "m.csv",
+                "file,text\na.png,\"a cat\nb.png,a dog\nc.png,a cow\n",
+                "m.csv: line 2: a quotation mark that is never closed",
+            ),
+            (
+                "m.tsv",
+                "file\ttext\na.png\tx\nb.png\t\"",
+                "m.tsv: line 3: a quotation mark that is never closed",
             ),
             (
                 "m.jsonl",

@@ -19,6 +19,9 @@ use crate::data::source::Source;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 
+/// Damaged files that the log names.
+const NAMED: usize = 20;
+
 /// Options of `images`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -78,8 +81,16 @@ impl<B: Backend> Stage<B> for Images {
         let draft = ArtifactDraft::begin(host, "images", &context.job.stage)?;
         let (description, damaged) =
             prepared::write(source, draft.path(), work, &mut |done| goes_on(done, total))?;
-        for Damaged { name, why } in damaged.iter().take(20) {
+        for Damaged { name, why } in damaged.iter().take(NAMED) {
             host.log(LogLevel::Warn, &format!("left out: {name}: {why}"));
+        }
+        if damaged.len() > NAMED {
+            let message = format!(
+                "left out: {} more; manifest.jsonl beside the images lists all {}",
+                damaged.len() - NAMED,
+                damaged.len()
+            );
+            host.log(LogLevel::Warn, &message);
         }
         let Description {
             count,
