@@ -144,8 +144,13 @@ impl Archive {
                 Some(start) if start <= self.size => start,
                 _ if from == 0 => return Err(self.fault("it ends")),
                 // GNU tar ends archives with empty blocks, others simply end.
-                _ if from >= self.size => return Ok(None),
-                _ => return Err(self.fault("it ends in the middle of a header")),
+                _ if from == self.size => return Ok(None),
+                // The last file may be whole, but none that followed it.
+                _ => {
+                    return Err(
+                        self.fault("it ends in the middle of a block; was all of it copied?")
+                    );
+                }
             };
             self.read(from, &mut head)?;
             if head == [0; BLOCK] {

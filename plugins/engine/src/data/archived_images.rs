@@ -358,6 +358,16 @@ pub(super) mod tests {
                 .unwrap_err()
                 .contains("a file of 700 bytes begins")
         );
+        // In a header, and in the zeros that fill a file's last block. Between two blocks it may have been made so.
+        let files = tar(&[("a.png", &[1; 700]), ("b.png", &[1; 700])]);
+        for length in [1300, 1535, 1600, 2800] {
+            let said = list(&files[..length]).unwrap_err();
+            assert!(
+                said.contains("it ends in the middle of a block; was all of it copied?"),
+                "{length}: {said}"
+            );
+        }
+        assert_eq!(list(&files[..1536]).unwrap().items.len(), 1);
         assert!(
             list(b"\x1f\x8b compressed".repeat(50).as_slice())
                 .unwrap_err()
