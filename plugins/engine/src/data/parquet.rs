@@ -301,7 +301,16 @@ fn columns(
     parquet: &Parquet,
     label: Option<&str>,
 ) -> Result<ColumnIndices, DataError> {
-    let named = |names: &[&str]| names.iter().find_map(|name| parquet.column(&[name]));
+    let named = |names: &[&str]| {
+        let plain = names.iter().find_map(|name| parquet.column(&[name]));
+        // A column of lists is refused when it is read, instead of classes or captions that are lost.
+        let lists = |name: &&str| {
+            let bears = |column: &Column| column.path.first().is_some_and(|own| **own == **name);
+            let is = |column: &Column| column.repeated && bears(column);
+            parquet.columns.iter().position(is)
+        };
+        plain.or_else(|| names.iter().find_map(lists))
+    };
     let is_bytes = |at: &usize| parquet.columns[*at].values == Values::Bytes;
     let image = |name: &&str| {
         let inner = parquet.column(&[name, "bytes"]);

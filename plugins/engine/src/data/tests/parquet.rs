@@ -165,6 +165,19 @@ fn what_does_not_fit_is_named() {
         &named,
         "hub.parquet: no column named \"animal\" (`label`); it has image.bytes, image.path, label",
     );
+    // Lists in a column of another name do not matter; classes or captions in lists would be lost.
+    assert_eq!(read(&parquet("lists.parquet"), dir).unwrap().len(), 1);
+    let mut lists = std::fs::read(dir.join("lists.parquet")).unwrap();
+    for at in 0..lists.len() {
+        if lists[at..].starts_with(b"captions") {
+            lists[at..at + 8].copy_from_slice(b"category");
+        }
+    }
+    std::fs::write(dir.join("classes.parquet"), lists).unwrap();
+    check(
+        &parquet("classes.parquet"),
+        "classes.parquet: column category.list.element, row group 0: it holds lists; expected one value in a row",
+    );
     check(
         &folder("split"),
         "split: files of several splits (test, train): keep those to read in a folder",
