@@ -6,7 +6,7 @@ use clap::ValueEnum;
 
 use crate::artifact::Layout;
 use crate::cli::spooled::Spools;
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, detached, output};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, detached, output, why};
 use crate::cluster::slurm::SlurmError;
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, CellStyle, Rows};
@@ -86,6 +86,17 @@ impl WhichArgs {
         line.line.level <= self.level as u32 + 1
             && self.stage.as_ref().is_none_or(|stage| line.stage == *stage)
     }
+
+    /// Refuses a stage that the run does not have: no line would ever come. The stages of a queued run may not be recorded yet.
+    fn check(&self, run: &RunDetail) -> Result<(), Error> {
+        let lacks = |name: &str| run.stages.iter().all(|stage| stage.name != name);
+        match &self.stage {
+            Some(name) if run.summary.state != RunState::Queued && lacks(name) => {
+                Err(why::no_such_stage(run, name))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Prints a run's log.
@@ -94,6 +105,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let lines = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
+        args.which.check(&store.run_detail(&run).await?)?;
         let mut lines = Vec::new();
         let mut after = 0;
         loop {
@@ -132,6 +144,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
     let ended = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
+        args.which.check(&store.run_detail(&run).await?)?;
         let mut recent = Vec::new();
         let mut spools = Spools::default();
         let mut after = 0;

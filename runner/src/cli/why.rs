@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::account::reasons;
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
-use crate::store::{Access, RunId, Store};
+use crate::store::{Access, RunDetail, Store};
 use crate::table::{Rows, Style};
 
 /// Arguments of `why`.
@@ -27,7 +27,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
         if store.stage_record(&run, &args.stage).await?.is_none() {
-            return Err(no_such_stage(&store, &run, &args.stage).await?);
+            return Err(no_such_stage(&store.run_detail(&run).await?, &args.stage));
         }
         let reasons = reasons::of_stage(&store, &run, &args.stage).await?;
         store.close().await;
@@ -61,16 +61,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(output::print(&rows.render(style))?)
 }
 
-async fn no_such_stage(store: &Store, run: &RunId, stage: &str) -> Result<Error, Error> {
-    let detail = store.run_detail(run).await?;
-    let names: Vec<&str> = detail
-        .stages
-        .iter()
-        .map(|stage| stage.name.as_str())
-        .collect();
-    Ok(Error::new(
+/// The error for the name of a stage that a run does not have.
+pub(super) fn no_such_stage(run: &RunDetail, stage: &str) -> Error {
+    let names: Vec<&str> = run.stages.iter().map(|stage| stage.name.as_str()).collect();
+    Error::new(
         Exit::NothingMatches,
-        format!("run {run} has no stage `{stage}`"),
+        format!("run {} has no stage `{stage}`", run.summary.id),
     )
-    .hint(format!("it has {}", names.join(", "))))
+    .hint(format!("it has {}", names.join(", ")))
 }

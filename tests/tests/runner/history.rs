@@ -317,6 +317,12 @@ fn the_log_is_replayed_and_followed() {
     let lines = asked(&lab, &["log", "-n", "2", "--stage", "a"]);
     assert_eq!(lines.as_array().unwrap().len(), 2);
     assert_eq!(lines[0]["stage"], "a");
+    // A name that no stage has would wait for lines that never come.
+    for command in ["log", "tail"] {
+        lab.retort(&[command, "--stage", "nobody"])
+            .expect(4)
+            .saying(&["has no stage `nobody`", "it has a, b"]);
+    }
 }
 
 #[test]
