@@ -229,7 +229,7 @@ struct Job {
     layout: Layout,
     /// The slots of those elements that this runner manages.
     slots: Vec<Option<usize>>,
-    /// The number of starts that earlier jobs have wasted, per element.
+    /// The number of starts in earlier jobs that have been wasted in a row, per element.
     wasted: Vec<u32>,
     /// How far another runner has read each element's records.
     marks: Vec<u64>,

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::cluster::slurm::is_unanswered;
 use crate::cluster::spool::{
-    self, BestProgress, JobSpec, NO_PROGRESS, SpoolError, SpoolEvent, StartEnd, Writer,
+    self, JobSpec, NO_PROGRESS, SavedProgress, SpoolError, SpoolEvent, StartEnd, Writer,
 };
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
@@ -126,9 +126,9 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
             tokio::time::sleep(STOP_INTERVAL / 4).await;
         }
     }
-    let wasted = spec
-        .wasted_before(place.element)
-        .saturating_add(spool::wasted_starts(&dir, writer.start()));
+    let reporter = spec.reporter_dir(&place.spool, place.element);
+    let earlier = spec.wasted_before(place.element);
+    let wasted = spool::wasted_starts(&dir, &reporter, writer.start(), earlier);
     let over = if spool::is_to_stop(&place.spool) {
         StartEnd::Stopped
     } else if wasted > spec.requeue {
@@ -149,8 +149,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         let mut watch = SupervisedWorker {
             place,
             spec: &spec,
-            best: BestProgress::before(&dir, writer.start()),
-            has_progress: false,
+            done: SavedProgress::before(&dir, writer.start()),
             writer: &mut writer,
             lost: 0,
             series: HashMap::new(),
@@ -259,9 +258,8 @@ struct SupervisedWorker<'a> {
     /// Points since the last write, and the last progress, which are written together.
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
-    /// The most that this start and earlier ones have done, and whether this one has done more than those.
-    best: BestProgress,
-    has_progress: bool,
+    /// How far this start and earlier ones have come.
+    done: SavedProgress,
     answer: Option<WorkerAnswer>,
     cause: Option<StopCause>,
     /// Whether it was killed for missing heartbeats.
@@ -368,13 +366,36 @@ impl SupervisedWorker<'_> {
             usage: exit.usage,
             out_of_memory,
         });
-        let over = self.judge(exit, out_of_memory, wasted);
-        if over.is_at_checkpoint() {
-            let dir = spool::element_dir(&self.place.spool, self.place.element);
-            // Without it, the next start may count as one with progress.
-            let _ = self.best.write(&dir, self.writer.start());
+        Ok(self.end(exit, out_of_memory, wasted))
+    }
+
+    /// Why this start is over. `wasted`: how many starts in a row did not end well before it.
+    fn end(&mut self, exit: WorkerExit, out_of_memory: bool, wasted: u32) -> StartEnd {
+        if self.answer == Some(WorkerAnswer::Cancelled) && self.done.note_checkpoint() {
+            self.write_progress();
         }
-        Ok(over)
+        let wasted = match self.has_advanced() {
+            true => 0,
+            false => wasted,
+        };
+        self.judge(exit, out_of_memory, wasted)
+    }
+
+    /// Writes how far it has come.
+    fn write_progress(&self) {
+        let dir = spool::element_dir(&self.place.spool, self.place.element);
+        // Without it, this start may count as one without progress, and the next one as one with it.
+        if let Err(error) = self.done.write(&dir, self.writer.start()) {
+            tracing::warn!("its progress cannot be noted in {}: {error}", dir.display());
+        }
+    }
+
+    /// Whether this start got further than all before it; of ranks, the first says so for all.
+    fn has_advanced(&self) -> bool {
+        let reporter = self
+            .spec
+            .reporter_dir(&self.place.spool, self.place.element);
+        self.done.has_advanced() || spool::has_advanced(&reporter, self.writer.start())
     }
 
     fn judge(&self, exit: WorkerExit, out_of_memory: bool, wasted: u32) -> StartEnd {
@@ -392,7 +413,7 @@ impl SupervisedWorker<'_> {
             // It would be restarted for ever. Of ranks only the first reports progress.
             Some(StopCause::TimeLimit)
                 if at_checkpoint
-                    && !self.has_progress
+                    && !self.done.has_advanced()
                     && self.spec.again
                     && !(self.spec.ranks && self.place.element > 0) =>
             {
@@ -434,6 +455,11 @@ impl SupervisedWorker<'_> {
     }
 
     fn hear(&mut self, event: WorkerEvent, worker: &Worker) {
+        if let WorkerEvent::Frame(frame) = &event
+            && self.done.note(frame)
+        {
+            self.write_progress();
+        }
         match event {
             WorkerEvent::Frame(FromWorker::Metrics(series)) => {
                 if self.writer.pending() > MOST_PENDING {
@@ -461,9 +487,8 @@ impl SupervisedWorker<'_> {
                     self.join();
                 }
             }
-            WorkerEvent::Frame(FromWorker::Progress(progress)) => {
-                self.has_progress |= self.best.note(&progress);
-                self.progress = Some(FromWorker::Progress(progress));
+            WorkerEvent::Frame(progress @ FromWorker::Progress(_)) => {
+                self.progress = Some(progress);
             }
             WorkerEvent::Frame(frame) => {
                 self.answer = match &frame {
@@ -602,7 +627,7 @@ mod tests {
     use crate::frame::Progress;
     use crate::store::Usage;
 
-    /// How a start ends that has come this far when its time limit comes, and the next ones after it.
+    /// How starts end that have come this far at their time limit, one after the other.
     fn ends(of_ranks: bool, element: usize, starts: &[Option<u64>]) -> Vec<StartEnd> {
         let dir = tempfile::tempdir().unwrap();
         let part = |index| Some(Part { index, of: 2 });
@@ -647,22 +672,21 @@ mod tests {
                 lost: 0,
                 series: HashMap::new(),
                 progress: None,
-                best: BestProgress::before(&element_dir, start),
-                has_progress: false,
+                done: SavedProgress::before(&element_dir, start),
                 answer: Some(WorkerAnswer::Cancelled),
                 cause: Some(StopCause::TimeLimit),
                 is_silent: false,
             };
             if let Some(done) = *done {
                 let (total, unit) = (100, "steps".to_owned());
-                let progress = Progress { done, total, unit };
-                worker.has_progress = worker.best.note(&progress);
+                let progress = FromWorker::Progress(Progress { done, total, unit });
+                if worker.done.note(&progress) {
+                    worker.write_progress();
+                }
             }
-            let over = worker.judge(exit, false, spool::wasted_starts(&element_dir, start));
+            let wasted = spool::wasted_starts(&element_dir, &element_dir, start, 0);
+            let over = worker.end(exit, false, wasted);
             let good = over.is_at_checkpoint();
-            if good {
-                worker.best.write(&element_dir, start).unwrap();
-            }
             writer.close(good).unwrap();
             over
         };
@@ -683,11 +707,12 @@ mod tests {
         // It never gets to its first step.
         assert_eq!(ends(false, 0, &[None, None]), [again.clone(), last.clone()]);
         // It repeats the same steps, and goes on in between.
-        let repeats = [Some(5), Some(5), Some(6), Some(6)];
-        let expected = [good.clone(), again.clone(), good.clone(), last];
+        let repeats = [5, 5, 6, 6, 7, 7, 7].map(Some);
+        let (good, again) = (|| good.clone(), || again.clone());
+        let expected = [good(), again(), good(), again(), good(), again(), last];
         assert_eq!(ends(true, 0, &repeats), expected);
         // Other ranks report no progress.
-        assert_eq!(ends(true, 1, &[None, None]), vec![good; 2]);
-        assert_eq!(ends(false, 1, &[None]), [again]);
+        assert_eq!(ends(true, 1, &[None, None]), [good(), good()]);
+        assert_eq!(ends(false, 1, &[None]), [again()]);
     }
 }

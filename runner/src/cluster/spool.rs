@@ -24,13 +24,13 @@ use crate::frame::{self, FromWorker};
 use crate::store::{LogSource, Time, Usage};
 use crate::worker::death::ExitStatus;
 
-mod best_progress;
 mod job_spec;
 mod releases;
+mod saved_progress;
 
-pub use best_progress::BestProgress;
 pub use job_spec::{JobSpec, read_job_spec, write_job_spec};
 pub use releases::{note_releases, releases};
+pub use saved_progress::{SavedProgress, has_advanced};
 
 /// The version of these files' layout; a worker and a runner with different versions cannot work together.
 pub const FORMAT: u32 = 2;
@@ -526,16 +526,30 @@ pub fn is_over(dir: &Path, start: u32) -> bool {
     last.is_some_and(|mark| !word(&mark).is_empty())
 }
 
-/// How many starts before this one did not end well.
-pub fn wasted_starts(dir: &Path, before: u32) -> u32 {
-    let wasted = |start: &u32| word(&mark(dir, *start)) != GOOD;
-    u32::try_from((0..before).filter(wasted).count()).unwrap_or(u32::MAX)
+/// How many starts in a row did not end well before this one. A start that got further than all before it begins a new row.
+/// `reporter`: the directory of the element that reports progress. `earlier`: the row's length when the job began.
+pub fn wasted_starts(dir: &Path, reporter: &Path, before: u32, earlier: u32) -> u32 {
+    (0..before).fold(earlier, |row, start| {
+        let row = match has_advanced(reporter, start) {
+            true => 0,
+            false => row,
+        };
+        row.saturating_add(u32::from(word(&mark(dir, start)) != GOOD))
+    })
 }
 
-/// How many of all starts so far did not end well.
-pub fn all_wasted_starts(dir: &Path) -> u32 {
-    let begun = (0..u32::MAX).find(|start| !mark(dir, *start).exists());
-    wasted_starts(dir, begun.unwrap_or(u32::MAX))
+/// The same, of all starts so far. A job in which none began counts as one.
+pub fn all_wasted_starts(dir: &Path, reporter: &Path, earlier: u32) -> u32 {
+    match starts(dir) {
+        0 => earlier.saturating_add(1),
+        begun => wasted_starts(dir, reporter, begun, earlier),
+    }
+}
+
+/// How many starts of an element have begun.
+fn starts(dir: &Path) -> u32 {
+    let next = (0..u32::MAX).find(|start| !mark(dir, *start).exists());
+    next.unwrap_or(u32::MAX)
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
@@ -586,6 +600,11 @@ impl Reader {
     /// The number of bytes read so far, a measure of the cost of looks.
     pub fn cost(&self) -> u64 {
         self.read
+    }
+
+    /// The directory of its element.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The start that is being read.

@@ -152,8 +152,10 @@ pub struct Slot {
     pub over: Option<StartEnd>,
     /// Why its records are inconsistent, if they are.
     pub broken: Option<&'static str>,
-    /// Wasted starts in earlier jobs; a job in which none began counts as one.
+    /// How many starts of earlier jobs have been wasted in a row; a job in which none began counts as one.
     pub wasted: u32,
+    /// The spool of its last job, if that was lost.
+    pub earlier: Option<PathBuf>,
     /// How often Slurm has reported it as over without a report from itself.
     pub absent: u32,
     /// Whether Slurm reports it as running.
@@ -192,6 +194,7 @@ impl Slot {
             over: None,
             broken: None,
             wasted: 0,
+            earlier: None,
             absent: 0,
             expected: false,
             hurried: false,
@@ -217,6 +220,7 @@ impl Slot {
     pub fn again(&mut self) {
         self.phase = Phase::New;
         self.unsubmitted.set(true);
+        self.earlier = self.reader.as_ref().map(|reader| reader.dir().to_owned());
         (self.job, self.reader) = (None, None);
     }
 

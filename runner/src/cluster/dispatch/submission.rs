@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::slot::{Phase, StopRequest};
 use super::{DispatchEvent, DispatchLoop, Job, LOOK, RETRY, SETTLE, script};
 use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
-use crate::cluster::spool::{self, JobSpec, Reader};
+use crate::cluster::spool::{self, JobSpec, Reader, SavedProgress};
 use crate::store::StoreError;
 use crate::worker::remote::ClusterEnd;
 
@@ -149,6 +149,7 @@ impl DispatchLoop {
             }
             return Ok(Ok(()));
         }
+        self.pass_progress_on(slots, &dir);
         let to = &self.to;
         let layout = spec.layout();
         let key = to
@@ -235,6 +236,16 @@ impl DispatchLoop {
         spool::ask_to_stop(dir, false).map_err(|error| error.to_string())?;
         let text = script::text(dir, &self.to.profile, spec.layout())?;
         spool::put(script, text.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    /// Tells the elements of a new job what these slots saved in their last ones.
+    fn pass_progress_on(&self, slots: &[usize], dir: &Path) {
+        for (element, &index) in slots.iter().enumerate() {
+            if let Some(earlier) = &self.slots[index].earlier {
+                // Without it, the first start counts as one that gets further.
+                let _ = SavedProgress::pass_on(earlier, &spool::element_dir(dir, element));
+            }
+        }
     }
 }
 

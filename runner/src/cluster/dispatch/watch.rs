@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::slot::{Phase, Slot, StopRequest, too_often};
 use super::{DispatchLoop, GATHER, Job};
-use crate::cluster::slurm::{ElementStatus, Key, State, id};
+use crate::cluster::slurm::{ElementStatus, Key, Layout, State, id};
 use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolReading, StartEnd};
 use crate::store::{ElementUpdate, JobKey, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
@@ -248,23 +248,14 @@ impl DispatchLoop {
             slot.killed().await;
         } else {
             let printed = self.printed(index);
-            let wasted = self.wasted_here(index).await;
+            let wasted = self.wasted(index).await;
             let slot = &mut self.slots[index];
-            let at_checkpoint = matches!(
-                slot.over,
-                Some(StartEnd::TimeLimit {
-                    at_checkpoint: true
-                })
-            );
             let EndReason {
                 reason,
                 message,
                 again,
             } = end_reason(slot, state, &name, &at, &printed);
             slot.start_ended(reason, Time::now().0, &mut self.news);
-            // A job in which no start began counts as a try as well.
-            let wasted = wasted.max(u32::from(!at_checkpoint));
-            let wasted = slot.wasted.saturating_add(wasted);
             let requeue = self.to.profile.requeue;
             if again && wasted <= requeue {
                 slot.wasted = wasted;
@@ -298,18 +289,25 @@ impl DispatchLoop {
         }
     }
 
-    /// The number of starts that an element has wasted in its current job.
-    async fn wasted_here(&self, index: usize) -> u32 {
-        let Some((key, element)) = self.slots[index].job else {
-            return 0;
-        };
-        let Some(job) = self.job(key) else {
-            return 0;
+    /// How many starts of an element have been wasted in a row, in its present job and those before.
+    async fn wasted(&self, index: usize) -> u32 {
+        let slot = &self.slots[index];
+        let job = slot
+            .job
+            .and_then(|(key, element)| Some((self.job(key)?, element)));
+        let Some((job, element)) = job else {
+            return slot.wasted;
         };
         let dir = spool::element_dir(&job.dir, element);
+        let reporter = match job.layout {
+            Layout::Ranks(_) => spool::element_dir(&job.dir, 0),
+            _ => dir.clone(),
+        };
+        let earlier = slot.wasted;
         // The file system may hang.
-        let counted = tokio::task::spawn_blocking(move || spool::all_wasted_starts(&dir));
-        counted.await.unwrap_or(0)
+        let counted =
+            tokio::task::spawn_blocking(move || spool::all_wasted_starts(&dir, &reporter, earlier));
+        counted.await.unwrap_or(earlier)
     }
 
     /// The end of a job's own output: errors of its prologue and of Slurm.

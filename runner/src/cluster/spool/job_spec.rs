@@ -1,14 +1,14 @@
 //! A job's specification, the file `order.json` in its spool: the work of its elements.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use retort_abi::Part;
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
-use super::{FORMAT, SpoolError, failed, open_own, patiently, put};
+use super::{FORMAT, SpoolError, element_dir, failed, open_own, patiently, put};
 use crate::cluster::slurm::Layout;
 use crate::frame::{self, Task};
 
@@ -35,9 +35,9 @@ pub struct JobSpec {
     pub task: Task,
     /// Threads per element.
     pub threads: usize,
-    /// How often an element may be restarted after an end without a result, over all its jobs.
+    /// How many restarts in a row an element may need without getting further, over all its jobs.
     pub requeue: u32,
-    /// How many starts earlier jobs have wasted, per element; empty for the first job.
+    /// How many starts of earlier jobs have been wasted in a row, per element; empty for the first job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub wasted: Vec<u32>,
     /// The time between two writes of an element.
@@ -94,9 +94,14 @@ impl JobSpec {
         }
     }
 
-    /// The number of an element's starts that earlier jobs have wasted.
+    /// The number of an element's starts in earlier jobs that have been wasted in a row.
     pub fn wasted_before(&self, element: usize) -> u32 {
         self.wasted.get(element).copied().unwrap_or(0)
+    }
+
+    /// The directory of the element that reports an element's progress: of ranks, only the first does.
+    pub fn reporter_dir(&self, spool: &Path, element: usize) -> PathBuf {
+        element_dir(spool, if self.ranks { 0 } else { element })
     }
 
     /// The layout of its job.

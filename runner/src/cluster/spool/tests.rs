@@ -46,7 +46,8 @@ fn records_are_read_once_and_in_order() {
         assert_eq!(numbers.len(), 6 * (start as usize + 1));
     }
     assert!(numbers.is_sorted());
-    assert_eq!((wasted_starts(&dir, 2), all_wasted_starts(&dir)), (1, 2));
+    assert_eq!(wasted_starts(&dir, &dir, 2, 0), 1);
+    assert_eq!(all_wasted_starts(&dir, &dir, 0), 2);
     let mut again = Reader::new(dir);
     let mut once_more = Vec::new();
     loop {
@@ -110,7 +111,7 @@ fn only_files_in_a_spool_are_used() {
         let mut writer = Writer::open(root.path()).unwrap();
         assert_eq!(writer.start(), 1);
         assert!(!writer.supersede());
-        assert_eq!(wasted_starts(root.path(), 1), 1);
+        assert_eq!(wasted_starts(root.path(), root.path(), 1, 0), 1);
         fs::remove_file(at("life-1")).unwrap();
         make(&at("life-1"));
         assert!(!writer.is_superseded());
@@ -456,4 +457,35 @@ fn records_wait_until_the_next_piece_can_be_made() {
     fs::remove_file(&next).unwrap();
     std::os::unix::fs::symlink(root.path().join("elsewhere"), &next).unwrap();
     assert!(new_piece(&next).is_err() && !root.path().join("elsewhere").exists());
+}
+
+#[test]
+fn starts_are_counted_from_the_last_that_got_further() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, first) = (root.path().join("1"), root.path().join("0"));
+    assert_eq!(all_wasted_starts(&dir, &dir, 2), 3, "none began");
+    make_dir(&first).unwrap();
+    // Whether the first rank got further, whether this one ended well, and the row's length afterwards.
+    for (start, (advances, good, row)) in [
+        (false, false, 3),
+        (true, false, 1),
+        (false, false, 2),
+        (false, true, 2),
+        (true, true, 0),
+        (false, false, 1),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut writer = Writer::open(&dir).unwrap();
+        if advances {
+            let saved = SavedProgress::default();
+            saved.write(&first, start as u32).unwrap();
+        }
+        writer.close(good).unwrap();
+        assert_eq!(all_wasted_starts(&dir, &first, 2), row, "{start}");
+    }
+    // A start that was killed has left no word.
+    let _writer = Writer::open(&dir).unwrap();
+    assert_eq!(all_wasted_starts(&dir, &first, 2), 2);
 }
