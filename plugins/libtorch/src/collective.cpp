@@ -39,6 +39,8 @@ struct Ranks {
   // The GPU; none is -1.
   int gpu;
   std::vector<c10::intrusive_ptr<c10d::Work>> begun;
+  // What Gloo exchanges. The caller's memory may be gone while Gloo's thread still waits to write into it.
+  at::Tensor room;
   // How many milliseconds an exchange may take.
   std::atomic<int64_t> patience{0};
   // Whether Gloo's thread still waits for an exchange that was given up.
@@ -80,12 +82,17 @@ void finish(Ranks &ranks, c10d::Work &work) {
   work.wait();
 }
 
-// Values of the host as what the group takes: itself, or a copy on the GPU that goes back afterwards.
+// Exchanges values of the host through a copy, on the host or on the GPU, that goes back afterwards.
 template <class Exchange> void exchange(Ranks &ranks, float *values, int64_t count, Exchange act) {
   at::Tensor host = at::from_blob(values, {count}, at::kFloat);
   if (ranks.gpu < 0) {
-    std::vector<at::Tensor> tensors{host};
+    TORCH_CHECK(!ranks.waits, "an earlier exchange was given up");
+    if (!ranks.room.defined() || ranks.room.numel() < count)
+      ranks.room = at::empty({count}, at::kFloat);
+    std::vector<at::Tensor> tensors{ranks.room.narrow(0, 0, count)};
+    tensors[0].copy_(host);
     finish(ranks, *act(tensors));
+    host.copy_(tensors[0]);
     return;
   }
   std::vector<at::Tensor> tensors{host.to(at::Device(at::kCUDA, ranks.gpu))};
