@@ -232,7 +232,16 @@ impl<'a> SweepScheduler<'a> {
             Some(self.sweeping.store),
         );
         let mut under_way: ActiveRuns<'a> = FuturesUnordered::new();
+        let mut ended: VecDeque<(NextRung, Result<RunReport, ExecutorError>)> = VecDeque::new();
         loop {
+            while let Some((next, report)) = ended.pop_front() {
+                // It had not begun.
+                if matches!(report, Err(ExecutorError::Interrupted)) {
+                    continue;
+                }
+                let taken = self.take_back(next, report?);
+                runtime.block_on(beside(&mut under_way, &mut ended, taken))?;
+            }
             while self.control.first().is_none()
                 && under_way.len() < self.jobs.get()
                 && let Some(next) = self.schedule.next(under_way.is_empty())
@@ -251,19 +260,17 @@ impl<'a> SweepScheduler<'a> {
                 return Ok(());
             }
             // Planning, above, is blocking code that waits for the store itself; current runs pause meanwhile.
-            let (ended, signal) = runtime.block_on(async {
+            let signal = runtime.block_on(async {
                 tokio::select! {
-                    ended = under_way.next() => (ended, None),
-                    signal = signals.next() => (None, Some(signal)),
+                    run = under_way.next() => {
+                        ended.extend(run);
+                        None
+                    }
+                    signal = signals.next() => Some(signal),
                 }
             });
             if let Some(signal) = signal {
                 self.interrupt(signal, under_way.len());
-            }
-            match ended {
-                // It had not begun.
-                None | Some((_, Err(ExecutorError::Interrupted))) => {}
-                Some((next, report)) => self.take_back(next, report?)?,
             }
         }
     }
@@ -367,8 +374,8 @@ impl<'a> SweepScheduler<'a> {
         })
     }
 
-    fn take_back(&mut self, next: NextRung, report: RunReport) -> Result<(), Error> {
-        let (runtime, store) = (self.sweeping.runtime, self.sweeping.store);
+    async fn take_back(&mut self, next: NextRung, report: RunReport) -> Result<(), Error> {
+        let store = self.sweeping.store;
         let place = SweepPlace {
             id: self.sweeping.detail.id.clone(),
             point: next.point,
@@ -407,7 +414,7 @@ impl<'a> SweepScheduler<'a> {
             // It ended before the rung, or everything was reused: its final value counts.
             (RunState::Succeeded, _) if halving.target(next).is_some() => {
                 let asha = self.sweeping.detail.plan.definition.asha.as_ref();
-                let series = runtime.block_on(store.last_metrics(&report.run))?;
+                let series = store.last_metrics(&report.run).await?;
                 let found = asha.and_then(|asha| {
                     let rung = Rung {
                         series: asha.metric.clone(),
@@ -423,9 +430,56 @@ impl<'a> SweepScheduler<'a> {
             _ => None,
         };
         if let Some(value) = judged {
-            runtime.block_on(store.record_rung(&place, number, value))?;
+            store.record_rung(&place, number, value).await?;
             halving.reached(next, value);
         }
         Ok(())
+    }
+}
+
+/// Does something while runs go on; notes those that end. If they paused, one of them could keep what it waits for: the turn
+/// to write to the store.
+async fn beside<R: Future, T>(
+    under_way: &mut FuturesUnordered<R>,
+    ended: &mut VecDeque<R::Output>,
+    work: impl Future<Output = T>,
+) -> T {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            Some(run) = under_way.next() => ended.push_back(run),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::Mutex;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_run_that_is_writing_goes_on_while_the_sweep_writes() {
+        let turn = Mutex::new(());
+        let run = |turns: usize| {
+            let turn = &turn;
+            async move {
+                for _ in 0..turns {
+                    let _turn = turn.lock().await;
+                    tokio::task::yield_now().await;
+                }
+                turns
+            }
+        };
+        let mut under_way: FuturesUnordered<_> = [1, 2, 3].into_iter().map(run).collect();
+        // The first run to end leaves the turn to another one.
+        assert_eq!(under_way.next().await, Some(1));
+        let mut ended = VecDeque::new();
+        let written = beside(&mut under_way, &mut ended, turn.lock());
+        let written = tokio::time::timeout(Duration::from_secs(60), written).await;
+        assert!(written.is_ok(), "nobody gave up its turn");
     }
 }
