@@ -171,25 +171,31 @@ pub fn make<'b, B: Backend>(
         made: 0,
         clock: Instant::now(),
     };
-    if context.job.part.is_some() {
-        // The total work is known once each part has reported its share.
-        progress.done(0);
+    // What is there already is reported at once: the first report shows what earlier processes have saved.
+    let is_made = |planned: &&PlannedShard| {
+        let PlannedShard { shard, from } = planned;
+        from.is_none() && check(&work.join(&shard.file), shard).is_ok()
+    };
+    let (made, missing): (Vec<_>, Vec<_>) = own.into_iter().partition(is_made);
+    let made: u64 = made.iter().map(|p| p.shard.end - p.shard.start).sum();
+    // The total work of a divided stage is known once each part has reported its share.
+    if made > 0 || context.job.part.is_some() {
+        progress.done(made);
     }
-    for PlannedShard { shard, from } in own {
+    for PlannedShard { shard, from } in missing {
         let path = work.join(&shard.file);
-        if let Some(from) = from {
-            progress.go_on()?;
-            check(from, shard)?;
-            replace(&path, |partial| {
-                std::fs::copy(from, partial)
-                    .map(drop)
-                    .map_err(Error::io(from))
-            })?;
-        }
-        if from.is_some() || check(&path, shard).is_ok() {
-            progress.done(shard.end - shard.start);
-        } else {
-            replace(&path, |partial| make(partial, shard, &mut progress))?;
+        match from {
+            Some(from) => {
+                progress.go_on()?;
+                check(from, shard)?;
+                replace(&path, |partial| {
+                    std::fs::copy(from, partial)
+                        .map(drop)
+                        .map_err(Error::io(from))
+                })?;
+                progress.done(shard.end - shard.start);
+            }
+            None => replace(&path, |partial| make(partial, shard, &mut progress))?,
         }
     }
     Ok(WrittenShards {
