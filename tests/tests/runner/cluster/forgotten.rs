@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, SystemTime};
 
-use retort::cluster::spool::{self, SpoolEvent, StartEnd, Writer};
-use retort::frame::{Answer, FromWorker, Points};
+use retort::cluster::spool::{self, SavedProgress, SpoolEvent, StartEnd, Writer};
+use retort::frame::{Answer, FromWorker, Points, Progress};
 use retort::store::{LogSource, Usage};
 use retort::worker::death::ExitStatus;
 use retort_abi::{Part, StageResult};
@@ -256,6 +256,41 @@ fn starts_in_all_jobs_of_a_stage_are_counted() {
         "its worker was killed by SIGKILL",
     ];
     assert_eq!(reasons(&cluster), expected);
+}
+
+/// Three starts are lost, which is more than `requeue`; each begins at a later checkpoint than the one before.
+#[test]
+fn starts_that_get_further_are_not_limited() {
+    let cluster = FakeSlurm::new();
+    cluster.queue("1|N/A|RUNNING|None|n1\n");
+    let running = start_run(&cluster);
+    let first = cluster.spool(1);
+    let progress = |done| {
+        let (total, unit) = (9, "steps".to_owned());
+        FromWorker::Progress(Progress { done, total, unit })
+    };
+    for done in 1..=3 {
+        let mut writer = begin(&first);
+        let element = spool::element_dir(&first, 0);
+        let mut saved = SavedProgress::before(&element, writer.start());
+        assert!(saved.note(&progress(done)));
+        saved.write(&element, writer.start()).unwrap();
+        writer.push(SpoolEvent::Over(StartEnd::Again {
+            reason: "its worker was killed by SIGKILL".into(),
+        }));
+        writer.close(false).unwrap();
+    }
+    wait_for("three starts in the history", || {
+        (reasons(&cluster).len() == 3).then_some(())
+    });
+    cluster.queue("");
+    let second = cluster.spool(2);
+    assert_eq!(spool::read_job_spec(&second).unwrap().wasted, [1]);
+    let mut saved = SavedProgress::before(&spool::element_dir(&second, 0), 0);
+    assert!(!saved.note(&progress(3)), "the next job knows of it");
+    cluster.queue("2|N/A|RUNNING|None|n1\n");
+    work(&second);
+    running.end().expect(0);
 }
 
 const THREE: &str = "1|0|RUNNING|None|n1\n1|1|RUNNING|None|n1\n1|2|RUNNING|None|n1\n";
