@@ -36,8 +36,9 @@ pub trait Collective: Send + Sync {
     /// [`crate::error::Error::Rank`].
     fn barrier(&self) -> Result<()>;
 
-    /// How long each later exchange may wait for the other ranks; None, as at first: for [`Rendezvous::patience`], which is
-    /// also the most. Without other ranks nothing waits.
+    /// How long each later exchange may wait for the other ranks; None, as at first: for [`Rendezvous::patience`]. That one is
+    /// also the most; one that is longer than usual stretches this one ([`patience_within`]). Without other ranks nothing
+    /// waits.
     fn set_patience(&self, _patience: Option<Duration>) {}
 
     /// The backend's handle for exchanging tensors in its device's memory
@@ -125,6 +126,15 @@ impl Rendezvous {
             patience: patience.map_err(|_| missing("RETORT_RANK_TIMEOUT"))?,
         })
     }
+}
+
+/// How long an exchange may wait: `wished`, but not longer than ranks wait at all, which is `most`. A user who sets more than
+/// the default has slower machines, so there every wait is longer in proportion.
+pub fn patience_within(most: Duration, wished: Option<Duration>) -> Duration {
+    let Some(wished) = wished else { return most };
+    let stretch = (most.as_secs_f64() / PATIENCE.as_secs_f64()).max(1.0);
+    let stretched = Duration::try_from_secs_f64(wished.as_secs_f64() * stretch);
+    stretched.map_or(most, |stretched| stretched.min(most))
 }
 
 /// Measures how long a rank has waited. A pause of its process (Ctrl-Z) counts for a second at most: the other ranks pause
@@ -269,6 +279,18 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_longer_limit_makes_ranks_more_patient_everywhere() {
+        let seconds = Duration::from_secs;
+        let within = |most, wished| patience_within(seconds(most), Some(seconds(wished)));
+        assert_eq!(patience_within(seconds(600), None), seconds(600));
+        assert_eq!(within(600, 40), seconds(40));
+        assert_eq!(within(30, 40), seconds(30));
+        assert_eq!(within(1800, 40), seconds(120));
+        assert_eq!(within(1800, 900), seconds(1800));
+        assert_eq!(within(u64::MAX, u64::MAX), seconds(u64::MAX));
     }
 
     #[test]

@@ -57,7 +57,7 @@ constexpr milliseconds NEVER = std::chrono::hours(24 * 365);
   else
     ranks.waits = true;
   const double seconds = std::chrono::duration<double>(patience).count();
-  TORCH_CHECK(false, "an exchange took longer than ", seconds, " s (RETORT_RANK_TIMEOUT sets the most)");
+  TORCH_CHECK(false, "an exchange took longer than ", seconds, " s (a larger RETORT_RANK_TIMEOUT allows more)");
 }
 
 // Waits until an exchange is over. What it has waited is counted, not read from a clock: while all ranks are paused (Ctrl-Z)

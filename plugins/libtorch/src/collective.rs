@@ -7,7 +7,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::time::Duration;
 
 use retort_abi::Part;
-use retort_engine::collective::{Collective, Rendezvous};
+use retort_engine::collective::{Collective, Rendezvous, patience_within};
 use retort_engine::error::{Error, Result};
 use tch::Device;
 
@@ -167,7 +167,7 @@ impl Collective for Ranks {
     }
 
     fn set_patience(&self, patience: Option<Duration>) {
-        let patience = patience.map_or(self.patience, |patience| patience.min(self.patience));
+        let patience = patience_within(self.patience, patience);
         // SAFETY: the group lives as long as this does; the time is kept in an atomic number.
         unsafe { retort_ranks_set_patience(self.ranks, milliseconds(patience)) }
     }

@@ -217,9 +217,9 @@ async fn ask(
     if matches!(error, SlurmError::NotInstalled { .. }) {
         let message = format!("the jobs of run {run} cannot be followed here");
         return Ok(Some(
-            Error::new(Exit::Internal, message)
-                .cause(&error)
-                .hint("`retort tail`, or `retort resume`, on a machine that has Slurm goes on"),
+            Error::new(Exit::Internal, message).cause(&error).hint(
+                "run `retort tail` or `retort resume` on a machine that has Slurm's programs",
+            ),
         ));
     }
     let said = error.to_string();

@@ -17,7 +17,7 @@ use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError};
 use libloading::os::unix::Library;
 use retort_abi::Part;
-use retort_engine::collective::{Collective, Rendezvous, WaitClock};
+use retort_engine::collective::{Collective, Rendezvous, WaitClock, patience_within};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::tensor::{Raw, pointer, to_host};
@@ -261,7 +261,7 @@ impl Nccl {
                 state?;
                 let seconds = patience.as_secs_f64();
                 let why = format!(
-                    "an exchange took longer than {seconds} s (RETORT_RANK_TIMEOUT sets the most)"
+                    "an exchange took longer than {seconds} s (a larger RETORT_RANK_TIMEOUT allows more)"
                 );
                 return Err(lost(self.rank, &why));
             }
@@ -310,8 +310,7 @@ impl Collective for Nccl {
     }
 
     fn set_patience(&self, patience: Option<Duration>) {
-        let patience = patience.map_or(self.patience, |patience| patience.min(self.patience));
-        let patience = milliseconds(patience);
+        let patience = milliseconds(patience_within(self.patience, patience));
         self.patience_now.store(patience, Ordering::Relaxed);
     }
 

@@ -583,7 +583,7 @@ fn line(source: LogSource, text: String, at: i64) -> LogLine {
 pub fn too_often(last: &str) -> ClusterEnd {
     let hint = match last == NO_PROGRESS {
         true => {
-            "a start has to get beyond what each start repeats: raise `time` or lower `signal` (in retort.toml or with \
+            "each start ended where the one before it did: raise `time` or lower `signal` (in retort.toml or with \
              --slurm), or save more often (`checkpoint_seconds`, `shard_size`); `retort resume` tries again"
         }
         false => "`retort log` says how each start ended; `retort resume` tries again",
