@@ -162,7 +162,7 @@ pub struct Slot {
     pub expected: bool,
     /// Whether Slurm has been asked to start it without delay.
     pub hurried: bool,
-    /// How often it was released after Slurm could not launch it; its spool knows too.
+    /// How often it was released in a row after Slurm could not launch it; its spool knows too.
     pub released: u32,
     begun: bool,
 }
@@ -373,6 +373,10 @@ impl Slot {
         (self.start, self.over, self.absent) = (Some(start), None, 0);
         self.phase = Phase::Running;
         self.why.clear();
+        if fresh {
+            // Slurm can launch it again.
+            self.released = 0;
+        }
         if !std::mem::replace(&mut self.begun, true) {
             self.send(WorkerEvent::Remote(ElementEvent::Began { node }))
                 .await;

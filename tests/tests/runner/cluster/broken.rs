@@ -154,34 +154,63 @@ fn what_slurm_did_not_hear_is_cancelled_again() {
     check_is_cancelled(&fake, running.end(), &["its last record is cut off"]);
 }
 
+const HELD: &str = "1|N/A|PENDING|launch failed requeued held|\n";
+
+/// How often a run has released its job.
+fn releases(fake: &FakeSlurm) -> usize {
+    let requests = fs::read_to_string(fake.path("requests")).unwrap_or_default();
+    requests.lines().filter(|line| *line == "release 1").count()
+}
+
+/// A job that Slurm could not launch once: it is held, and released.
+fn held_once(fake: &FakeSlurm) -> (Running, PathBuf) {
+    fake.program(
+        "scontrol",
+        "[ \"$1\" = release ] && echo '1|N/A|PENDING|Priority|' > \"$SIM/queue\"
+         echo \"$@\" >> \"$SIM/requests\"; echo 'MaxArraySize = 1001'",
+    );
+    fake.queue("1|N/A|PENDING|Priority|\n");
+    let mut running = start(fake, &["run", "r.yaml", "-v", "--slurm", "requeue=1"]);
+    running.wait_for_words("submitted as job");
+    let spool = fake.spool(1);
+    fake.queue(HELD);
+    wait_for("its release, and a note of it", || {
+        let noted = spool::releases(&spool::element_dir(&spool, 0));
+        (noted == 1 && releases(fake) == 1).then_some(())
+    });
+    (running, spool)
+}
+
 /// A runner that takes the job over goes on counting.
 #[test]
 fn a_held_job_is_released_as_often_as_it_may_be_by_all_runners_together() {
     let fake = FakeSlurm::of_one_job();
-    fake.program(
-        "scontrol",
-        "echo \"$@\" >> \"$SIM/requests\"; echo 'MaxArraySize = 1001'",
-    );
-    let releases = || {
-        let requests = fs::read_to_string(fake.path("requests")).unwrap_or_default();
-        let released = requests.lines().filter(|line| *line == "release 1");
-        released.count()
-    };
-    // Slurm tries to launch it only once.
-    fake.queue("1|N/A|PENDING|Priority|\n");
-    let mut running = start(&fake, &["run", "r.yaml", "-v", "--slurm", "requeue=1"]);
-    running.wait_for_words("submitted as job");
-    let spool = fake.spool(1);
-    fake.queue("1|N/A|PENDING|launch failed requeued held|\n");
-    wait_for("its release, and a note of it", || {
-        let noted = spool::releases(&spool::element_dir(&spool, 0));
-        (noted == 1 && releases() == 1).then_some(())
+    let (running, _) = held_once(&fake);
+    running.signal(KILL);
+    running.end();
+    fake.queue(HELD);
+    let said = start(&fake, &["resume", "--slurm", "requeue=1"]).end();
+    said.expect(100).saying(&["Slurm could not launch job 1"]);
+    assert_eq!(releases(&fake), 1);
+}
+
+#[test]
+fn releases_are_counted_anew_once_the_job_was_launched() {
+    let fake = FakeSlurm::of_one_job();
+    let (running, spool) = held_once(&fake);
+    let (_, _writer) = begin(&spool);
+    fake.queue("1|N/A|RUNNING|None|node1\n");
+    wait_for("its start in the history", || {
+        let starts = "select count(*) as n from v_job_lives";
+        let rows = fake.retort(&["query", "--json", starts]).expect(0).json();
+        (rows[0]["n"] == 1).then_some(())
+    });
+    fake.queue(HELD);
+    wait_for("its second release", || {
+        (releases(&fake) == 2).then_some(())
     });
     running.signal(KILL);
     running.end();
-    let said = start(&fake, &["resume", "--slurm", "requeue=1"]).end();
-    said.expect(100).saying(&["Slurm could not launch job 1"]);
-    assert_eq!(releases(), 1);
 }
 
 #[test]
