@@ -13,9 +13,9 @@ const STEPS: u32 = 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Patience {
-    /// Of the steps that were no exceptions.
+    /// The longest ordinary step so far.
     longest: Option<Duration>,
-    /// Whether the next one is none.
+    /// Whether the next step is an ordinary one, and not an exception.
     is_steady: bool,
 }
 

@@ -82,18 +82,20 @@ impl SavedProgress {
     }
 
     fn note_unit(&mut self, unit: &str, done: u64) -> bool {
-        let unit: String = unit.chars().take(LONGEST_UNIT).collect();
-        match self.reported.get_mut(&unit) {
-            Some(most) => {
-                *most = done.max(*most);
-                false
-            }
-            None if self.reported.len() < MOST_UNITS => {
-                self.reported.insert(unit.clone(), done);
-                self.save(unit, done)
-            }
-            None => false,
+        if done == 0 {
+            // A stage may say so before it has looked for a checkpoint.
+            return false;
         }
+        let unit: String = unit.chars().take(LONGEST_UNIT).collect();
+        if let Some(most) = self.reported.get_mut(&unit) {
+            *most = done.max(*most);
+            return false;
+        }
+        if self.reported.len() >= MOST_UNITS {
+            return false;
+        }
+        self.reported.insert(unit.clone(), done);
+        self.save(unit, done)
     }
 
     /// The worker has saved all that it reported. Returns whether that is more than was known.
@@ -156,6 +158,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut first = SavedProgress::before(dir.path(), 0);
         assert!(!first.note(&progress(0, "captions")), "nothing yet");
+        assert!(first.note(&progress(1, "captions")));
         assert!(!first.note(&progress(3, "captions")), "not yet saved");
         assert!(first.note_checkpoint());
         assert!(!first.note_checkpoint(), "again");
