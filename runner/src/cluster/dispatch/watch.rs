@@ -131,40 +131,8 @@ impl DispatchLoop {
             let slot = &mut self.slots[index];
             match said {
                 Some(said) if said.state == State::Pending && slot.is_held(&said.reason) => {
-                    waits(slot, &said, &mut self.news);
-                    if slot.released < self.to.profile.requeue {
-                        slot.released += 1;
-                        let held = format!(
-                            "Slurm could not launch it ({}); it is released",
-                            said.reason
-                        );
-                        slot.note(LogLevel::Warn, held).await;
-                        self.note_releases(index);
-                        // Ranks are one job.
-                        if released.insert(place) {
-                            self.to.slurm.release(place.0, place.1).await;
-                        }
-                        continue;
-                    }
-                    if Instant::now() < self.cancel_at {
-                        continue;
-                    }
-                    if let Err(error) = self.to.slurm.cancel(place.0, &[place.1], false).await {
-                        self.is_not_cancelled(&error);
-                        continue;
-                    }
-                    slot.end(ClusterEnd {
-                        reason: "launch failed".into(),
-                        message: format!(
-                            "Slurm could not launch job {} ({}), after all restarts that `requeue` allows",
-                            id(place.0, place.1),
-                            said.reason
-                        ),
-                        hint: Some("who runs the cluster sees why in the log of the node; `retort resume` tries again".into()),
-                    })
-                    .await;
-                    let over = |(key, element)| (key, element, ElementUpdate::Over);
-                    self.news.extend(slot.job.map(over));
+                    self.release_or_end(index, place, &said, &mut released)
+                        .await;
                 }
                 Some(said) if said.state == State::Pending => {
                     if slot.start.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
@@ -203,6 +171,56 @@ impl DispatchLoop {
         self.explain().await;
         let unsettled = |slot: &Slot| slot.absent > 0 && slot.phase != Phase::Over;
         Ok(self.slots.iter().any(unsettled))
+    }
+
+    /// Releases an element that Slurm holds because it could not launch it, or ends it after too many releases. `released`:
+    /// the places that were released in this round.
+    async fn release_or_end(
+        &mut self,
+        index: usize,
+        place: Key,
+        said: &ElementStatus,
+        released: &mut BTreeSet<Key>,
+    ) {
+        let slot = &mut self.slots[index];
+        waits(slot, said, &mut self.news);
+        if slot.released < self.to.profile.requeue {
+            slot.released += 1;
+            let held = format!(
+                "Slurm could not launch it ({}); it is released",
+                said.reason
+            );
+            slot.note(LogLevel::Warn, held).await;
+            self.note_releases(index);
+            // Ranks are one job.
+            if released.insert(place) {
+                self.to.slurm.release(place.0, place.1).await;
+            }
+            return;
+        }
+        if Instant::now() < self.cancel_at {
+            return;
+        }
+        if let Err(error) = self.to.slurm.cancel(place.0, &[place.1], false).await {
+            self.is_not_cancelled(&error);
+            return;
+        }
+        let slot = &mut self.slots[index];
+        slot.end(ClusterEnd {
+            reason: "launch failed".into(),
+            message: format!(
+                "Slurm could not launch job {} ({}), after all restarts that `requeue` allows",
+                id(place.0, place.1),
+                said.reason
+            ),
+            hint: Some(
+                "who runs the cluster sees why in the log of the node; `retort resume` tries again"
+                    .into(),
+            ),
+        })
+        .await;
+        let over = |(key, element)| (key, element, ElementUpdate::Over);
+        self.news.extend(slot.job.map(over));
     }
 
     /// Notes in its spool how often an element was released, for the runner that takes it over.
