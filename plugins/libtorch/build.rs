@@ -40,6 +40,9 @@ fn main() {
         .cpp(true)
         .std("c++20")
         .warnings(false)
+        // Whoever guesses that a group is Gloo's puts calls into Gloo in its place, and links libtorch's GPU half for them.
+        .flag_if_supported("-fno-devirtualize")
+        .flag_if_supported("-fno-devirtualize-speculatively")
         .include(root.join("include"))
         .include(root.join("include/torch/csrc/api/include"))
         .include("gloo")
