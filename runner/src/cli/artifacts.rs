@@ -1,14 +1,12 @@
 //! `retort artifacts`.
 
 use std::collections::HashSet;
-use std::io::{self, Write};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 use retort_checkpoint::published::{self, ArtifactNetwork, Kind};
-use serde::Serializer as _;
-use serde::ser::SerializeSeq as _;
 
 use crate::artifact::file_name;
 use crate::artifact::{self, Layout};
@@ -167,24 +165,26 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     Ok(output::print(&rows.render(style))?)
 }
 
-/// Writes each artifact as soon as it is read: its list of files may be long.
+/// Writes each artifact as soon as it is read: its list of files may be long. Before the first is read nothing is written, so
+/// that a store or a run that is not there leaves no half of a list.
 fn list_as_json(args: &ListArgs, context: &Context) -> Result<(), Error> {
     let mut out = output::stdout();
-    let mut serializer = serde_json::Serializer::pretty(&mut out);
-    let mut list = serializer.serialize_seq(None).map_err(io::Error::from)?;
     let mut written = Ok(());
+    let mut before = "[";
     each(args, context, |row| {
         let mut shown = serde_json::json!(row);
         shown["path"] = path(&row, context).into();
-        written = list.serialize_element(&shown);
+        let text = format!("{shown:#}").replace('\n', "\n  ");
+        written = write!(out, "{before}\n  {text}");
+        before = ",";
         match written {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         }
     })?;
-    let ended = written.and_then(|()| list.end());
-    ended.map_err(io::Error::from)?;
-    writeln!(out)?;
+    written?;
+    let end = if before == "[" { "[]" } else { "\n]" };
+    writeln!(out, "{end}")?;
     Ok(out.flush()?)
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use retort_abi::{ArtifactMeta, Description, Failure};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -260,8 +261,9 @@ pub struct LastExecution {
     pub state: StageState,
 }
 
-/// Artifacts whose lists of files are read at the same time: each may take as much memory as a value of a row.
-const LISTS_AT_ONCE: usize = 16;
+/// Artifacts whose lists of files are held at the same time: a row with the longest takes up to 192 MiB, and all rows together
+/// at most 1 GiB.
+const LISTS_AT_ONCE: usize = 4;
 
 impl Store {
     /// Runs, the newest first unless the filter says otherwise.
@@ -416,15 +418,16 @@ impl Store {
             .iter()
             .map(|row| row.try_get("hash"))
             .collect::<Result<_, _>>()?;
-        let rows = sqlx::query(
+        let mut rows = sqlx::query(
             "select hash, files from artifacts where hash in (select value from json_each(?1))",
         )
         .bind(serde_json::json!(hashes).to_string())
-        .fetch_all(self.pool())
-        .await?;
-        rows.iter()
-            .map(|row| Ok((row.try_get("hash")?, json(row, "files")?)))
-            .collect()
+        .fetch(self.pool());
+        let mut lists = HashMap::new();
+        while let Some(row) = rows.try_next().await? {
+            lists.insert(row.try_get("hash")?, json(&row, "files")?);
+        }
+        Ok(lists)
     }
 
     /// The record of an artifact, by its hash, as its newest attempt gave it.

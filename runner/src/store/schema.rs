@@ -42,7 +42,8 @@ const MOST_MEMORY: &str = "1073741824";
 pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreError> {
     let path = path_of(dir);
     migrate(dir, MIGRATIONS).await?;
-    Ok(pool(4).connect_lazy_with(options(&path)))
+    let pool = pool(4).after_connect(|connection, _| Box::pin(prepare(connection)));
+    Ok(pool.connect_lazy_with(options(&path)))
 }
 
 /// Opens for queries only. An older schema is migrated first, through a writable connection.
@@ -98,12 +99,19 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
     }
     // Queries on many runs visit thousands of pages once. Mapped pages are neither read nor copied.
     let read = read.pragma("mmap_size", "2147418112");
-    let pool = pool(2).before_acquire(|connection, _| {
-        Box::pin(async move {
-            deadline::watch(connection).await?;
-            Ok(true)
+    let pool = pool(2)
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                prepare(connection).await?;
+                deadline::watch(connection).await
+            })
         })
-    });
+        .before_acquire(|connection, _| {
+            Box::pin(async move {
+                deadline::watch(connection).await?;
+                Ok(true)
+            })
+        });
     Ok(pool.connect_lazy_with(read))
 }
 
@@ -268,13 +276,12 @@ fn pool(connections: u32) -> SqlitePoolOptions {
         .test_before_acquire(false)
         .idle_timeout(None)
         .max_lifetime(None)
-        .after_connect(|connection, _| {
-            Box::pin(async move {
-                sandbox::protect(connection).await?;
-                function::register(connection).await?;
-                deadline::watch(connection).await
-            })
-        })
+}
+
+/// Gives a new connection of a pool its limits, and the function that the views use.
+async fn prepare(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sandbox::protect(connection).await?;
+    function::register(connection).await
 }
 
 pub(super) fn wal_of(path: &Path) -> PathBuf {

@@ -187,6 +187,14 @@ fn artifacts_are_listed_and_damage_is_found() {
             .len(),
         1
     );
+    assert_eq!(
+        asked(&lab, &["artifacts", "list", "--kind", "other"]),
+        json!([])
+    );
+    let said = lab
+        .retort(&["artifacts", "list", "absent", "--json"])
+        .expect(4);
+    assert_eq!(said.stdout, "");
     lab.retort(&["artifacts", "verify"])
         .expect(0)
         .saying(&["3 artifacts verified, 0 damaged"]);

@@ -81,11 +81,9 @@ impl Store {
         };
         let mut grid = Grid::new(query, first, last);
         if blocks < few {
-            for row in &self.packs(named, from, to).await? {
-                let mut points = unpacked(row, &named.series)?;
-                points.retain(|point| (from..=to).contains(&point.step));
-                grid.add(&points);
-            }
+            let mut points = self.points_between(named, from, to).await?;
+            points.retain(|point| (from..=to).contains(&point.step));
+            grid.add(&points);
         } else {
             self.sum_up_blocks(named, from, to, &mut grid).await?;
         }

@@ -56,3 +56,17 @@ fn a_statement_ends_when_nobody_waits_for_it() {
         assert!(said.contains("took too long"), "{said}");
     });
 }
+
+#[test]
+fn a_statement_that_writes_has_no_deadline() {
+    check(|dir| async move {
+        let counted: i64 = within(Duration::ZERO, async {
+            let store = open(&dir).await;
+            let long = "with recursive n(i) as (select 1 union all select i + 1 from n where i < 100000) select count(*) from n";
+            sqlx::query_scalar(long).fetch_one(store.pool()).await
+        })
+        .await
+        .unwrap();
+        assert_eq!(counted, 100_000);
+    });
+}
