@@ -1,6 +1,5 @@
 //! Queries on recorded runs. One named function per query.
 
-use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -261,9 +260,8 @@ pub struct LastExecution {
     pub state: StageState,
 }
 
-/// Artifacts whose lists of files are held at the same time: a row with the longest takes up to 192 MiB, and all rows together
-/// at most 1 GiB.
-const LISTS_AT_ONCE: usize = 4;
+/// Artifacts that one statement reads. Between statements others can empty the write-ahead log.
+const ARTIFACTS_AT_ONCE: usize = 256;
 
 impl Store {
     /// Runs, the newest first unless the filter says otherwise.
@@ -362,8 +360,8 @@ impl Store {
         Ok(all)
     }
 
-    /// Passes the same artifacts to `take`, the newest first, until that has enough. Their lists of files, which may be long,
-    /// are read a few at a time.
+    /// Passes the same artifacts to `take`, the newest first, until that has enough. Their rows are read one by one: there may
+    /// be many, and the list of files of each may be long.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -372,36 +370,29 @@ impl Store {
         run: Option<&RunId>,
         mut take: impl FnMut(ArtifactRow) -> ControlFlow<()>,
     ) -> Result<(), StoreError> {
-        // Two separate conditions, because SQLite can push each into the view. Otherwise it would compute the whole view.
-        let (key, wanted) = match run {
-            Some(run) => (self.run_key(run).await?, "v.run = ?1"),
-            None => (None, "?1 is null and v.reused = 0"),
-        };
-        let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "select o.artifact as hash, o.kind, o.name, f.size, o.meta, r.id as run, s.name as stage,
-                    v.attempt, v.reused, coalesce(a.output = o.artifact, 0) as is_output, o.created,
-                    (select json_group_array(i.artifact) from inputs i where i.attempt = o.attempt) as made_from
-             from v_stage_attempts v
-             join attempts a on a.key = v.attempt
-             join outputs o on o.attempt = v.attempt
-             join artifacts f on f.hash = o.artifact
-             join stages s on s.key = v.stage
-             join runs r on r.key = v.run
-             where {wanted}
-             order by s.run desc, s.position desc, s.key desc, o.key desc"
-        )))
-        .bind(key)
-        .fetch_all(self.pool())
-        .await?;
-        for rows in rows.chunks(LISTS_AT_ONCE) {
-            let lists = self.file_lists(rows).await?;
-            for row in rows {
-                let hash: &str = row.try_get("hash")?;
-                // One without a list has been removed since.
-                let Some(files) = lists.get(hash) else {
-                    continue;
-                };
-                if take(artifact_row(row, files.clone())?).is_break() {
+        // The last list of files, because several results in a row are often the same artifact.
+        let (mut hash, mut files) = (String::new(), Vec::new());
+        for keys in self.artifact_keys(run).await?.chunks(ARTIFACTS_AT_ONCE) {
+            // The left side of a cross join is its outer loop: rows come in the order of the keys, without being sorted.
+            let mut rows = sqlx::query(
+                "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta, r.id as run, s.name as stage,
+                        o.attempt, a.stage <> s.key as reused, coalesce(a.output = o.artifact, 0) as is_output, o.created,
+                        (select json_group_array(i.artifact) from inputs i where i.attempt = o.attempt) as made_from
+                 from json_each(?1) k
+                 cross join outputs o on o.key = k.value ->> 0
+                 cross join stages s on s.key = k.value ->> 1
+                 cross join attempts a on a.key = o.attempt
+                 cross join artifacts f on f.hash = o.artifact
+                 cross join runs r on r.key = s.run",
+            )
+            .bind(serde_json::json!(keys).to_string())
+            .fetch(self.pool());
+            while let Some(row) = rows.try_next().await? {
+                let own: &str = row.try_get("hash")?;
+                if own != hash {
+                    (hash, files) = (own.to_owned(), json(&row, "files")?);
+                }
+                if take(artifact_row(&row, files.clone())?).is_break() {
                     return Ok(());
                 }
             }
@@ -409,25 +400,22 @@ impl Store {
         Ok(())
     }
 
-    /// The lists of files of the artifacts in these rows, by hash.
-    async fn file_lists(
-        &self,
-        rows: &[SqliteRow],
-    ) -> Result<HashMap<String, Vec<ArtifactFile>>, StoreError> {
-        let hashes: Vec<&str> = rows
-            .iter()
-            .map(|row| row.try_get("hash"))
-            .collect::<Result<_, _>>()?;
-        let mut rows = sqlx::query(
-            "select hash, files from artifacts where hash in (select value from json_each(?1))",
-        )
-        .bind(serde_json::json!(hashes).to_string())
-        .fetch(self.pool());
-        let mut lists = HashMap::new();
-        while let Some(row) = rows.try_next().await? {
-            lists.insert(row.try_get("hash")?, json(&row, "files")?);
-        }
-        Ok(lists)
+    /// The keys of the same artifacts, as outputs, and of their stages.
+    async fn artifact_keys(&self, run: Option<&RunId>) -> Result<Vec<(i64, i64)>, StoreError> {
+        // Two separate conditions, because SQLite can push each into the view. Otherwise it would compute the whole view.
+        let (key, wanted) = match run {
+            Some(run) => (self.run_key(run).await?, "v.run = ?1"),
+            None => (None, "?1 is null and v.reused = 0"),
+        };
+        let keys = sqlx::query_as(sqlx::AssertSqlSafe(format!(
+            "select o.key, v.stage
+             from v_stage_attempts v
+             join outputs o on o.attempt = v.attempt
+             join stages s on s.key = v.stage
+             where {wanted}
+             order by s.run desc, s.position desc, s.key desc, o.key desc"
+        )));
+        Ok(keys.bind(key).fetch_all(self.pool()).await?)
     }
 
     /// The record of an artifact, by its hash, as its newest attempt gave it.
