@@ -10,7 +10,6 @@
 mod append;
 mod curve;
 
-use futures_util::TryStreamExt;
 use serde::{Serialize, Serializer};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
@@ -197,8 +196,8 @@ impl Store {
     ) -> Result<Vec<SeriesPoint>, StoreError> {
         let mut points = Vec::new();
         for named in self.series_named(run, name).await? {
-            let all = self.points_between(&named, i64::MIN, i64::MAX).await?;
-            points.extend(all.into_iter().map(|point| SeriesPoint {
+            let packed = self.unpacked(&named).await?;
+            points.extend(packed.into_iter().map(|point| SeriesPoint {
                 stage: named.stage.clone(),
                 series: named.series.clone(),
                 step: point.step.cast_unsigned(),
@@ -296,27 +295,32 @@ impl Store {
             .collect()
     }
 
-    /// The points of the blocks of a series that overlap a range of steps, in order. The blocks are unpacked one by one: all of
-    /// a long series may exceed the memory that SQLite may take.
-    async fn points_between(
+    /// The points of a series.
+    async fn unpacked(&self, named: &NamedSeries) -> Result<Vec<BlockPoint>, StoreError> {
+        let mut points = Vec::new();
+        for row in &self.packs(named, i64::MIN, i64::MAX).await? {
+            points.append(&mut unpacked(row, &named.series)?);
+        }
+        Ok(points)
+    }
+
+    /// The packed blocks of a series that overlap a range of steps, in order.
+    async fn packs(
         &self,
         named: &NamedSeries,
         from: i64,
         to: i64,
-    ) -> Result<Vec<BlockPoint>, StoreError> {
-        let mut rows = sqlx::query(
+    ) -> Result<Vec<SqliteRow>, StoreError> {
+        let rows = sqlx::query(
             "select k.data from blocks b join packs k on k.key = b.pack
              where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
         )
         .bind(named.key)
         .bind(from)
         .bind(to)
-        .fetch(self.pool());
-        let mut points = Vec::new();
-        while let Some(row) = rows.try_next().await? {
-            points.append(&mut unpacked(&row, &named.series)?);
-        }
-        Ok(points)
+        .fetch_all(self.pool())
+        .await?;
+        Ok(rows)
     }
 }
 

@@ -81,9 +81,11 @@ impl Store {
         };
         let mut grid = Grid::new(query, first, last);
         if blocks < few {
-            let mut points = self.points_between(named, from, to).await?;
-            points.retain(|point| (from..=to).contains(&point.step));
-            grid.add(&points);
+            for row in &self.packs(named, from, to).await? {
+                let mut points = unpacked(row, &named.series)?;
+                points.retain(|point| (from..=to).contains(&point.step));
+                grid.add(&points);
+            }
         } else {
             self.sum_up_blocks(named, from, to, &mut grid).await?;
         }
