@@ -286,10 +286,9 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     let artifact = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let hash = store.resolve_artifact(&args.artifact).await?;
-        let mut artifacts = store.list_artifacts(None).await?;
+        let artifact = store.newest_with_hash(&hash).await?;
         store.close().await;
-        artifacts.retain(|row| row.artifact.hash == hash);
-        artifacts.pop().ok_or_else(|| {
+        artifact.ok_or_else(|| {
             let message = format!("no artifact `{}` in this store", args.artifact);
             Error::new(Exit::NothingMatches, message)
         })

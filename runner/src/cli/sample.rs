@@ -205,10 +205,7 @@ async fn in_store(args: &Args, context: &Context) -> Result<Network, Error> {
         })?;
     let of_network = |row: &&ArtifactRow| KINDS.contains(&row.artifact.kind.as_str());
     let row = match store.resolve_artifact(&args.network).await {
-        Ok(hash) => {
-            let rows = store.list_artifacts(None).await?;
-            rows.into_iter().rfind(|row| row.artifact.hash == hash)
-        }
+        Ok(hash) => store.newest_with_hash(&hash).await?,
         Err(no_artifact @ StoreError::NoArtifact { .. }) if !args.network.contains('/') => {
             let run = store.resolve_run(&args.network).await;
             let run = run.map_err(|error| match error {

@@ -116,13 +116,8 @@ async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
             rows.retain(|row| row.is_output && row.stage == stage);
             rows
         }
-        Ok(hash) => {
-            let mut rows = store.list_artifacts(None).await?;
-            rows.retain(|row| row.artifact.hash == hash);
-            // A picture made several times is shown once.
-            rows.drain(..rows.len().saturating_sub(1));
-            rows
-        }
+        // A picture made several times is shown once.
+        Ok(hash) => Vec::from_iter(store.newest_with_hash(&hash).await?),
         Err(no_artifact @ StoreError::NoArtifact { .. }) if !what.contains('/') => {
             let run = store.resolve_run(what).await;
             let run = run.map_err(|error| match error {

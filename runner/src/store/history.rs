@@ -400,7 +400,24 @@ impl Store {
         Ok(())
     }
 
-    /// The keys of the same artifacts, as outputs, and of their stages.
+    /// The newest result with this hash, of the run that made it.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn newest_with_hash(&self, hash: &str) -> Result<Option<ArtifactRow>, StoreError> {
+        let mut found = None;
+        let take = |row: ArtifactRow| {
+            if row.artifact.hash != hash {
+                return ControlFlow::Continue(());
+            }
+            found = Some(row);
+            ControlFlow::Break(())
+        };
+        self.each_artifact(None, take).await?;
+        Ok(found)
+    }
+
+    /// The keys of artifacts as results, and of their stages, in the order of [`Self::each_artifact`].
     async fn artifact_keys(&self, run: Option<&RunId>) -> Result<Vec<(i64, i64)>, StoreError> {
         // Two separate conditions, because SQLite can push each into the view. Otherwise it would compute the whole view.
         let (key, wanted) = match run {

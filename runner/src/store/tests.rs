@@ -299,6 +299,10 @@ fn a_success_is_found_by_its_digest_and_reused() {
         assert!(detail.artifacts[0].reused);
         assert_eq!(store.last_metrics(&second).await.unwrap()[0].last, 0.5);
         assert_eq!(store.list_artifacts(None).await.unwrap().len(), 1);
+        let hash = &detail.artifacts[0].artifact.hash;
+        let made = store.newest_with_hash(hash).await.unwrap().unwrap();
+        assert_eq!((made.run, made.reused), (success.run, false));
+        assert!(store.newest_with_hash("absent").await.unwrap().is_none());
 
         let last = store
             .last_execution("digits", "distill")
