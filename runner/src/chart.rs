@@ -5,8 +5,18 @@
 
 use std::fmt::Write as _;
 
+use crate::draft::OutputKind;
 use crate::table::number;
 use crate::terminal;
+
+/// The beginning of a drawing's first tag. It names retort, so that a drawing may be replaced by another.
+pub const SVG: &str = "<svg xmlns=\"http://www.w3.org/2000/svg\" data-generator=\"retort\"";
+
+/// A drawing as a file.
+pub const KIND: OutputKind = OutputKind {
+    name: "a plot of retort",
+    head: SVG,
+};
 
 /// Curves over one axis.
 #[derive(Debug, Clone, Default)]
@@ -187,7 +197,7 @@ impl Chart {
     pub fn svg(&self) -> String {
         let legend = LINE * self.curves.len() as f64;
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {}\" font-family=\"sans-serif\" \
+            "{SVG} viewBox=\"0 0 {WIDTH} {}\" font-family=\"sans-serif\" \
              font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
             HEIGHT + legend
         );

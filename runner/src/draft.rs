@@ -1,7 +1,7 @@
 //! Temporary files and folders: made beside their target under a unique name, and renamed once they are complete.
 //!
-//! A command's output replaces an existing file only when it is complete; anything that is not a regular file, such as
-//! `/dev/stdout`, is written directly.
+//! A command's output replaces an existing file only when it is complete, and only a file of the same kind ([`OutputKind`]);
+//! anything that is not a regular file, such as `/dev/stdout`, is written directly.
 //!
 //! Nothing else is overwritten or removed: the temporary name is created exclusively. Unfinished drafts are removed. A killed
 //! process leaves its draft behind, recognisable by its name and by a lock that nobody holds ([`abandoned`]). Deliberately
@@ -10,7 +10,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -274,6 +274,31 @@ pub fn place(target: &Path) -> io::Result<PathBuf> {
     }
 }
 
+/// What a command writes to a path given by a user. It replaces a file of this kind, or an empty one; any other file there is
+/// one that the user did not mean.
+#[derive(Debug, Clone, Copy)]
+pub struct OutputKind {
+    /// What such a file is called.
+    pub name: &'static str,
+    /// The first bytes of each such file; of one without a mark none.
+    pub head: &'static str,
+}
+
+impl OutputKind {
+    /// Refuses to replace a file of another kind.
+    fn check(self, path: &Path) -> io::Result<()> {
+        let mut head = Vec::new();
+        // One byte shows whether it is empty.
+        let most = self.head.len().max(1) as u64;
+        regular::open(path)?.take(most).read_to_end(&mut head)?;
+        if head.is_empty() || head == self.head.as_bytes() {
+            return Ok(());
+        }
+        let message = format!("only {} is replaced, and this is none", self.name);
+        Err(io::Error::new(io::ErrorKind::AlreadyExists, message))
+    }
+}
+
 /// An output path given by a user: a file, or a pipe or device, which is opened right away.
 #[derive(Debug)]
 pub struct Target {
@@ -286,8 +311,9 @@ impl Target {
     /// one is a mistake in the name.
     ///
     /// # Errors
-    /// It is a directory or a pipe without a reader, or its folder is missing.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    /// It is a directory or a pipe without a reader, or its folder is missing. A file of another kind is there
+    /// ([`io::ErrorKind::AlreadyExists`]).
+    pub fn open(path: &Path, kind: OutputKind) -> io::Result<Self> {
         let found = match fs::metadata(path) {
             Ok(found) => Some(found.file_type()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -298,6 +324,9 @@ impl Target {
                 path: path.to_owned(),
                 special: Some(special(path, kind)?),
             });
+        }
+        if found.is_some() {
+            kind.check(path)?;
         }
         let path = place(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
@@ -355,8 +384,8 @@ fn special(path: &Path, kind: fs::FileType) -> io::Result<File> {
 ///
 /// # Errors
 /// Those of [`Target::open`] and [`Target::write`].
-pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
-    Target::open(target)?.write(bytes)
+pub fn write(target: &Path, kind: OutputKind, bytes: &[u8]) -> io::Result<()> {
+    Target::open(target, kind)?.write(bytes)
 }
 
 impl Drop for Draft {
@@ -373,6 +402,11 @@ impl Drop for Draft {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NUMBERS: OutputKind = OutputKind {
+        name: "a file of numbers",
+        head: "n",
+    };
 
     fn names(dir: &Path) -> Vec<String> {
         let entries = fs::read_dir(dir).unwrap().flatten();
@@ -414,28 +448,47 @@ mod tests {
     fn a_draft_replaces_only_files() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
-        write(&at("new"), b"1").unwrap();
+        let write = |path: &Path, text: &str| write(path, NUMBERS, text.as_bytes());
+        write(&at("new"), "n1").unwrap();
         std::os::unix::fs::symlink("new", at("link")).unwrap();
-        write(&at("link"), b"2").unwrap();
-        assert_eq!(fs::read(at("new")).unwrap(), b"2");
+        write(&at("link"), "n2").unwrap();
+        assert_eq!(fs::read(at("new")).unwrap(), b"n2");
+        fs::write(at("mine"), "").unwrap();
+        write(&at("mine"), "n3").unwrap();
+        // Neither is another file, not even a shorter one, nor where a link leads to.
+        std::os::unix::fs::symlink("mine", at("way")).unwrap();
+        for text in ["x", "mine"] {
+            fs::write(at("mine"), text).unwrap();
+            for name in ["mine", "way"] {
+                let error = write(&at(name), "n4").unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+                assert_eq!(
+                    error.to_string(),
+                    "only a file of numbers is replaced, and this is none"
+                );
+                assert_eq!(fs::read_to_string(at("mine")).unwrap(), text);
+            }
+        }
+        fs::remove_file(at("way")).unwrap();
+        fs::remove_file(at("mine")).unwrap();
         assert!(at("link").is_symlink());
         fs::create_dir(at("folder")).unwrap();
-        let error = write(&at("folder"), b"3").unwrap_err();
+        let error = write(&at("folder"), "3").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::IsADirectory);
         let made = std::process::Command::new("mkfifo")
             .arg(at("pipe"))
             .status();
         assert!(made.unwrap().success());
-        let error = write(&at("pipe"), b"4").unwrap_err().to_string();
+        let error = write(&at("pipe"), "4").unwrap_err().to_string();
         assert_eq!(error, "it is a named pipe that nobody reads");
         let pipe = at("pipe");
         let reader = File::options().read(true).write(true).open(&pipe).unwrap();
-        write(&pipe, b"5").unwrap();
+        write(&pipe, "5").unwrap();
         let mut read = [0];
         io::Read::read_exact(&mut &reader, &mut read).unwrap();
         assert_eq!(&read, b"5");
-        write(Path::new("/dev/null"), b"6").unwrap();
-        let error = write(Path::new("/dev/full"), b"7").unwrap_err();
+        write(Path::new("/dev/null"), "6").unwrap();
+        let error = write(Path::new("/dev/full"), "7").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert_eq!(
             place(&at("link")).unwrap(),
@@ -537,7 +590,7 @@ mod tests {
         used.finish().unwrap();
         // A name that leaves no room for more.
         let long = at(&"x".repeat(255));
-        write(&long, b"1").unwrap();
+        write(&long, NUMBERS, b"1").unwrap();
         assert_eq!(fs::read(&long).unwrap(), b"1");
     }
 

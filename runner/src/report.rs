@@ -9,6 +9,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
 use crate::chart::Chart;
+use crate::draft::OutputKind;
 use crate::store::{RunDetail, RunState, SeriesSummary, StageDetail};
 use crate::table::{self, Cell};
 
@@ -65,6 +66,12 @@ figure svg { max-width: 100%; height: auto; }
 pre { background: var(--soft); padding: 0.7rem; overflow-x: auto; }
 summary { cursor: pointer; }";
 
+/// A report as a file.
+pub const KIND: OutputKind = OutputKind {
+    name: "a report of retort",
+    head: "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"generator\" content=\"retort\">",
+};
+
 /// The page.
 pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
     let several = pages.len() > 1;
@@ -73,6 +80,7 @@ pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
         html lang="en" {
             head {
                 meta charset="utf-8";
+                meta name="generator" content="retort";
                 meta name="viewport" content="width=device-width, initial-scale=1";
                 meta http-equiv="Content-Security-Policy"
                     content="default-src 'none'; img-src data:; style-src 'unsafe-inline'";
@@ -315,5 +323,6 @@ mod tests {
             assert!(!page.contains(tag), "{page}");
         }
         assert!(page.contains("&lt;script&gt;") && page.contains("<svg"));
+        assert!(page.starts_with(KIND.head), "{page}");
     }
 }

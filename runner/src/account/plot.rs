@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use crate::chart::escaped;
+use crate::chart::{SVG, escaped};
 use crate::sweep::{Goal, Objective, Parameter};
 use crate::table::number;
 
@@ -169,7 +169,7 @@ pub fn svg(axes: &[Axis], lines: &[PlottedPoint], objective: &Objective) -> Stri
     let below = TOP + HEIGHT + BOTTOM;
     let height = below + slice_rows * SLICE.1;
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {height}\" {FONT}>\n\
+        "{SVG} viewBox=\"0 0 {W} {height}\" {FONT}>\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
     draw_parallel(axes, lines, objective, W, &mut svg);

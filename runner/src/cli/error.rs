@@ -3,6 +3,7 @@
 //! Modules of the library know nothing of exit codes: each gets a `From` here.
 
 use std::error::Error as StdError;
+use std::path::Path;
 
 use crate::artifact;
 use crate::cli::{Context, output};
@@ -107,6 +108,19 @@ impl Error {
                 Ok(error) => (*error).into(),
                 Err(error) => Self::new(Exit::Internal, error.to_string()),
             },
+        }
+    }
+
+    /// An output file that cannot be written, or that would replace a file of another kind.
+    pub fn unwritten(path: &Path, error: &std::io::Error) -> Self {
+        let path = path.display();
+        match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Self::new(Exit::Usage, format!("{path} is there already"))
+                    .cause(error)
+                    .hint("name another file, or remove this one")
+            }
+            _ => Self::new(Exit::Internal, format!("{path} cannot be written")).cause(error),
         }
     }
 

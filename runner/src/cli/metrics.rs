@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum, ValueHint};
 
-use crate::chart::{Chart, ColumnSummary, Curve};
+use crate::chart::{self, Chart, ColumnSummary, Curve};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::draft;
 use crate::store::{Access, Axis, Bucket, CurveQuery, RunId, SeriesSummary, Store};
@@ -85,7 +85,7 @@ pub struct PlotArgs {
     /// With a logarithmic vertical axis.
     #[arg(long)]
     pub log: bool,
-    /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal.
+    /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal. Of existing files only a plot is replaced.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["format", "json"])]
     pub svg: Option<PathBuf>,
     /// How to print; a table is a plot, the others are its numbers.
@@ -402,13 +402,8 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
             output::print(&text)?;
         }
         Some(path) if path.as_os_str() == "-" => output::print(&chart.svg())?,
-        Some(path) => draft::write(path, chart.svg().as_bytes()).map_err(|error| {
-            Error::new(
-                Exit::Internal,
-                format!("{} cannot be written", path.display()),
-            )
-            .cause(&error)
-        })?,
+        Some(path) => draft::write(path, chart::KIND, chart.svg().as_bytes())
+            .map_err(|error| Error::unwritten(path, &error))?,
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub struct Args {
     /// The runs: ids or prefixes of them, `latest`, `latest~1`, or tags.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub runs: Vec<String>,
-    /// The file to write (`-`: to stdout).
+    /// The file to write (`-`: to stdout). Of existing files only a report is replaced.
     #[arg(short, long, value_name = "FILE", default_value = "report.html", value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
     /// Title of the page.
@@ -78,10 +78,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         // A document, not terminal output: control characters in it are part of its texts.
         return Ok(output::stdout().write_all(page.as_bytes())?);
     }
-    draft::write(&args.output, page.as_bytes()).map_err(|error| {
-        let message = format!("{} cannot be written", args.output.display());
-        Error::new(Exit::Internal, message).cause(&error)
-    })?;
+    draft::write(&args.output, report::KIND, page.as_bytes())
+        .map_err(|error| Error::unwritten(&args.output, &error))?;
     if !context.quiet {
         output::say(&format!("{} is written", args.output.display()));
     }

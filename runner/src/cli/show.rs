@@ -9,7 +9,7 @@ use retort_checkpoint::images;
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, output};
-use crate::draft;
+use crate::draft::{self, OutputKind};
 use crate::store::{Access, ArtifactRow, Store, StoreError};
 
 use self::screen::{MOST_PIXELS, Protocol, Screen};
@@ -20,13 +20,19 @@ mod screen;
 /// Maximum bytes of a picture.
 pub(super) const MOST_BYTES: u64 = 64 << 20;
 
+/// A saved picture. A stage made it, and it has no mark of retort.
+const PICTURE: OutputKind = OutputKind {
+    name: "an empty file",
+    head: "",
+};
+
 /// Arguments of `show`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// What to show: `latest/sample-1-step` (a run and a stage), a prefix of an artifact's hash, or a run: all its pictures.
     #[arg(value_name = "WHAT", default_value = "latest")]
     pub what: String,
-    /// Write the picture into a PNG file instead.
+    /// Write the picture into a new PNG file instead.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub save: Option<PathBuf>,
     /// How to draw in a terminal.
@@ -63,10 +69,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             .hint(format!("name a stage of it: {}", stages.join(", "))));
         };
         let bytes = read(&layout, only)?;
-        return draft::write(file, &bytes).map_err(|error| {
-            let message = format!("{} cannot be written", file.display());
-            Error::new(Exit::Internal, message).cause(&error)
-        });
+        return draft::write(file, PICTURE, &bytes).map_err(|error| Error::unwritten(file, &error));
     }
     let is_terminal = std::io::stdout().is_terminal();
     let manner = match args.manner {

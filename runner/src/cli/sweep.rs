@@ -92,7 +92,7 @@ pub struct PlotArgs {
     /// The sweep.
     #[command(flatten)]
     pub reference: ReferenceArgs,
-    /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal.
+    /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal. Of existing files only a plot is replaced.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub svg: Option<PathBuf>,
     /// With a logarithmic axis for the objective, in the terminal.

@@ -68,6 +68,58 @@ fn a_page_has_everything_of_its_runs() {
     assert!(!lab.dir.path().join("nowhere").exists());
 }
 
+/// Each command that writes to a file of the user's replaces what it has written itself, and no other file.
+#[test]
+fn only_what_a_command_writes_is_replaced() {
+    let lab = Lab::new(&[
+        "curve: {kind: do, act: flood, amount: 800}",
+        "picture: {kind: do, act: paint, text: four columns, input: curve}",
+    ]);
+    lab.run(&["--sweep", "curve.amount=400,800"]).expect(0);
+    let at = |name: &str| lab.dir.path().join(name);
+    std::fs::write(at("page.html"), "<!DOCTYPE html><html lang=\"en\">").unwrap();
+    std::fs::write(
+        at("drawing.svg"),
+        "<svg xmlns=\"http://www.w3.org/2000/svg\">",
+    )
+    .unwrap();
+    std::fs::write(at("photo.png"), b"\x89PNG\r\n\x1a\n").unwrap();
+    std::fs::write(at("pytest.xml"), "<?xml version=\"1.0\"?>").unwrap();
+    let report: &[&str] = &["report", "-o"];
+    let plot: &[&str] = &["metrics", "plot", "latest", "loss", "--svg"];
+    let sweep: &[&str] = &["sweep", "plot", "--objective", "curve/loss", "--svg"];
+    let picture: &[&str] = &["show", "latest/picture", "--save"];
+    let junit: &[&str] = &["plugin", "test", "faulty", "--junit"];
+    for (command, other, again) in [
+        (report, "page.html", Some("only a report of retort")),
+        (plot, "drawing.svg", Some("only a plot of retort")),
+        (sweep, "drawing.svg", Some("only a plot of retort")),
+        (picture, "photo.png", None),
+    ] {
+        for name in ["r.yaml", other] {
+            let before = std::fs::read(at(name)).unwrap();
+            lab.retort(&[command, &[name]].concat())
+                .expect(2)
+                .saying(&[&format!("{name} is there already"), "name another file"])
+                .saying(&[again.unwrap_or("only an empty file is replaced")]);
+            assert_eq!(std::fs::read(at(name)).unwrap(), before, "{command:?}");
+        }
+        std::fs::write(at("new"), "").unwrap();
+        lab.retort(&[command, &["new"]].concat()).expect(0);
+        let expected = if again.is_some() { 0 } else { 2 };
+        lab.retort(&[command, &["new"]].concat()).expect(expected);
+    }
+    for name in ["r.yaml", "pytest.xml"] {
+        let said = lab.retort(&[junit, &[name][..]].concat()).expect(2);
+        let said = said.saying(&["only a report of `plugin test` is replaced"]);
+        assert!(
+            said.stdout.is_empty(),
+            "refused before any test: {}",
+            said.stdout
+        );
+    }
+}
+
 #[test]
 fn what_the_store_says_is_text() {
     let lab = Lab::new(&[

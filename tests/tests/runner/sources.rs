@@ -309,10 +309,13 @@ fn what_a_command_writes_to_is_not_waited_for() {
     let said = lab.retort(&["plugin", "test", "faulty", "--junit", "pipe"]);
     let said = said.expect(1).saying(&["a named pipe that nobody reads"]);
     assert!(said.stdout.is_empty(), "{}", said.stdout);
-    fs::write(lab.dir.path().join("old.html"), "old").unwrap();
-    lab.retort(&["report", "-o", "old.html"]).expect(0);
-    let page = fs::read_to_string(lab.dir.path().join("old.html")).unwrap();
-    assert!(page.contains("<html"));
+    let page = lab.dir.path().join("old.html");
+    for title in ["old", "new"] {
+        lab.retort(&["report", "-o", "old.html", "--title", title])
+            .expect(0);
+        let page = fs::read_to_string(&page).unwrap();
+        assert!(page.contains(&format!("<title>{title}</title>")));
+    }
 }
 
 #[test]

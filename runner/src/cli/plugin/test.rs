@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::plugin::named;
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
-use crate::draft::Target;
+use crate::draft::{OutputKind, Target};
 use crate::plan::{self, Plan};
 use crate::plugin::conformance::{CheckOutcome, ConformanceRun, ConformanceRunOptions, Verdict};
 use crate::plugin::{Plugins, search_dirs};
@@ -43,7 +43,7 @@ pub struct Args {
     /// Takes seconds on a fast backend.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub golden: Option<PathBuf>,
-    /// Write the report to this file as JUnit XML, too.
+    /// Write the report to this file as JUnit XML, too. Of existing files only such a report is replaced.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub junit: Option<PathBuf>,
     /// Output format.
@@ -54,11 +54,10 @@ pub struct Args {
 /// Examines the plugin and reports.
 pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), Error> {
     let unwritten = |error: std::io::Error| {
-        let file = args.junit.as_deref().unwrap_or(Path::new("")).display();
-        Error::new(Exit::Internal, format!("{file} cannot be written")).cause(&error)
+        Error::unwritten(args.junit.as_deref().unwrap_or(Path::new("")), &error)
     };
     // Fail now rather than after minutes of tests.
-    let report = args.junit.as_deref().map(Target::open);
+    let report = args.junit.as_deref().map(|path| Target::open(path, JUNIT));
     let report = report.transpose().map_err(unwritten)?;
     let path = named(&args.plugin, &search_dirs(&context.plugin_dirs))?;
     let own = Path::new(&args.plugin).join("recipe.yaml");
@@ -163,13 +162,20 @@ fn rows(outcomes: &[CheckOutcome]) -> Rows {
     rows
 }
 
+/// A report as a file.
+const JUNIT: OutputKind = OutputKind {
+    name: "a report of `plugin test`",
+    head: "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<!-- retort plugin test -->\n",
+};
+
 /// The report as JUnit XML, for continuous integration.
 fn junit(plugin: &Path, outcomes: &[CheckOutcome]) -> String {
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     let seconds: f64 = outcomes.iter().map(|o| o.time.as_secs_f64()).sum();
     let mut text = format!(
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" \
+        "{}<testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" \
          skipped=\"{}\" time=\"{seconds:.3}\">\n",
+        JUNIT.head,
         xml(&plugin.display().to_string()),
         outcomes.len(),
         count(Verdict::Failed),

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::account::plot::{self, Axis, PlottedPoint};
 use crate::account::results::Results;
-use crate::chart::{Chart, ColumnSummary, Curve};
+use crate::chart::{self, Chart, ColumnSummary, Curve};
 use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
 use crate::cli::{Context, Error, Exit, output};
 use crate::draft;
@@ -349,10 +349,7 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     if file.as_os_str() == "-" {
         return Ok(output::print(&svg)?);
     }
-    draft::write(file, svg.as_bytes()).map_err(|error| {
-        let message = format!("{} cannot be written", file.display());
-        Error::new(Exit::Internal, message).cause(&error)
-    })
+    draft::write(file, chart::KIND, svg.as_bytes()).map_err(|error| Error::unwritten(file, &error))
 }
 
 /// The objective over each parameter, as dots in the terminal.
