@@ -200,7 +200,11 @@ typedef struct retort_plugin {
 
     /*
      * Checks a stage's options beyond their schema; touches no device, reads no artifact. stage_json is a job as in `run`
-     * without work_dir and inputs. Writes findings, an empty array if there are none:
+     * without work_dir and inputs. It may have the stages on which this one depends, directly or not:
+     *
+     *    "sources": {"teacher": {"kind": "pretrain", "options": {...}}, ...}
+     *
+     * Of very large recipes some are left out. Writes findings, an empty array if there are none:
      *
      *   [{"severity": "error" | "warning", "pointer": "/schedule/warmup", "message": "...", "hint": "..."}]
      *

@@ -28,11 +28,14 @@ mod digest;
 #[cfg(test)]
 pub(crate) mod fake;
 mod planner;
+mod sources;
 #[cfg(test)]
 mod tests;
 
 pub use build::Build;
 pub use digest::{Digest, digest};
+
+use sources::Sources;
 
 /// How long archives are checked before they are hashed: most faults are found by then, and a longer check, as on a slow
 /// disk, does not pay.
@@ -448,6 +451,7 @@ impl Plan {
             base_dir: self.base_dir.clone(),
             work_dir: None,
             inputs: BTreeMap::new(),
+            sources: BTreeMap::new(),
             part: None,
         }
     }
@@ -461,6 +465,7 @@ impl Plan {
             }
         }
         let mut findings = Vec::new();
+        let mut sources = Sources::new(&self.stages);
         for name in names {
             let stages: Vec<&PlannedStage> = self
                 .stages
@@ -469,7 +474,10 @@ impl Plan {
                 .collect();
             let jobs: Vec<StageJob> = stages
                 .iter()
-                .map(|stage| self.job(stage, stage.threads.count(1)))
+                .map(|stage| StageJob {
+                    sources: sources.of(stage),
+                    ..self.job(stage, stage.threads.count(1))
+                })
                 .collect();
             match plugins.validate(name, &jobs) {
                 Ok(answers) => {

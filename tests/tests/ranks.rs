@@ -510,6 +510,7 @@ fn of_the_workers_of_a_stage_the_first_alone_tells_and_writes() {
                 base_dir: dir.path().to_owned(),
                 work_dir: Some(work_dir),
                 inputs: BTreeMap::new(),
+                sources: BTreeMap::new(),
                 part: Some(Part { index, of: 2 }),
             };
             let plugin = &plugin;

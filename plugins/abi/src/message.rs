@@ -117,10 +117,23 @@ pub struct StageJob {
     /// Inputs by the name of the stage that made them. Empty in `validate`.
     #[serde(default)]
     pub inputs: BTreeMap<String, Input>,
+    /// In `validate`, the stages on which this one depends, directly or not, by name: what their options say about its inputs
+    /// can be checked before anything runs. Of very large recipes some are left out. Empty in `run`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sources: BTreeMap<String, SourceStage>,
     /// Which part of the work to do, for a divisible kind. A part leaves its output in the work directory and commits no
     /// artifact; a final job without a part makes the artifact from all parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<Part>,
+}
+
+/// A stage on which another depends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceStage {
+    /// Its kind. It may be one of another plugin.
+    pub kind: String,
+    /// Its options, complete.
+    pub options: Value,
 }
 
 /// A part of a stage's work.

@@ -154,6 +154,7 @@ mod tests {
             base_dir: "/".into(),
             work_dir: None,
             inputs: Default::default(),
+            sources: Default::default(),
             part: None,
         };
         assert_eq!(smaller(&job), said);

@@ -345,9 +345,8 @@ pub fn check_from_zero(timesteps: &[usize], pointer: &str) -> Result<()> {
     Err(Error::option(pointer, message))
 }
 
-/// Refuses timesteps that are not ascending or lie beyond the sequence.
-pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -> Result<()> {
-    let steps = shape.steps.len();
+/// Refuses timesteps that are not ascending or lie beyond the AR steps of the sequence.
+pub fn check_timesteps(timesteps: &[usize], steps: usize, pointer: &str) -> Result<()> {
     if !ascending(timesteps) || timesteps.iter().any(|&t| t >= steps) {
         return Err(Error::option(
             pointer,

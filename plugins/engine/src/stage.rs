@@ -12,6 +12,7 @@ pub mod pretrain;
 pub mod sample;
 pub mod shards;
 pub mod snapshot;
+pub mod sources;
 pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
@@ -25,6 +26,7 @@ use serde::de::DeserializeOwned;
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::stage::sources::Sources;
 
 /// A kind of stage.
 pub trait Stage<B: Backend> {
@@ -45,6 +47,10 @@ pub trait Stage<B: Backend> {
 
     /// Checks options beyond their schema. Touches no device and no artifact.
     fn check(options: &Self::Options, base_dir: &Path) -> Result<()>;
+    /// Checks them against the options of earlier stages, before any of these has run.
+    fn check_sources(_options: &Self::Options, _sources: &Sources<'_>) -> Result<()> {
+        Ok(())
+    }
     /// Does the work.
     fn run(context: &Context<'_, B>, options: &Self::Options) -> Result<StageResult>;
 }
@@ -89,8 +95,10 @@ fn register<B: Backend, S: Stage<B>>() -> StageEntry<B> {
             schema: schemars::schema_for!(S::Options).to_value(),
         },
         check: |job| {
-            let outcome =
-                parse::<S::Options>(job).and_then(|options| S::check(&options, &job.base_dir));
+            let outcome = parse::<S::Options>(job).and_then(|options| {
+                S::check(&options, &job.base_dir)?;
+                S::check_sources(&options, &Sources::of(job))
+            });
             outcome.err().map(diagnostic).into_iter().collect()
         },
         run: |context| {

@@ -313,6 +313,7 @@ impl<'a> ConformanceRun<'a> {
                 base_dir: PathBuf::from("/nonexistent"),
                 work_dir: None,
                 inputs: BTreeMap::new(),
+                sources: BTreeMap::new(),
                 part: None,
             })
             .collect();
@@ -380,6 +381,7 @@ impl<'a> ConformanceRun<'a> {
             base_dir: place.path().to_owned(),
             work_dir: Some(place.path().join("work")),
             inputs: BTreeMap::new(),
+            sources: BTreeMap::new(),
             part: None,
         };
         let seen = self.attempt(

@@ -1,7 +1,10 @@
-//! Ablations of a student's training: fewer pairs, earlier steps, another start, no cross-entropy.
+//! Ablations of a student's training: fewer pairs, earlier steps, another start, no cross-entropy; what is refused beforehand.
+
+use std::path::Path;
 
 use serde_json::Value;
 
+use crate::lab::Lab;
 use crate::training::{caught, interrupted, lab, output, points};
 
 /// The shared part of the students here.
@@ -28,12 +31,12 @@ fn the_first_pairs_of_a_data_set_are_a_data_set() {
     let text = std::fs::read_to_string(&recipe).unwrap();
     std::fs::write(&recipe, format!("{text}{wrong}")).unwrap();
     lab.retort(&["run", "r.yaml", "--until", "wrong"])
-        .expect(100)
+        .expect(3)
         .saying(&["use 301: many has 300 pairs"]);
 }
 
 /// The weights of a student.
-fn weights(lab: &crate::lab::Lab, stage: &str) -> Vec<u8> {
+fn weights(lab: &Lab, stage: &str) -> Vec<u8> {
     std::fs::read(output(lab, stage).1.join("model.safetensors")).unwrap()
 }
 
@@ -70,13 +73,23 @@ fn snapshots_are_students_and_students_are_starts() {
     for (stage, code, saying) in [
         (
             "kind: snapshot, student: whole, step: 5".to_owned(),
-            100,
-            "whole has no snapshot of step 5: it has those of the steps [4, 8]",
+            3,
+            "whole has no snapshot of step 5: it keeps one every 4 steps, below 11",
+        ),
+        (
+            "kind: snapshot, student: whole, step: 12".to_owned(),
+            3,
+            "whole has no snapshot of step 12",
         ),
         (
             "kind: snapshot, student: part, step: 4".to_owned(),
-            100,
+            3,
             "`snapshots: n` in its stage",
+        ),
+        (
+            format!("{STUDENT}, trajectories: pairs, snapshots: 8, train: {{steps: 8}}"),
+            3,
+            "snapshots 8: none would be kept, for the training has 8 steps",
         ),
         (
             format!("{STUDENT}, trajectories: pairs, from: part, depth: 4, train: {{steps: 1}}"),
@@ -146,7 +159,7 @@ fn a_student_can_predict_embeddings_alone() {
         ("cross_entropy: 0, split: 0", 3, "no loss: set"),
         (
             "split: 16, perceptual: {kind: l2, weight: 1}",
-            100,
+            3,
             "the perceptual term needs tokens of the continuous head",
         ),
     ] {
@@ -158,4 +171,27 @@ fn a_student_can_predict_embeddings_alone() {
             .expect(code)
             .saying(&[saying]);
     }
+}
+
+/// What follows from the sizes of images and tokenizer is known before any stage runs.
+#[test]
+fn timesteps_beyond_the_tokens_are_refused_before_anything_runs() {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/own-images.yaml");
+    let recipe = recipe.to_str().unwrap();
+    let lab = Lab::new(&[]);
+    let check = |settings: &[&str], code: i32, said: &[&str]| {
+        let sets = settings.iter().flat_map(|set| ["--set", *set]);
+        let command: Vec<&str> = ["validate", recipe].into_iter().chain(sets).collect();
+        lab.retort(&command).expect(code).saying(said);
+    };
+    let below = "timesteps [0, 24]: expected ascending AR steps, each below 16, as in [0, 8]";
+    let stages = ["stage `student`", "stage `two-step`", below];
+    check(&["params.size=16"], 3, &stages);
+    check(&["params.size=[16, 32]"], 0, &[]);
+    check(&["params.size=16", "params.second=6"], 0, &[]);
+    check(&[], 0, &[]);
+    let split = ["two-step.sampler.split=65", "params.size=32"];
+    check(&split, 3, &["split 65: the model has 64 AR steps"]);
+    // Only the files tell how many tokens there are.
+    check(&["pictures.data={folder: x}", "params.second=99"], 0, &[]);
 }

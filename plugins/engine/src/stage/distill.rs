@@ -33,6 +33,7 @@ use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
 use crate::perceptual::{PIXELS_AT_ONCE, Perceptual, PerceptualMetric};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
+use crate::stage::sources::Sources;
 use crate::stage::{Stage, batch_memory};
 use crate::train::{HeldOut, TrainOptions, TrainingLoop, average, check_parts, one_part, shared};
 use crate::weights::{
@@ -178,7 +179,27 @@ impl<B: Backend> Stage<B> for Distill {
                 "a student started `from` another must have as many blocks",
             ));
         }
-        Ok(())
+        match o.snapshots {
+            Some(every) if every >= o.train.steps => {
+                let message = format!(
+                    "snapshots {every}: none would be kept, for the training has {} steps; expected fewer than these",
+                    o.train.steps
+                );
+                Err(Error::option("/snapshots", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+        if let Some(steps) = sources.steps(&o.teacher) {
+            check_timesteps(&o.timesteps, steps, "/timesteps")?;
+            o.check_split(steps)?;
+        }
+        match sources.pairs(&o.trajectories) {
+            Some(pairs) => o.check_used(pairs),
+            None => Ok(()),
+        }
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -227,19 +248,12 @@ impl<'a, B: Backend> Inputs<'a, B> {
         let made = context.input(&o.teacher)?;
         let teacher = Bundle::open(&made.path)?;
         let shape = teacher.network()?.token_shape();
-        check_timesteps(&o.timesteps, &shape, "/timesteps")?;
-        o.check_split(&shape)?;
+        check_timesteps(&o.timesteps, shape.steps.len(), "/timesteps")?;
+        o.check_split(shape.steps.len())?;
         let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
+        o.check_used(dataset.len() as u64)?;
         let pairs = o.used.unwrap_or(dataset.len());
         let refuse = |pointer: &str, message: String| Err(Error::option(pointer, message));
-        if pairs > dataset.len() {
-            let message = format!(
-                "use {pairs}: {} has {} pairs",
-                o.trajectories,
-                dataset.len()
-            );
-            return refuse("/use", message);
-        }
         if dataset.shape() != shape {
             let message = format!(
                 "{} was built with a teacher of another shape",
@@ -525,8 +539,8 @@ impl Options {
     }
 
     /// Refuses a split beyond the AR steps, or one that leaves the perceptual term nothing to train.
-    fn check_split(&self, shape: &TokenShape) -> Result<()> {
-        let (steps, looks) = (shape.steps.len(), self.perceptual.weight() > 0.0);
+    fn check_split(&self, steps: usize) -> Result<()> {
+        let looks = self.perceptual.weight() > 0.0;
         let split = self.split.unwrap_or(steps);
         let message = match looks {
             true if split >= steps => format!(
@@ -539,8 +553,19 @@ impl Options {
         Err(Error::option("/split", message))
     }
 
+    /// Refuses more pairs than there are.
+    fn check_used(&self, pairs: u64) -> Result<()> {
+        match self.used {
+            Some(used) if used as u64 > pairs => {
+                let message = format!("use {used}: {} has {pairs} pairs", self.trajectories);
+                Err(Error::option("/use", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the weights after this many steps are kept.
-    fn keeps(&self, step: u64) -> bool {
+    pub fn keeps(&self, step: u64) -> bool {
         self.snapshots
             .is_some_and(|n| step > 0 && step.is_multiple_of(n))
     }

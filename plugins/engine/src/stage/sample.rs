@@ -34,6 +34,7 @@ use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{
     self, PartDir, PlannedShard, SampleRange, ShardProgress, WrittenShards, batches, hashed,
 };
+use crate::stage::sources::Sources;
 use crate::stage::{Stage, batch_memory};
 use drawer::{Drawer, Sampler, SamplerContext, drawer};
 
@@ -178,6 +179,13 @@ impl<B: Backend> Stage<B> for Sample {
             }
         }
         o.sampler.check()
+    }
+
+    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+        match sources.steps(o.sampler.source()) {
+            Some(steps) => o.sampler.check_steps(steps),
+            None => Ok(()),
+        }
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {

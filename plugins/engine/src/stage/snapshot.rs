@@ -11,7 +11,8 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::stage::Stage;
+use crate::stage::sources::Sources;
+use crate::stage::{Stage, distill};
 
 /// Options of `snapshot`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -24,6 +25,9 @@ pub struct Options {
     #[schemars(range(min = 1))]
     pub step: u64,
 }
+
+/// What there is of a student that was trained without.
+const NONE: &str = "it has none; `snapshots: n` in its stage keeps one every n steps";
 
 /// The stage.
 pub struct Snapshot;
@@ -39,12 +43,28 @@ impl<B: Backend> Stage<B> for Snapshot {
         Ok(())
     }
 
+    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+        let Some(training) = sources.options::<distill::Options>(&o.student, "distill") else {
+            return Ok(());
+        };
+        let (steps, student) = (training.train.steps, &o.student);
+        if o.step < steps && training.keeps(o.step) {
+            return Ok(());
+        }
+        let there = match training.snapshots {
+            None => NONE.to_owned(),
+            Some(every) => format!("it keeps one every {every} steps, below {steps}"),
+        };
+        let message = format!("{student} has no snapshot of step {}: {there}", o.step);
+        Err(Error::option("/step", message))
+    }
+
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let student = Bundle::open(context.input_dir(&o.student)?)?;
         let kept = student.snapshots()?;
         if !kept.contains(&o.step) {
             let there = match kept.is_empty() {
-                true => "it has none; `snapshots: n` in its stage keeps one every n steps".into(),
+                true => NONE.to_owned(),
                 false => format!("it has those of the steps {kept:?}"),
             };
             let message = format!("{} has no snapshot of step {}: {there}", o.student, o.step);

@@ -74,6 +74,7 @@ impl Supervisor<'_> {
             base_dir: spec.base_dir.clone(),
             work_dir: Some(spec.work_dir.clone()),
             inputs: spec.inputs.clone(),
+            sources: BTreeMap::new(),
             part,
         };
         Task {

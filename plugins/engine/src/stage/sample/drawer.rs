@@ -196,6 +196,34 @@ impl Sampler {
             _ => Ok(()),
         }
     }
+
+    /// Refuses timesteps, a split or skipped steps beyond the model's AR steps.
+    pub fn check_steps(&self, steps: usize) -> Result<()> {
+        let pointer = "/sampler/timesteps";
+        let (name, given) = match self {
+            Self::Student {
+                timesteps, split, ..
+            } => {
+                check_timesteps(timesteps, steps, pointer)?;
+                ("split", *split)
+            }
+            Self::Assisted {
+                timesteps, split, ..
+            } => {
+                check_timesteps(timesteps, steps, pointer)?;
+                ("split", *split)
+            }
+            Self::Skip { skip, .. } => ("skip", Some(*skip)),
+            Self::Teacher { .. } | Self::Flow { .. } | Self::Independent { .. } => return Ok(()),
+        };
+        match given {
+            Some(given) if given > steps => {
+                let message = format!("{name} {given}: the model has {steps} AR steps");
+                Err(Error::option(format!("/sampler/{name}"), message))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A batch's results.
@@ -231,7 +259,8 @@ pub fn drawer<'a, B: Backend>(
     bundle: &Bundle<'_>,
     setting: SamplerContext<'a, B>,
 ) -> Result<Drawer<'a, B>> {
-    let backend = context.backend;
+    let (backend, steps) = (context.backend, setting.shape.steps.len());
+    sampler.check_steps(steps)?;
     match sampler {
         Sampler::Teacher { distribution, .. } => {
             Ok(setting.teacher(bundle.teacher(backend)?, distribution))
@@ -244,8 +273,7 @@ pub fn drawer<'a, B: Backend>(
         Sampler::Student {
             timesteps, split, ..
         } => {
-            check_timesteps(timesteps, setting.shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, setting.split(*split)?);
+            let (student, split) = (bundle.student(backend)?, split.unwrap_or(steps));
             Ok(setting.student(student, split, timesteps))
         }
         Sampler::Assisted {
@@ -257,8 +285,7 @@ pub fn drawer<'a, B: Backend>(
             distribution,
             ..
         } => {
-            check_timesteps(timesteps, setting.shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, setting.split(*split)?);
+            let (student, split) = (bundle.student(backend)?, split.unwrap_or(steps));
             let other = Bundle::open(context.input_dir(teacher)?)?;
             same_codebook(&bundle.config, &other.config, teacher)?;
             let assistance = Assistance {
@@ -271,14 +298,7 @@ pub fn drawer<'a, B: Backend>(
         }
         Sampler::Skip {
             skip, distribution, ..
-        } => {
-            let all = setting.shape.steps.len();
-            if *skip > all {
-                let message = format!("skip {skip}: the model has {all} AR steps");
-                return Err(Error::option("/sampler/skip", message));
-            }
-            Ok(setting.skip(bundle.teacher(backend)?, distribution, *skip))
-        }
+        } => Ok(setting.skip(bundle.teacher(backend)?, distribution, *skip)),
         Sampler::Independent { trajectories, .. } => {
             let dataset = Dataset::open(context.input_dir(trajectories)?)?;
             let marginals = Marginals::open(dataset, setting.shape)?;
@@ -311,18 +331,6 @@ impl<'a, B: Backend> SamplerContext<'a, B> {
             latents: B::rows(&self.codebook, &ids)?,
             tokens: Some(ids),
         })
-    }
-
-    /// AR steps whose tokens are the most probable codes.
-    fn split(&self, split: Option<usize>) -> Result<usize> {
-        let all = self.shape.steps.len();
-        match split {
-            Some(split) if split > all => {
-                let message = format!("split {split}: the model has {all} AR steps");
-                Err(Error::option("/sampler/split", message))
-            }
-            split => Ok(split.unwrap_or(all)),
-        }
     }
 
     fn teacher(
