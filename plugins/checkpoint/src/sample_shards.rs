@@ -13,7 +13,9 @@ use crate::{json, regular};
 
 /// Name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
-/// Bytes of the longest manifest that is read; one of more than a hundred thousand shards is refused for its memory.
+/// The most shards of a set: the manifest of more is not read.
+pub const MOST_SHARDS: u64 = 100_000;
+/// Bytes of the longest manifest that is read; one of more than [`MOST_SHARDS`] shards is refused for its memory.
 const LONGEST_MANIFEST: u64 = 64 << 20;
 /// The most bytes of a manifest's parameters, as text: they are copied and compared.
 const LONGEST_PARAMETERS: usize = 256 << 10;

@@ -1,6 +1,7 @@
 //! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions. The options of `pretrain`
 //! are in `training`.
 
+pub mod labels;
 pub mod training;
 
 use std::path::Path;
@@ -18,10 +19,11 @@ use crate::error::{Error, Result};
 use crate::files::{MakeLock, make_once, resolve};
 use crate::model::{CaptionShape, ConditioningShape};
 use crate::numpy;
-use crate::random::{Sequence, Stream};
 use crate::stage::noise::TensorFile;
 use crate::text::TextEncoder;
 use crate::weights::CheckpointWeights;
+
+use labels::SampleLabels;
 
 /// Classes of samples.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -87,17 +89,6 @@ pub enum Rule {
     Drawn,
 }
 
-impl Rule {
-    /// The classes of `count` samples, given the number of classes.
-    fn labels(self, seed: u64, count: u64, classes: usize) -> Vec<u32> {
-        let class = |i: u64| match self {
-            Self::Balanced => (i % classes as u64) as u32,
-            Self::Drawn => Sequence::new(seed, Stream::Class, i).below(classes) as u32,
-        };
-        (0..count).map(class).collect()
-    }
-}
-
 impl Default for Labels {
     fn default() -> Self {
         Self::Rule(Rule::Balanced)
@@ -105,47 +96,43 @@ impl Default for Labels {
 }
 
 impl Labels {
-    /// The classes of `count` samples.
+    /// The classes of `count` samples, all below the number of the model's.
     fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,
         count: u64,
         (classes, names): (usize, &[String]),
-    ) -> Result<Vec<u32>> {
+    ) -> Result<SampleLabels> {
         let (base, seed) = (&context.job.base_dir, context.job.seed);
         let pointer = "/labels";
-        crate::memory::check(
-            "/count",
-            "the labels of all samples",
-            count.checked_mul(4),
-            "make them by several stages with a `range` each",
-        )?;
         let labels = match self {
-            Self::Rule(rule) => rule.labels(seed, count, classes),
+            Self::Rule(rule) => SampleLabels::Rule(*rule, seed, classes),
             Self::List(list) => {
                 let given: Vec<u32> = list
                     .iter()
                     .map(|class| class.number(names))
                     .collect::<Result<_, _>>()
                     .map_err(|message| Error::option(pointer, message))?;
-                let in_turn = given.iter().copied().cycle();
-                in_turn.take(count as usize).collect()
+                SampleLabels::Turn(given)
             }
-            Self::File(given) => given.indices(base)?,
+            Self::File(given) => {
+                let given = given.indices(base)?;
+                if given.len() as u64 != count {
+                    let message = format!("{} labels for {count} samples", given.len());
+                    return Err(Error::option(pointer, message));
+                }
+                SampleLabels::Turn(given)
+            }
             Self::Images(ImageProportions { images }) => {
                 let all = Prepared::open(context.input_dir(images)?)?.labels;
-                let place =
-                    |i: u64| (u128::from(i) * all.len() as u128 / u128::from(count)) as usize;
-                (0..count).map(|i| all[place(i)]).collect()
+                SampleLabels::proportions(all, count)
             }
         };
-        if labels.len() as u64 != count {
-            return Err(Error::option(
-                pointer,
-                format!("{} labels for {count} samples", labels.len()),
-            ));
-        }
-        match labels.iter().find(|&&label| label as usize >= classes) {
+        match labels
+            .given()
+            .iter()
+            .find(|&&label| label as usize >= classes)
+        {
             Some(label) => {
                 let message = format!(
                     "class {label}: the model has the classes 0 to {}",
@@ -220,7 +207,7 @@ pub struct ConditioningOptions<'o> {
 /// The conditioning of samples.
 pub struct Conditioning {
     /// Class of each sample, or number of its caption.
-    pub labels: Vec<u32>,
+    pub labels: SampleLabels,
     /// The meaning of the labels.
     pub source: ConditioningSource,
     /// The captions, if they were given as text.
@@ -338,9 +325,8 @@ impl ConditioningOptions<'_> {
         }
         let captions = CaptionFeatures::open(&path, shape)?;
         let source = ConditioningSource::Captions(captions.into());
-        let all = source.len() as u64;
         Ok(Conditioning {
-            labels: (0..count).map(|i| (i % all) as u32).collect(),
+            labels: SampleLabels::numbers(source.len()),
             source,
             texts,
         })
@@ -570,32 +556,5 @@ impl Table {
             }
             Ok(())
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn drawn_classes_are_even_and_a_function_of_seed_and_sample() {
-        let rule: Rule = serde_json::from_str("\"drawn\"").unwrap();
-        let drawn = rule.labels(7, 10_000, 10);
-        // A sample's class depends neither on the number of samples nor on the start of the range.
-        assert_eq!(rule.labels(7, 300, 10), drawn[..300]);
-        assert_ne!(rule.labels(8, 300, 10), drawn[..300]);
-        assert_ne!(Rule::Balanced.labels(7, 300, 10), drawn[..300]);
-        // 1000 of each, within five standard deviations of 30; exactly equal numbers would not be random.
-        let mut counts = [0; 10];
-        drawn.iter().for_each(|&class| counts[class as usize] += 1);
-        assert!(
-            counts.iter().all(|n| (850..=1150).contains(n)),
-            "{counts:?}"
-        );
-        assert!(counts.iter().any(|&n| n != 1000), "{counts:?}");
-        // Their order has no pattern.
-        let pairs = drawn.windows(2).filter(|pair| pair[0] == pair[1]).count();
-        assert!((850..=1150).contains(&pairs), "{pairs}");
-        assert_eq!(Rule::Balanced.labels(7, 12, 10)[8..], [8, 9, 0, 1]);
     }
 }

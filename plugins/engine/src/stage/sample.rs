@@ -273,8 +273,8 @@ impl<'a> Inputs<'a> {
     }
 
     /// Class of some samples, or number of their captions.
-    fn labels_of(&self, samples: Range<u64>) -> &[u32] {
-        &self.conditioning.labels[samples.start as usize..samples.end as usize]
+    fn labels_of(&self, samples: Range<u64>) -> Vec<u32> {
+        self.conditioning.labels.of(samples)
     }
 
     /// Makes this process's share of the shards. Also returns how long it took.
@@ -289,7 +289,7 @@ impl<'a> Inputs<'a> {
             let (stored, found) = self.manifest.open_shard(path, shard)?;
             let labels = self.labels_of(shard.start..shard.end);
             self.noise
-                .check(path, shard, (&stored, &found), labels, o.batch)
+                .check(path, shard, (&stored, &found), &labels, o.batch)
         };
         // Loaded when the first shard has to be made.
         let mut maker = None;
@@ -333,7 +333,7 @@ impl<'a> Inputs<'a> {
         };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(names, self.labels_of(o.sample_range().samples()), columns),
+            caption: shown(names, &self.labels_of(o.sample_range().samples()), columns),
             ..Default::default()
         };
         let manifest = Manifest {
@@ -417,11 +417,11 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
             let noise = inputs.noise.read(batch)?;
             let clock = Instant::now();
             let eps = self.backend.floats(&noise, &[labels.len(), l, d])?;
-            let drawn = (self.draw)(start, labels, &eps).map_err(|e| e.of_samples(start))?;
+            let drawn = (self.draw)(start, &labels, &eps).map_err(|e| e.of_samples(start))?;
             let latents = B::to_floats(&drawn.latents)?;
             self.times.sampling += clock.elapsed().as_secs_f64();
             finite("latent", &latents, start, l * d)?;
-            writer.indices("labels", row, labels)?;
+            writer.indices("labels", row, &labels)?;
             writer.floats("latents", row, &latents)?;
             if let (true, Some(ids)) = (o.tokens, &drawn.tokens) {
                 writer.indices("tokens", row, &B::to_indices(ids)?)?;

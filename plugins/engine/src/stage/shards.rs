@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use retort_checkpoint::sample_shards::{Shard, cut, hash, joined};
+use retort_checkpoint::sample_shards::{MOST_SHARDS, Shard, cut, hash, joined};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -43,7 +43,7 @@ pub struct PlannedShard {
 }
 
 impl SampleRange {
-    /// Refuses an empty or invalid range.
+    /// Refuses an empty or invalid range, and more shards than a set may have.
     pub fn check(&self) -> Result<()> {
         match self.range {
             Some([start, end]) if start >= end || end > self.count => {
@@ -53,8 +53,24 @@ impl SampleRange {
                 );
                 Err(Error::option("/range", message))
             }
-            _ => Ok(()),
+            _ => self.check_shards(),
         }
+    }
+
+    fn check_shards(&self) -> Result<()> {
+        let samples = self.samples();
+        let samples = samples.end - samples.start;
+        let shards = samples.div_ceil(self.size.max(1));
+        if shards <= MOST_SHARDS {
+            return Ok(());
+        }
+        let message = format!(
+            "{samples} samples in shards of {}: {shards} files, and a set has at most {MOST_SHARDS}; expected a `shard_size` of \
+             at least {}",
+            self.size,
+            samples.div_ceil(MOST_SHARDS)
+        );
+        Err(Error::option("/shard_size", message))
     }
 
     /// The samples of the result.
@@ -172,12 +188,17 @@ pub fn make<'b, B: Backend>(
         clock: Instant::now(),
     };
     // What is there already is reported at once: the first report shows what earlier processes have saved.
-    let is_made = |planned: &&PlannedShard| {
+    let (mut made, mut missing) = (0, Vec::new());
+    for planned in own {
+        // Each is read.
+        progress.go_on()?;
         let PlannedShard { shard, from } = planned;
-        from.is_none() && check(&work.join(&shard.file), shard).is_ok()
-    };
-    let (made, missing): (Vec<_>, Vec<_>) = own.into_iter().partition(is_made);
-    let made: u64 = made.iter().map(|p| p.shard.end - p.shard.start).sum();
+        if from.is_none() && check(&work.join(&shard.file), shard).is_ok() {
+            made += shard.end - shard.start;
+        } else {
+            missing.push(planned);
+        }
+    }
     // The total work of a divided stage is known once each part has reported its share.
     if made > 0 || context.job.part.is_some() {
         progress.done(made);
@@ -221,4 +242,29 @@ pub fn hashed(dir: &Path, shards: Vec<PlannedShard>) -> Result<Vec<Shard>> {
             Ok(Shard { hash, ..shard })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_has_a_number_of_shards_that_its_manifest_can_list() {
+        let check = |count, range, size, expected: Option<&str>| {
+            let said = SampleRange { count, range, size }.check();
+            let said = said.err().map(|error| error.to_string());
+            match (expected, &said) {
+                (None, None) => {}
+                (Some(expected), Some(said)) => assert!(said.contains(expected), "{said}"),
+                _ => panic!("{expected:?}: {said:?}"),
+            }
+        };
+        check(100_000_000, None, 1000, None);
+        check(u64::MAX, Some([0, 5]), 1, None);
+        check(5_000_000_000, None, 10_000, Some("500000 files"));
+        check(5_000_000_000, None, 10_000, Some("at least 50000"));
+        check(5_000_000_000, None, 50_000, None);
+        check(u64::MAX, None, 1, Some("at most 100000"));
+        check(8, Some([5, 9]), 1, Some("end at most 8"));
+    }
 }

@@ -20,8 +20,10 @@ use crate::context::Context;
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::files::{link, resolve, write_json};
+use crate::memory;
 use crate::model::{Teacher, TokenShape};
 use crate::sampler::{Choice, Distribution, autoregressive};
+use crate::stage::conditioning::labels::SampleLabels;
 use crate::stage::conditioning::{
     CaptionText, Conditioning, ConditioningOptions, Features, Labels,
 };
@@ -143,7 +145,7 @@ struct Inputs<'a> {
     teacher: Bundle<'a>,
     shape: TokenShape,
     /// Class of each sample, or number of its caption.
-    labels: Vec<u32>,
+    labels: SampleLabels,
     /// The meaning of the labels.
     conditioning: ConditioningSource,
     noise: Noise,
@@ -162,6 +164,15 @@ impl<'a> Inputs<'a> {
             "/batch",
             o.sample_range().at_once(o.batch),
             batch_memory::generating(network, &o.distribution, &context.job.dtype),
+        )?;
+        let each = shape.count().saturating_add(1) as u64;
+        memory::check(
+            "/shard_size",
+            "the tokens and labels of a shard",
+            (o.sample_range().at_once(usize::MAX) as u64)
+                .checked_mul(4)
+                .and_then(|bytes| bytes.checked_mul(each)),
+            "make smaller shards",
         )?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, teacher.config.classes.as_slice());
@@ -212,8 +223,8 @@ impl<'a> Inputs<'a> {
         o.sample_range().shards(parts)
     }
 
-    fn labels_of(&self, shard: &Shard) -> &[u32] {
-        &self.labels[shard.start as usize..shard.end as usize]
+    fn labels_of(&self, shard: &Shard) -> Vec<u32> {
+        self.labels.of(shard.start..shard.end)
     }
 
     /// Makes this process's share of the shards.
@@ -228,7 +239,7 @@ impl<'a> Inputs<'a> {
             let (stored, found) = open_shard(&self.manifest, path, shard)?;
             let labels = self.labels_of(shard);
             self.noise
-                .check(path, shard, (&stored, &found), labels, o.batch)
+                .check(path, shard, (&stored, &found), &labels, o.batch)
         };
         // Loaded when the first shard has to be made.
         let mut networks = None;
@@ -248,7 +259,7 @@ impl<'a> Inputs<'a> {
                     false => None,
                 };
                 let noise = noise.as_deref().map(|noise| (noise, self.shape.dim));
-                write_shard(path, self.labels_of(shard), &tokens, noise)
+                write_shard(path, &self.labels_of(shard), &tokens, noise)
             },
         )
     }
@@ -269,7 +280,7 @@ impl<'a> Inputs<'a> {
         let mut tokens = Vec::with_capacity((shard.end - shard.start) as usize * l);
         for batch in batches(shard.start..shard.end, o.batch) {
             progress.go_on()?;
-            let labels = &self.labels[batch.start as usize..batch.end as usize];
+            let labels = self.labels.of(batch.clone());
             let first = batch.start;
             let noise = backend.floats(&self.noise.read(batch)?, &[labels.len(), l, d])?;
             let mut choice = Choice::Flow {
@@ -279,7 +290,7 @@ impl<'a> Inputs<'a> {
             };
             let ids = autoregressive(
                 &*networks.teacher,
-                &self.conditioning.batch(backend, labels)?,
+                &self.conditioning.batch(backend, &labels)?,
                 &o.distribution,
                 &mut choice,
                 None,
