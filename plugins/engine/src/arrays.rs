@@ -9,13 +9,7 @@ use std::path::{Path, PathBuf};
 use retort_checkpoint::{Checkpoint, Dtype, Tensor};
 
 use crate::error::{Error, Result};
-use crate::numpy::{Archive, other_shape};
-
-/// Whether a file's name is that of a NumPy archive.
-pub fn is_archive(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("npz"))
-}
+use crate::numpy::{Archive, Form, other_shape};
 
 /// An open file of arrays.
 pub struct Arrays {
@@ -33,21 +27,32 @@ impl Arrays {
     /// Opens a file.
     ///
     /// # Errors
-    /// It cannot be read, or is neither kind of file.
+    /// It cannot be read, or is neither kind of file. Its name does not matter.
     pub fn open(path: &Path) -> Result<Self> {
-        let source = if is_archive(path) {
-            ArraySource::Numpy(Archive::open(path)?)
-        } else {
-            let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
-            let all = checkpoint.select(None).map_err(Error::checkpoint(path))?;
-            let tensors = all.tensors().map(|(name, t)| (name.to_owned(), t.clone()));
-            let tensors = tensors.collect();
-            ArraySource::Checkpoint(checkpoint, tensors)
+        let source = match Form::of(path)? {
+            Form::Archive => ArraySource::Numpy(Archive::open(path)?),
+            Form::Array => {
+                let message = "one NumPy array without a name; expected arrays with names: a `.npz` archive, as \
+                               `numpy.savez(file, mu=mu, sigma=sigma)` writes it, or a torch or safetensors file";
+                return Err(Error::data(path, message));
+            }
+            Form::Other => {
+                let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
+                let all = checkpoint.select(None).map_err(Error::checkpoint(path))?;
+                let tensors = all.tensors().map(|(name, t)| (name.to_owned(), t.clone()));
+                let tensors = tensors.collect();
+                ArraySource::Checkpoint(checkpoint, tensors)
+            }
         };
         Ok(Self {
             path: path.to_owned(),
             source,
         })
+    }
+
+    /// Whether it is an archive of NumPy's.
+    pub fn is_archive(&self) -> bool {
+        matches!(self.source, ArraySource::Numpy(_))
     }
 
     /// The shape of an array, if there is one of that name. No elements are read.
@@ -102,6 +107,23 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+
+    #[test]
+    fn an_archive_may_have_any_name_and_one_array_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["statistics.npz", "statistics.pth", "statistics"] {
+            let path = dir.path().join(name);
+            crate::numpy::write_archive(&path, &[("mu", &[2], &[1.0, 2.0])]).unwrap();
+            let arrays = Arrays::open(&path).unwrap();
+            assert_eq!(arrays.read("mu", &[2]).unwrap().unwrap(), [1.0, 2.0]);
+            assert!(arrays.is_archive());
+            std::fs::write(&path, crate::numpy::header("<f8", &[0])).unwrap();
+            let said = Arrays::open(&path).err().unwrap().to_string();
+            for part in [name, "one NumPy array", "expected", "numpy.savez"] {
+                assert!(said.contains(part), "{said}");
+            }
+        }
+    }
 
     #[test]
     fn arrays_in_a_checkpoint_keep_their_digits() {

@@ -13,6 +13,10 @@ use retort_checkpoint::regular;
 
 use crate::error::{Error, Result};
 
+mod form;
+
+pub use form::Form;
+
 /// An `.npz` archive open for reading.
 pub struct Archive {
     zip: archive::Archive,

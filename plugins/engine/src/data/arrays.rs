@@ -8,7 +8,7 @@ use super::error::DataError;
 use super::file;
 use super::options::DataOptions;
 use super::raster::Raster;
-use crate::numpy::{Archive, Stream};
+use crate::numpy::{Archive, Form, Stream};
 
 /// Names under which archives hold images, and labels.
 const IMAGES: [&str; 8] = [
@@ -136,9 +136,7 @@ impl Arrays {
 /// The arrays of images and, where there is one, of labels.
 fn streams(path: &Path, labels: Option<&Path>) -> Result<(Stream, Option<Stream>), DataError> {
     let engine = |error: crate::Error| DataError::Options(error.to_string());
-    let is_archive = path
-        .extension()
-        .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"));
+    let is_archive = Form::of(path).map_err(engine)? == Form::Archive;
     let separate = labels.map(Stream::open).transpose().map_err(engine);
     if !is_archive {
         return Ok((Stream::open(path).map_err(engine)?, separate?));

@@ -410,11 +410,13 @@ impl Features {
 
     fn open(&self, base: &Path) -> Result<Table> {
         let path = resolve(base, &self.file);
-        let numpy = |path: &Path| {
-            path.extension()
-                .is_some_and(|e| e.eq_ignore_ascii_case("npy"))
-        };
-        let (source, shape) = if numpy(&path) {
+        let form = numpy::Form::of(&path)?;
+        if form == numpy::Form::Archive {
+            let message =
+                "an archive of NumPy arrays; expected one array (`.npy`), or a safetensors file";
+            return Err(Error::data(&path, message));
+        }
+        let (source, shape) = if form == numpy::Form::Array {
             if self.mask.is_some() {
                 let message = "`mask` names a tensor of a safetensors file; beside a .npy file give `mask_file`";
                 return Err(Error::data(&path, message));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::Options;
 use super::measure::{ImageReader, Network, SetMeasurements};
-use crate::arrays::{Arrays, is_archive};
+use crate::arrays::Arrays;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::inception::{self, Preparation};
@@ -75,7 +75,7 @@ impl StatisticsFile {
             true => Some(SPATIAL),
             false => None,
         };
-        let images = images(path)?;
+        let images = images(path, &arrays)?;
         if moments.is_none() && images.is_none() {
             let message = "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
             return Err(Error::data(path, message));
@@ -224,8 +224,8 @@ fn has_pair(path: &Path, arrays: &Arrays, names: Names, dim: Option<usize>) -> R
 }
 
 /// The number and size of a file's images: in ADM's reference files `arr_0`, uint8 (n, h, w, 3).
-fn images(path: &Path) -> Result<Option<ImageShape>> {
-    if !is_archive(path) {
+fn images(path: &Path, arrays: &Arrays) -> Result<Option<ImageShape>> {
+    if !arrays.is_archive() {
         return Ok(None);
     }
     let archive = numpy::Archive::open(path)?;
@@ -329,7 +329,9 @@ mod tests {
         let path = dir.path().join("reference.npz");
         let bytes: Vec<u8> = (0..3 * 2 * 2 * 3).map(|i| i * 7).collect();
         archive(&path, &[3, 2, 2, 3], &bytes);
-        let found = images(&path).unwrap().unwrap();
+        let found = images(&path, &Arrays::open(&path).unwrap())
+            .unwrap()
+            .unwrap();
         assert_eq!(found, (3, [3, 2, 2]));
         let mut source = of_archive(&path, found).unwrap();
         let mut all = (source.read)(0, 2).unwrap();
@@ -341,7 +343,9 @@ mod tests {
         }
         assert!((source.read)(3, 1).is_err());
         archive(&path, &[3, 2, 2], &bytes[..12]);
-        let said = images(&path).unwrap_err().to_string();
+        let said = images(&path, &Arrays::open(&path).unwrap())
+            .unwrap_err()
+            .to_string();
         assert!(said.contains("expected images: u1 (n, h, w, 3)"), "{said}");
     }
 
@@ -351,9 +355,14 @@ mod tests {
         let path = dir.path().join("reference.npz");
         let bytes = vec![0; 8193 * 3];
         archive(&path, &[1, 1, 8192, 3], &bytes[..8192 * 3]);
-        assert_eq!(images(&path).unwrap(), Some((1, [3, 1, 8192])));
+        assert_eq!(
+            images(&path, &Arrays::open(&path).unwrap()).unwrap(),
+            Some((1, [3, 1, 8192]))
+        );
         archive(&path, &[1, 1, 8193, 3], &bytes);
-        let said = images(&path).unwrap_err().to_string();
+        let said = images(&path, &Arrays::open(&path).unwrap())
+            .unwrap_err()
+            .to_string();
         let expected =
             "reference.npz: arr_0 has images of 1 x 8193, expected sides of at most 8192";
         assert!(said.contains(expected), "{said}");
