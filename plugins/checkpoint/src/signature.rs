@@ -63,6 +63,9 @@ fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
             Some("a compressed archive; unpack it first: files are read from their place in it")
         }
         _ if compressed => Some("it is compressed; unpack it first"),
+        "tar" if start.len() == tar::BLOCK && start.iter().all(|byte| *byte == 0) => {
+            Some(tar::EMPTY)
+        }
         "tar" if !start.first_chunk().is_some_and(tar::is_header) => {
             Some("not a tar archive: its first header is wrong")
         }
@@ -135,7 +138,8 @@ mod tests {
         head[0] = b'b';
         check("a.tar", &head, Some("first header"));
         check("a.TAR", b"\x1f\x8b\x08", Some("compressed archive"));
-        check("a.tar", &[0; 4096], Some("first header"));
+        check("a.tar", &[0; 4096], Some("a tar archive without files"));
+        check("a.tar", &[0; 100], Some("first header"));
         check("a.tar", b"", Some("empty"));
         check(
             "a.parquet",

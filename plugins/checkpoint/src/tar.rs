@@ -15,6 +15,9 @@ pub const BLOCK: usize = 512;
 /// The longest path that is read: the limit of common systems.
 pub const LONGEST_PATH: usize = 4096;
 
+/// What is said of an archive without entries.
+pub(crate) const EMPTY: &str = "a tar archive without files";
+
 /// The longest name or text that is read.
 const LONGEST_TEXT: u64 = 1 << 16;
 
@@ -155,7 +158,7 @@ impl Archive {
             self.read(from, &mut head)?;
             if head == [0; BLOCK] {
                 return match from {
-                    0 => Err(self.fault("there is nothing")),
+                    0 => Err(Error::format(EMPTY)),
                     _ => Ok(None),
                 };
             }

@@ -135,7 +135,12 @@ impl Arrays {
 
 /// The arrays of images and, where there is one, of labels.
 fn streams(path: &Path, labels: Option<&Path>) -> Result<(Stream, Option<Stream>), DataError> {
-    let engine = |error: crate::Error| DataError::Options(error.to_string());
+    // The file is at fault, not an option.
+    let engine = |error: crate::Error| match error {
+        crate::Error::Data { path, message } => DataError::Content { path, message },
+        crate::Error::Io { path, source } => DataError::read(&path, "file", source),
+        error => DataError::Options(error.to_string()),
+    };
     let is_archive = Form::of(path).map_err(engine)? == Form::Archive;
     let separate = labels.map(Stream::open).transpose().map_err(engine);
     if !is_archive {
@@ -248,4 +253,34 @@ fn read_labels(stream: &mut Stream, path: &Path, count: usize) -> Result<Vec<u32
     let labels = pieces(stream, count, whole).map_err(fault)?;
     class::contiguous(path, found.into_iter().map(u64::from))?;
     Ok(labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_abi::{Failure, FailureCode};
+
+    use super::*;
+
+    /// Of the file, once, and not also of an option: the runner would mark that in the recipe.
+    #[test]
+    fn an_array_of_another_kind_is_a_fault_of_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.npy");
+        let check = |file: Vec<u8>, expected: &str| {
+            std::fs::write(&path, file).unwrap();
+            let opened = Arrays::open(&DataOptions::default(), &path, None);
+            let failure = Failure::from(opened.err().expect("an error"));
+            assert_eq!(failure.code, FailureCode::BadData);
+            let whole = format!("{}: {expected}", path.display());
+            assert!(failure.message.starts_with(&whole), "{}", failure.message);
+        };
+        let mut fortran = crate::numpy::header("|u1", &[2, 2, 2]);
+        let place = fortran.windows(5).position(|five| five == b"False");
+        let place = place.expect("the order");
+        fortran[place..place + 5].copy_from_slice(b"True ");
+        check(fortran, "an array in Fortran order, expected C order");
+        let texts = crate::numpy::header("<U3", &[2]);
+        check(texts, "type <U3, expected floats or integers");
+        check(b"PAR1".to_vec(), "");
+    }
 }

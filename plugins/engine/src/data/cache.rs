@@ -112,8 +112,9 @@ impl ImageCache<'_> {
     fn tell(&self, damaged: &[Damaged]) {
         if let [first, ..] = damaged {
             let message = format!(
-                "{} damaged images were left out ({}: {}, ...)",
+                "{} {} images were left out ({}: {}, ...)",
                 damaged.len(),
+                Damaged::state(damaged).0,
                 first.name,
                 first.why
             );

@@ -26,7 +26,20 @@ pub struct Damaged {
     pub why: String,
 }
 
+/// The beginning of the reason, if a file is whole but of a kind that is not read.
+pub(super) const NOT_SUPPORTED: &str = "not supported: ";
+
 impl Damaged {
+    /// What is wrong with files, and how to mend them, in words.
+    pub(super) fn state(files: &[Self]) -> (&'static str, &'static str) {
+        let unsupported = |file: &&Self| file.why.starts_with(NOT_SUPPORTED);
+        match files.iter().filter(unsupported).count() {
+            0 => ("damaged", "repair"),
+            all if all == files.len() => ("unsupported", "convert"),
+            _ => ("damaged or unsupported", "repair, convert"),
+        }
+    }
+
     pub(super) fn of((item, why): (Item, String)) -> Self {
         Self {
             name: item.name.into(),

@@ -13,6 +13,14 @@ use retort_checkpoint::regular;
 
 use super::error::DataError;
 
+/// Separators of cells in tables, with their names.
+pub const SEPARATORS: [(u8, &str); 4] = [
+    (b',', "commas"),
+    (b'\t', "tabs"),
+    (b';', "semicolons"),
+    (b'|', "vertical bars"),
+];
+
 /// Opens a file; `expected` says what it should be, for the error message.
 pub fn open(path: &Path, expected: &str) -> Result<File, DataError> {
     regular::open(path).map_err(|error| match error.kind() {

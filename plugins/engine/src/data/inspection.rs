@@ -34,8 +34,9 @@ const MANY: usize = 16;
 
 /// The message about damaged files.
 pub(super) fn told(damaged: &[Damaged], of: usize) -> String {
+    let (state, cure) = Damaged::state(damaged);
     format!(
-        "{} of {of} images are damaged:{}\nrepair or remove them, or leave them out with `skip_damaged: true`",
+        "{} of {of} images are {state}:{}\n{cure} or remove them, or leave them out with `skip_damaged: true`",
         damaged.len(),
         listed(damaged)
     )
@@ -190,11 +191,12 @@ impl Inspection {
             return Ok(());
         };
         let message = format!(
-            "none of the {} images examined can be read, one in {step} of {}; the others were not examined:{}\nrepair or remove \
+            "none of the {} images examined can be read, one in {step} of {}; the others were not examined:{}\n{} or remove \
              them; paths of a table start from this folder",
             damaged.len(),
             items.len(),
-            listed(&damaged)
+            listed(&damaged),
+            Damaged::state(&damaged).1
         );
         Err(DataError::content(&self.path, message))
     }

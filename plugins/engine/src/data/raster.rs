@@ -16,6 +16,7 @@ use image::{
 };
 use retort_checkpoint::images;
 
+use super::content::NOT_SUPPORTED;
 use super::memory_pool::MOST_MEMORY;
 use super::{decoding_cost, jpeg, memory_pool, tiff};
 
@@ -178,7 +179,11 @@ fn fault(error: image::ImageError) -> String {
     // A decoder's message may quote the file: keep one line of it.
     let text = error.to_string();
     let line = text.lines().next().unwrap_or_default();
-    line.chars().take(200).collect()
+    let line: String = line.chars().take(200).collect();
+    match error {
+        image::ImageError::Unsupported(_) => format!("{NOT_SUPPORTED}{line}"),
+        _ => line,
+    }
 }
 
 /// Reads a header. `content` may be the beginning of a file; then an error may mean that more is needed.

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Component, Path};
 use std::sync::Arc;
 
+use retort_checkpoint::images::promises_image;
 use retort_checkpoint::json;
 use serde_json::Value;
 
@@ -222,6 +223,11 @@ fn open(path: &Path) -> Result<BufReader<File>, DataError> {
     let start = reader
         .fill_buf()
         .map_err(|e| DataError::read(path, "file", e))?;
+    if !start.contains(&b'\n') && start.windows(2).any(|two| two[0] == b'\r') {
+        let message = "lines that end in CR alone, as on old Macs; expected LF or CR LF: `tr '\\r' '\\n' < OLD > NEW` \
+                       converts them";
+        return Err(DataError::content(path, message));
+    }
     if start.starts_with(b"\xef\xbb\xbf") {
         reader.consume(3);
     }
@@ -346,6 +352,17 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
             }
             _ => {}
         }
+        if columns.is_none()
+            && record.len() == 1
+            && let Some(found) = other_separator(&record[0], tabs)
+        {
+            let expected = if tabs { "tabs" } else { "commas or tabs" };
+            let message = format!(
+                "line {line}: expected cells separated by {expected}, found {found}: `{}`",
+                shown(&record[0])
+            );
+            return Err(DataError::content(path, message));
+        }
         let place = |names: &[&str]| {
             column(&record, names, line).map_err(|message| DataError::content(path, message))
         };
@@ -390,6 +407,28 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         held.add(&row).map_err(full)?;
         rows.push(row);
     }
+}
+
+/// The separator of a line's cells, if it is another than the expected one: then the line is a single cell, with the name of a
+/// column or a path in it.
+fn other_separator(line: &str, tabs: bool) -> Option<&'static str> {
+    let own = if tabs { b'\t' } else { b',' };
+    let is_table = |separator: u8| {
+        let cells: Vec<&str> = line
+            .split(char::from(separator))
+            .map(|cell| cell.trim().trim_matches('"'))
+            .collect();
+        let is_name = |cell: &&str| FILE.iter().any(|name| cell.eq_ignore_ascii_case(name));
+        let begins_with_path =
+            promises_image(cells[0]) && !cells[1..].iter().any(|cell| promises_image(cell));
+        cells.len() > 1 && (begins_with_path || cells.iter().any(is_name))
+    };
+    let mut others = file::SEPARATORS
+        .into_iter()
+        .filter(|(byte, _)| *byte != own);
+    others
+        .find(|(byte, _)| is_table(*byte))
+        .map(|(_, name)| name)
 }
 
 /// The column with the first of these names that there is.
@@ -457,6 +496,11 @@ mod tests {
         assert_eq!(
             rows("l.csv", "a.png\n").unwrap(),
             [row("a.png", None, None, 1)]
+        );
+        // A path may hold what separates cells elsewhere.
+        assert_eq!(
+            rows("l.csv", "a;b|c.png\n").unwrap(),
+            [row("a;b|c.png", None, None, 1)]
         );
         // Line breaks in quotation marks, and a last line that none ends.
         assert_eq!(
@@ -610,6 +654,31 @@ mod tests {
                 "m.jsonl: line 2: expected a JSON object: \"file_name\" comes twice in an object; keep one",
             ),
             ("m.json", "[]", "m.json: a table in JSON"),
+            (
+                "m.csv",
+                "\"file_name\";\"label\"\na.png;cat\n",
+                "m.csv: line 1: expected cells separated by commas or tabs, found semicolons: `file_name;",
+            ),
+            (
+                "m.csv",
+                "a.png|cat\nb.png|dog\n",
+                "m.csv: line 1: expected cells separated by commas or tabs, found vertical bars: `a.png|cat`",
+            ),
+            (
+                "m.tsv",
+                "file_name,label\na.png,cat\n",
+                "m.tsv: line 1: expected cells separated by tabs, found commas: `file_name,label`",
+            ),
+            (
+                "m.csv",
+                "file_name,label\ra.png,cat\r",
+                "m.csv: lines that end in CR alone, as on old Macs; expected LF or CR LF",
+            ),
+            (
+                "m.jsonl",
+                "{\"file_name\": \"a.png\"}\r{\"file_name\": \"b.png\"}\r",
+                "m.jsonl: lines that end in CR alone",
+            ),
         ] {
             let error = rows(name, text).unwrap_err();
             assert!(error.starts_with(expected), "{text:?}: {error}");

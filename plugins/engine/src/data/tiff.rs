@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use super::content::NOT_SUPPORTED;
 use super::jpeg::{Frame, MOST_BLOCKS};
 use super::memory_pool::MOST_MEMORY;
 
@@ -104,14 +105,32 @@ pub(super) fn check(content: &[u8]) -> Result<u64, String> {
             MOST_MEMORY >> 20
         ));
     }
-    const CONVERT: &str = "save it in another way, as in `magick old.tif -compress lzw new.tif`";
-    match (number(tag::PHOTOMETRIC, 0), number(tag::COMPRESSION, 1)) {
-        (6, _) => Err(format!("colours as YCbCr, which are not read: {CONVERT}")),
-        (_, 6) => Err(format!(
-            "JPEG of the old kind (compression 6), which is not read: {CONVERT}"
+    let (colours, packing) = (number(tag::PHOTOMETRIC, 0), number(tag::COMPRESSION, 1));
+    let sample = (number(tag::SAMPLE_FORMAT, 1), number(tag::BITS, 1));
+    match (unsupported(colours, packing, sample), packing) {
+        (Some(what), _) => Err(format!(
+            "{NOT_SUPPORTED}{what}; save it as PNG, as in `magick old.tif new.png`"
         )),
-        (_, 7) => directory.jpegs(is_tiled, (wide, high)),
-        _ => Ok(0),
+        (None, 7) => directory.jpegs(is_tiled, (wide, high)),
+        (None, _) => Ok(0),
+    }
+}
+
+/// What the decoder cannot read, or would read wrongly, of an image with these colours, this packing, and samples of this kind
+/// (1: whole numbers, 3: floats) and number of bits.
+fn unsupported(colours: u64, packing: u64, (kind, bits): (u64, u64)) -> Option<String> {
+    const FLOATS: u64 = 3;
+    match (colours, kind) {
+        _ if packing == 6 => Some("JPEG of the old kind (compression 6)".into()),
+        (3, _) => Some("colours of a palette".into()),
+        (6, _) => Some("colours as YCbCr".into()),
+        (8..=10, _) => Some("colours as Lab".into()),
+        (2, FLOATS) if bits == 32 => None,
+        (_, FLOATS) => Some(format!(
+            "floats of {bits} bits; expected such of 32 bits as RGB"
+        )),
+        _ if bits > 16 => Some(format!("whole numbers of {bits} bits; expected 8 or 16")),
+        _ => None,
     }
 }
 
@@ -450,6 +469,30 @@ mod tests {
         for length in 0..content.len() {
             let _ = raw(&content[..length]);
         }
+    }
+
+    #[test]
+    fn a_whole_image_of_another_kind_is_not_called_damaged() {
+        let pixels = [0; 8 * 4 * 8];
+        let with = |tag: u32, value: u32, bits: u32| {
+            let mut entries = grey(4, 1, 4);
+            entries.retain(|entry| entry.0 != tag && entry.0 != 258);
+            entries.extend([(tag, 4, vec![value]), (258, 4, vec![bits])]);
+            tiff(false, &entries, &[&pixels[..8 * 4 * bits as usize / 8]])
+        };
+        for (content, what) in [
+            (with(262, 3, 8), "colours of a palette"),
+            (with(262, 6, 8), "colours as YCbCr"),
+            (with(262, 8, 8), "colours as Lab"),
+            (with(339, 3, 32), "floats of 32 bits"),
+            (with(339, 3, 64), "floats of 64 bits"),
+            (with(339, 1, 32), "whole numbers of 32 bits"),
+        ] {
+            refused(&content, &format!("not supported: {what}"));
+        }
+        // The library's own words.
+        let said = raster::header(&with(339, 2, 8)).unwrap_err();
+        assert!(said.starts_with(NOT_SUPPORTED), "{said}");
     }
 
     #[test]

@@ -133,6 +133,18 @@ fn read_within(room: usize, options: &DataOptions, path: &Path) -> Result<Values
         if !more {
             break;
         }
+        if let (1, None) = (record.len(), size) {
+            let mut others = file::SEPARATORS
+                .into_iter()
+                .filter(|(byte, _)| *byte != b',');
+            if let Some((_, found)) = others.find(|(byte, _)| record[0].contains(byte)) {
+                let message = format!(
+                    "expected grey values and a class separated by commas, found {found}: {}",
+                    quoted(&record[0])
+                );
+                return Err(DataError::content(path, message));
+            }
+        }
         if header_is_next {
             header_is_next = false;
             if let Some(name) = named {
@@ -385,5 +397,12 @@ mod tests {
         let first = format!("0,0.5,2,3,7\n{whole}");
         check(&first, 5000, "");
         check(&first, 1000, "images until then");
+        let separated = "expected grey values and a class separated by commas, found";
+        for (text, found) in [
+            ("0;1;2;3;7\n", "semicolons: `0;1;2;3;7`"),
+            ("0\t1\t2\t3\t7\n", "tabs: `0"),
+        ] {
+            check(text, 800, &format!("{separated} {found}"));
+        }
     }
 }
