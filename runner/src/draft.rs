@@ -405,7 +405,7 @@ mod tests {
 
     const NUMBERS: OutputKind = OutputKind {
         name: "a file of numbers",
-        head: "n",
+        head: "n=",
     };
 
     fn names(dir: &Path) -> Vec<String> {
@@ -449,18 +449,18 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         let write = |path: &Path, text: &str| write(path, NUMBERS, text.as_bytes());
-        write(&at("new"), "n1").unwrap();
+        write(&at("new"), "n=1").unwrap();
         std::os::unix::fs::symlink("new", at("link")).unwrap();
-        write(&at("link"), "n2").unwrap();
-        assert_eq!(fs::read(at("new")).unwrap(), b"n2");
+        write(&at("link"), "n=2").unwrap();
+        assert_eq!(fs::read(at("new")).unwrap(), b"n=2");
         fs::write(at("mine"), "").unwrap();
-        write(&at("mine"), "n3").unwrap();
-        // Neither is another file, not even a shorter one, nor where a link leads to.
+        write(&at("mine"), "n=3").unwrap();
+        // Another file is not, not even a shorter one, nor one that a link leads to.
         std::os::unix::fs::symlink("mine", at("way")).unwrap();
-        for text in ["x", "mine"] {
+        for text in ["n", "mine"] {
             fs::write(at("mine"), text).unwrap();
             for name in ["mine", "way"] {
-                let error = write(&at(name), "n4").unwrap_err();
+                let error = write(&at(name), "n=4").unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
                 assert_eq!(
                     error.to_string(),
