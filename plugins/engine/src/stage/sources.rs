@@ -116,7 +116,7 @@ mod tests {
             let (kind, options) = ((*kind).to_owned(), options.clone());
             ((*name).to_owned(), SourceStage { kind, options })
         });
-        let stages = stages.collect();
+        let stages: BTreeMap<String, SourceStage> = stages.collect();
         assert_eq!(Sources(&stages).steps(stage), steps, "{stages:?}");
     }
 
