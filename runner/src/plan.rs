@@ -35,7 +35,7 @@ mod tests;
 pub use build::Build;
 pub use digest::{Digest, digest};
 
-use sources::Sources;
+pub(crate) use sources::{Sources, StageSources};
 
 /// How long archives are checked before they are hashed: most faults are found by then, and a longer check, as on a slow
 /// disk, does not pay.
@@ -458,6 +458,17 @@ impl Plan {
 
     /// The plugins' own checks of the complete options, beyond their schemas. Starts a worker per plugin.
     pub fn validate(&self, plugins: &mut dyn Descriptions) -> Vec<Finding> {
+        let mut sources = Sources::new(&self.stages);
+        let sources = self.stages.iter().map(|stage| sources.of(stage)).collect();
+        self.validate_with(sources, plugins)
+    }
+
+    /// The same, given the stages before each stage, which need not be in this plan.
+    pub(crate) fn validate_with(
+        &self,
+        sources: Vec<StageSources>,
+        plugins: &mut dyn Descriptions,
+    ) -> Vec<Finding> {
         let mut names: Vec<&str> = Vec::new();
         for stage in &self.stages {
             if !names.contains(&stage.plugin.name.as_str()) {
@@ -465,20 +476,20 @@ impl Plan {
             }
         }
         let mut findings = Vec::new();
-        let mut sources = Sources::new(&self.stages);
+        let mut open: Vec<(&PlannedStage, StageSources)> =
+            self.stages.iter().zip(sources).collect();
         for name in names {
-            let stages: Vec<&PlannedStage> = self
-                .stages
-                .iter()
-                .filter(|stage| stage.plugin.name == name)
-                .collect();
-            let jobs: Vec<StageJob> = stages
-                .iter()
-                .map(|stage| StageJob {
-                    sources: sources.of(stage),
-                    ..self.job(stage, stage.threads.count(1))
+            let (own, others): (Vec<_>, Vec<_>) = open
+                .into_iter()
+                .partition(|(stage, _)| stage.plugin.name == name);
+            open = others;
+            let (stages, jobs): (Vec<&PlannedStage>, Vec<StageJob>) = own
+                .into_iter()
+                .map(|(stage, sources)| {
+                    let job = self.job(stage, stage.threads.count(1));
+                    (stage, StageJob { sources, ..job })
                 })
-                .collect();
+                .unzip();
             match plugins.validate(name, &jobs) {
                 Ok(answers) => {
                     for (stage, answers) in stages.iter().zip(answers) {

@@ -6,22 +6,27 @@ use retort_abi::SourceStage;
 
 use super::PlannedStage;
 
-/// The most bytes of options, as JSON, that one plan gives to its plugins: the last of a thousand stages may depend on all
+/// The stages before a stage, directly or not, by name.
+pub(crate) type StageSources = BTreeMap<String, SourceStage>;
+
+/// The most bytes of stages, as JSON, that one plan gives to its plugins: the last of a thousand stages may depend on all
 /// others.
 const MOST_BYTES: usize = 4 << 20;
+/// Bytes that a stage counts for besides its options: thousands of tiny ones take memory too.
+const EACH: usize = 256;
 
 /// A plan's stages.
-pub(super) struct Sources<'a> {
-    /// With the size of their options.
+pub(crate) struct Sources<'a> {
+    /// With the bytes that they count for.
     stages: BTreeMap<&'a str, (&'a PlannedStage, usize)>,
     /// Bytes that may still be given.
     room: usize,
 }
 
 impl<'a> Sources<'a> {
-    pub(super) fn new(stages: &'a [PlannedStage]) -> Self {
+    pub(crate) fn new(stages: &'a [PlannedStage]) -> Self {
         let sized = stages.iter().map(|stage| {
-            let size = stage.options.to_string().len();
+            let size = stage.options.to_string().len() + EACH;
             (stage.name.as_str(), (stage, size))
         });
         Self {
@@ -31,7 +36,7 @@ impl<'a> Sources<'a> {
     }
 
     /// The stages on which a stage depends, directly or not; some are left out once there is no more room.
-    pub(super) fn of(&mut self, stage: &'a PlannedStage) -> BTreeMap<String, SourceStage> {
+    pub(crate) fn of(&mut self, stage: &'a PlannedStage) -> StageSources {
         let mut found = BTreeMap::new();
         let mut open = vec![stage];
         while let Some(next) = open.pop() {

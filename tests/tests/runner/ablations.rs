@@ -195,3 +195,36 @@ fn timesteps_beyond_the_tokens_are_refused_before_anything_runs() {
     // Only the files tell how many tokens there are.
     check(&["pictures.data={folder: x}", "params.second=99"], 0, &[]);
 }
+
+/// The same student fits the teacher of one point and not that of another.
+#[test]
+fn each_point_of_a_sweep_is_checked_against_its_own_stages() {
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 300}}
+  student: {{{STUDENT}, trajectories: pairs, train: {{steps: 4}}}}
+"
+    ));
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    let text = text
+        .replace(
+            "params:\n",
+            "params:\n  shape: {levels: [1, 2], second: 6}\n",
+        )
+        .replace(
+            "codebook_dim: 4,",
+            "codebook_dim: 4, multipliers: \"${params.shape.levels}\",",
+        )
+        .replace(
+            "timesteps: [0, 6]",
+            "timesteps: [0, \"${params.shape.second}\"]",
+        );
+    std::fs::write(&recipe, text).unwrap();
+    // Three levels leave 4 of the 16 tokens.
+    let plan = |sweep: &str| lab.retort(&["plan", "r.yaml", "--sweep", sweep]);
+    plan("params.shape.levels=[1, 1, 2],[1, 2]")
+        .expect(3)
+        .saying(&["each below 4", "this is point 1 of 2"]);
+    plan("params.shape={levels: [1, 2], second: 6},{levels: [1, 1, 2], second: 2}").expect(0);
+}

@@ -2,13 +2,15 @@
 
 use std::collections::HashSet;
 
+use retort_abi::StageJob;
+
 use crate::cli::execution::is_left_out;
 use crate::cli::sweep::recipe::SweepRecipe;
 use crate::cli::{Context, Error, output};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::ExecutorError;
 use crate::plan::decision::{KnownResults, Role};
-use crate::plan::{self, Plan, PlannedStage};
+use crate::plan::{self, Plan, PlannedStage, Sources, StageSources};
 use crate::plugin::Plugins;
 
 /// The forecast of a sweep.
@@ -24,6 +26,10 @@ pub struct SweepForecast {
     made: HashSet<String>,
     /// Jobs that plugins still have to check.
     unchecked: Option<Plan>,
+    /// The stages before each of these, in its own point.
+    sources: Vec<StageSources>,
+    /// Bytes of these jobs, as JSON.
+    held: usize,
     /// Hashes of the jobs already checked or queued.
     checked: HashSet<blake3::Hash>,
 }
@@ -48,6 +54,8 @@ impl PointForecast {
 
 /// Jobs that plugins check per call.
 const MOST_JOBS: usize = 1000;
+/// The most bytes of jobs, as JSON, that are checked together with the stages before them; further ones are checked alone.
+const MOST_BYTES: usize = 16 << 20;
 
 impl SweepForecast {
     /// Plans all points in order, and has plugins check their jobs.
@@ -93,22 +101,44 @@ impl SweepForecast {
         }
         let (ahead, to_run) = self.look_ahead(&plan, &roles, known)?;
         self.points.push(ahead);
-        let unknown: Vec<PlannedStage> = to_run
-            .into_iter()
-            .filter(|stage| {
-                let job = serde_json::to_string(&plan.job(stage, 1)).unwrap_or_default();
-                self.checked.insert(blake3::hash(job.as_bytes()))
-            })
-            .cloned()
-            .collect();
+        let (unknown, sources) = self.unknown(&plan, to_run);
         if !unknown.is_empty() {
             let all = self.unchecked.get_or_insert_with(|| Plan {
                 stages: Vec::new(),
                 ..plan
             });
             all.stages.extend(unknown);
+            self.sources.extend(sources);
         }
         Ok(())
+    }
+
+    /// Those stages whose jobs no earlier point has, and the stages before each: the same options may be right at one point,
+    /// and wrong at another, whose earlier stages differ.
+    fn unknown<'p>(
+        &mut self,
+        plan: &'p Plan,
+        to_run: Vec<&'p PlannedStage>,
+    ) -> (Vec<PlannedStage>, Vec<StageSources>) {
+        let mut all = Sources::new(&plan.stages);
+        let mut unknown = (Vec::new(), Vec::new());
+        for stage in to_run {
+            let mut job = StageJob {
+                sources: all.of(stage),
+                ..plan.job(stage, 1)
+            };
+            let mut text = serde_json::to_string(&job).unwrap_or_default();
+            if self.held + text.len() > MOST_BYTES {
+                job.sources.clear();
+                text = serde_json::to_string(&job).unwrap_or_default();
+            }
+            if self.checked.insert(blake3::hash(text.as_bytes())) {
+                self.held += text.len();
+                unknown.0.push(stage.clone());
+                unknown.1.push(job.sources);
+            }
+        }
+        unknown
     }
 
     /// Decides each stage of a point; returns the stages that it runs. A missing result is represented by the digest of the
@@ -172,12 +202,14 @@ impl SweepForecast {
             return Ok(());
         };
         let is_error = |finding: &Finding| finding.severity == Severity::Error;
-        for stages in all.stages.chunks(MOST_JOBS) {
+        let sources = std::mem::take(&mut self.sources);
+        let parts = all.stages.chunks(MOST_JOBS);
+        for (stages, sources) in parts.zip(sources.chunks(MOST_JOBS)) {
             let part = Plan {
                 stages: stages.to_vec(),
                 ..all.clone()
             };
-            let found = part.validate(plugins);
+            let found = part.validate_with(sources.to_vec(), plugins);
             if !found.iter().any(is_error) {
                 self.warnings.extend(found);
                 continue;
