@@ -409,8 +409,8 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
     }
 }
 
-/// The separator of a line's cells, if it is another than the expected one: then the line is a single cell, with the name of a
-/// column or a path in it.
+/// The separator of a line's cells, if it is another than the expected one: then the line is a single cell, which begins with a
+/// path or holds the name of a column. A line that ends with a path is a path as a whole.
 fn other_separator(line: &str, tabs: bool) -> Option<&'static str> {
     let own = if tabs { b'\t' } else { b',' };
     let is_table = |separator: u8| {
@@ -419,9 +419,8 @@ fn other_separator(line: &str, tabs: bool) -> Option<&'static str> {
             .map(|cell| cell.trim().trim_matches('"'))
             .collect();
         let is_name = |cell: &&str| FILE.iter().any(|name| cell.eq_ignore_ascii_case(name));
-        let begins_with_path =
-            promises_image(cells[0]) && !cells[1..].iter().any(|cell| promises_image(cell));
-        cells.len() > 1 && (begins_with_path || cells.iter().any(is_name))
+        let is_path = cells[1..].iter().any(|cell| promises_image(cell));
+        cells.len() > 1 && !is_path && (promises_image(cells[0]) || cells.iter().any(is_name))
     };
     let mut others = file::SEPARATORS
         .into_iter()
@@ -498,10 +497,12 @@ mod tests {
             [row("a.png", None, None, 1)]
         );
         // A path may hold what separates cells elsewhere.
-        assert_eq!(
-            rows("l.csv", "a;b|c.png\n").unwrap(),
-            [row("a;b|c.png", None, None, 1)]
-        );
+        for path in ["a;b|c.png", "file;1.png"] {
+            assert_eq!(
+                rows("l.csv", &format!("{path}\n")).unwrap(),
+                [row(path, None, None, 1)]
+            );
+        }
         // Line breaks in quotation marks, and a last line that none ends.
         assert_eq!(
             rows("q.csv", "file,text\na.png,\"a \"\"b\"\"\nc\"\nb.png,\"x\"").unwrap(),

@@ -19,12 +19,16 @@ pub enum Form {
 }
 
 impl Form {
-    /// The form of a file. If its content is of no known form, the form that its name promises: then its reader says what is
+    /// The form of a file, or of a folder. If its content is of no known form, the form that its name promises: then its reader says what is
     /// wrong.
     ///
     /// # Errors
     /// It cannot be read.
     pub fn of(path: &Path) -> Result<Self> {
+        // A checkpoint in several files.
+        if path.is_dir() {
+            return Ok(Self::Other);
+        }
         let mut start = Vec::new();
         let file = regular::open(path).map_err(Error::io(path))?;
         let read = file.take(6).read_to_end(&mut start);
@@ -85,5 +89,6 @@ mod tests {
             check("a.safetensors", content, Form::Other);
         }
         assert!(Form::of(&dir.path().join("none.npz")).is_err());
+        assert_eq!(Form::of(dir.path()).unwrap(), Form::Other);
     }
 }

@@ -333,7 +333,11 @@ impl<'a> Inputs<'a> {
         };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(names, &self.labels_of(o.sample_range().samples()), columns),
+            caption: shown(
+                names,
+                || self.labels_of(o.sample_range().samples()),
+                columns,
+            ),
             ..Default::default()
         };
         let manifest = Manifest {
@@ -546,12 +550,14 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// The picture's caption: the captions of its rows, long ones cut, or the names of their classes.
-fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
+/// The picture's caption: the captions of its rows, long ones cut, or the names of their classes; then the labels of all samples
+/// are needed.
+fn shown(texts: &[String], labels: impl Fn() -> Vec<u32>, columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
     }
-    let (picks, rows) = by_class(labels, columns);
+    let labels = labels();
+    let (picks, rows) = by_class(&labels, columns);
     // If no label has enough samples for a row, rows have no titles.
     let length = (picks.len() / rows).max(1);
     let mixed = |row: &[usize]| row.iter().any(|&i| labels[i] != labels[row[0]]);
