@@ -19,8 +19,8 @@ pub enum Form {
 }
 
 impl Form {
-    /// The form of a file, or of a folder. If its content is of no known form, the form that its name promises: then its reader says what is
-    /// wrong.
+    /// The form of a file, or of a folder. If its content is of no known form, the form that its name promises: then its reader
+    /// says what is wrong.
     ///
     /// # Errors
     /// It cannot be read.
