@@ -550,8 +550,8 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// The picture's caption: the captions of its rows, long ones cut, or the names of their classes; then the labels of all samples
-/// are needed.
+/// The picture's caption: the captions of its rows, long ones cut, or the names of their classes. Only for these are the labels
+/// of all samples computed.
 fn shown(texts: &[String], labels: impl Fn() -> Vec<u32>, columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
