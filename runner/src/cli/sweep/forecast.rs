@@ -89,10 +89,7 @@ impl SweepForecast {
             return Err(source.report(missing).into());
         }
         for finding in plan.warnings.iter().filter(|finding| wanted(finding)) {
-            let same = |known: &Finding| known.message == finding.message;
-            if !self.warnings.iter().any(same) {
-                self.warnings.push(finding.clone());
-            }
+            self.warn(finding.clone());
         }
         for note in &plan.notes {
             if !self.notes.contains(note) {
@@ -111,6 +108,14 @@ impl SweepForecast {
             self.sources.extend(sources);
         }
         Ok(())
+    }
+
+    /// Keeps a warning, once.
+    fn warn(&mut self, finding: Finding) {
+        let same = |known: &Finding| known.message == finding.message;
+        if !self.warnings.iter().any(same) {
+            self.warnings.push(finding);
+        }
     }
 
     /// Those stages whose jobs no earlier point has, and the stages before each: the same options may be right at one point,
@@ -211,7 +216,7 @@ impl SweepForecast {
             };
             let found = part.validate_with(sources.to_vec(), plugins);
             if !found.iter().any(is_error) {
-                self.warnings.extend(found);
+                found.into_iter().for_each(|finding| self.warn(finding));
                 continue;
             }
             // Only the point's own plan knows the position in the text.
