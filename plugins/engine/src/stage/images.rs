@@ -37,7 +37,7 @@ impl<B: Backend> Stage<B> for Images {
     type Options = Options;
     const KIND: &'static str = "images";
     const OUTPUT: &'static str = "images";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str = "decode and resize a data set's images once for all stages";
 
     const DIVISIBLE: bool = true;
