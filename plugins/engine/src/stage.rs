@@ -17,16 +17,16 @@ pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use retort_abi::{Diagnostic, Severity, StageJob, StageKind, StageResult};
+use retort_abi::{Diagnostic, Severity, SourceStage, StageJob, StageKind, StageResult};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::stage::sources::Sources;
 
 /// A kind of stage.
 pub trait Stage<B: Backend> {
@@ -47,8 +47,11 @@ pub trait Stage<B: Backend> {
 
     /// Checks options beyond their schema. Touches no device and no artifact.
     fn check(options: &Self::Options, base_dir: &Path) -> Result<()>;
-    /// Checks them against the options of earlier stages, before any of these has run.
-    fn check_sources(_options: &Self::Options, _sources: &Sources<'_>) -> Result<()> {
+    /// Checks them against the options of earlier stages, by their names, before any of these has run.
+    fn check_sources(
+        _options: &Self::Options,
+        _stages: &BTreeMap<String, SourceStage>,
+    ) -> Result<()> {
         Ok(())
     }
     /// Does the work.
@@ -97,7 +100,7 @@ fn register<B: Backend, S: Stage<B>>() -> StageEntry<B> {
         check: |job| {
             let outcome = parse::<S::Options>(job).and_then(|options| {
                 S::check(&options, &job.base_dir)?;
-                S::check_sources(&options, &Sources::of(job))
+                S::check_sources(&options, &job.sources)
             });
             outcome.err().map(diagnostic).into_iter().collect()
         },

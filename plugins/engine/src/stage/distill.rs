@@ -17,7 +17,7 @@ mod training_memory;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use retort_abi::{ArtifactMeta, LogLevel, SourceStage, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
@@ -191,7 +191,8 @@ impl<B: Backend> Stage<B> for Distill {
         }
     }
 
-    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+    fn check_sources(o: &Options, stages: &BTreeMap<String, SourceStage>) -> Result<()> {
+        let sources = Sources::of(stages);
         if let Some(steps) = sources.steps(&o.teacher) {
             check_timesteps(&o.timesteps, steps, "/timesteps")?;
             o.check_split(steps)?;

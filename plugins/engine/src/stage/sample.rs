@@ -6,11 +6,12 @@
 
 pub mod drawer;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use retort_abi::{ArtifactMeta, LogLevel, SourceStage, StageResult};
 use retort_checkpoint::sample_shards::{MANIFEST, Shard, hash};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -181,7 +182,8 @@ impl<B: Backend> Stage<B> for Sample {
         o.sampler.check()
     }
 
-    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+    fn check_sources(o: &Options, stages: &BTreeMap<String, SourceStage>) -> Result<()> {
+        let sources = Sources::of(stages);
         match sources.steps(o.sampler.source()) {
             Some(steps) => o.sampler.check_steps(steps),
             None => Ok(()),

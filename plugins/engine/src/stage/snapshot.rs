@@ -1,8 +1,9 @@
 //! `snapshot`: a student at an earlier step of its training, as a separate artifact.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use retort_abi::{ArtifactMeta, StageResult};
+use retort_abi::{ArtifactMeta, SourceStage, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
@@ -43,7 +44,8 @@ impl<B: Backend> Stage<B> for Snapshot {
         Ok(())
     }
 
-    fn check_sources(o: &Options, sources: &Sources<'_>) -> Result<()> {
+    fn check_sources(o: &Options, stages: &BTreeMap<String, SourceStage>) -> Result<()> {
+        let sources = Sources::of(stages);
         let Some(training) = sources.options::<distill::Options>(&o.student, "distill") else {
             return Ok(());
         };

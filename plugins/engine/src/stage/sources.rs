@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use retort_abi::{SourceStage, StageJob};
+use retort_abi::SourceStage;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -18,9 +18,9 @@ use crate::stage::{images, tokenizer};
 pub struct Sources<'a>(&'a BTreeMap<String, SourceStage>);
 
 impl<'a> Sources<'a> {
-    /// Those before the stage of a job.
-    pub fn of(job: &'a StageJob) -> Self {
-        Self(&job.sources)
+    /// Those before a stage, by their names.
+    pub fn of(stages: &'a BTreeMap<String, SourceStage>) -> Self {
+        Self(stages)
     }
 
     /// The options of a stage, if it is of this kind.
