@@ -500,10 +500,11 @@ fn simulate(scale: Scale) {
     check_history(scale, &lab, &shared);
     assert!(memory < 500 << 20, "{figures}");
     // Processor time is only checked for many elements: with few, the runner's fixed costs dominate, and on a shared machine
-    // they vary threefold. On busy cores, a thousand elements took 4.9 and 5.2 %.
+    // they vary threefold. A thousand elements took 3.0 % on idle cores, and up to 7 % beside a compiler: `make test-long` runs
+    // this alone.
     if scale.elements >= 1000 {
         assert!(
-            share < 0.06 * (running as f64 / 1000.0).max(1.0),
+            share < 0.05 * (running as f64 / 1000.0).max(1.0),
             "{figures}"
         );
     }
