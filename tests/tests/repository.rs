@@ -55,7 +55,10 @@ fn the_map_names_every_module_and_no_other() {
 #[test]
 fn the_walk_of_a_recipe_leads_through_files_that_are_there() {
     let text = read("ARCHITECTURE.md");
-    let walk = text.split("## From a recipe to a result").nth(1).expect("a walk");
+    let walk = text
+        .split("## From a recipe to a result")
+        .nth(1)
+        .expect("a walk");
     let walk = walk.split("\n## ").next().unwrap_or(walk);
     let steps = walk.lines().filter(|line| {
         line.split_once(". ")
