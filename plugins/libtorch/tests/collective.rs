@@ -17,16 +17,21 @@ use retort_tests::port::HeldPort;
 use tch::Device;
 use tempfile::TempDir;
 
-#[test]
-fn ranks_add_up_and_one_that_is_gone_is_an_error() {
-    let place = HeldPort::take();
-    let rendezvous = Rendezvous {
+/// A training's ranks meet at this port.
+fn rendezvous(place: &HeldPort) -> Rendezvous {
+    Rendezvous {
         host: "127.0.0.1".into(),
         port: place.number(),
         name: String::new(),
         held: false,
         patience: Duration::from_secs(120),
-    };
+    }
+}
+
+#[test]
+fn ranks_add_up_and_one_that_is_gone_is_an_error() {
+    let place = HeldPort::take();
+    let rendezvous = rendezvous(&place);
     let size = 3;
     let ranks = (0..size).map(|index| {
         let rendezvous = rendezvous.clone();
@@ -60,13 +65,7 @@ fn ranks_add_up_and_one_that_is_gone_is_an_error() {
 #[test]
 fn a_rank_that_does_not_come_is_given_up_in_time() {
     let place = HeldPort::take();
-    let rendezvous = Rendezvous {
-        host: "127.0.0.1".into(),
-        port: place.number(),
-        name: String::new(),
-        held: false,
-        patience: Duration::from_secs(120),
-    };
+    let rendezvous = rendezvous(&place);
     let (done, given_up) = std::sync::mpsc::channel::<()>();
     let other = rendezvous.clone();
     let hangs = std::thread::spawn(move || {
@@ -240,13 +239,7 @@ fn train_together(dir: &TempDir, size: usize, zero_stage: u8, until: u64) -> Opt
         return train(dir.path(), &SingleRank, zero_stage, until);
     }
     let place = HeldPort::take();
-    let rendezvous = Rendezvous {
-        host: "127.0.0.1".into(),
-        port: place.number(),
-        name: String::new(),
-        held: false,
-        patience: Duration::from_secs(120),
-    };
+    let rendezvous = rendezvous(&place);
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..size)
             .map(|index| {

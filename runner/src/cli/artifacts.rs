@@ -13,7 +13,7 @@ use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRow, Store};
-use crate::table::{Cell, CellStyle, Rows, Style};
+use crate::table::{self, Cell, CellStyle, Rows, Style};
 
 /// Arguments of `artifacts`.
 #[derive(Debug, clap::Args)]
@@ -165,26 +165,22 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     Ok(output::print(&rows.render(style))?)
 }
 
-/// Writes each artifact as soon as it is read: its list of files may be long. Before the first is read nothing is written, so
-/// that a store or a run that is not there leaves no half of a list.
+/// Writes each artifact as soon as it is read: its list of files may be long.
 fn list_as_json(args: &ListArgs, context: &Context) -> Result<(), Error> {
     let mut out = output::stdout();
-    let mut written = Ok(());
-    let mut before = "[";
+    let (mut written, mut is_empty) = (Ok(()), true);
     each(args, context, |row| {
         let mut shown = serde_json::json!(row);
         shown["path"] = path(&row, context).into();
-        let text = format!("{shown:#}").replace('\n', "\n  ");
-        written = write!(out, "{before}\n  {text}");
-        before = ",";
+        written = table::list_value(&mut out, is_empty, &shown);
+        is_empty = false;
         match written {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         }
     })?;
     written?;
-    let end = if before == "[" { "[]" } else { "\n]" };
-    writeln!(out, "{end}")?;
+    table::end_list(&mut out, is_empty)?;
     Ok(out.flush()?)
 }
 

@@ -88,13 +88,15 @@ impl WhichArgs {
     }
 
     /// Refuses a stage that the run does not have: no line would ever come. The stages of a queued run may not be recorded yet.
-    fn check(&self, run: &RunDetail) -> Result<(), Error> {
-        let lacks = |name: &str| run.stages.iter().all(|stage| stage.name != name);
-        match &self.stage {
-            Some(name) if run.summary.state != RunState::Queued && lacks(name) => {
-                Err(why::no_such_stage(run, name))
-            }
-            _ => Ok(()),
+    async fn check(&self, store: &Store, run: &RunId) -> Result<(), Error> {
+        let Some(name) = &self.stage else {
+            return Ok(());
+        };
+        let run = store.run_detail(run).await?;
+        let has = run.stages.iter().any(|stage| stage.name == *name);
+        match has || run.summary.state == RunState::Queued {
+            true => Ok(()),
+            false => Err(why::no_such_stage(&run, name)),
         }
     }
 }
@@ -105,7 +107,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let lines = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
-        args.which.check(&store.run_detail(&run).await?)?;
+        args.which.check(&store, &run).await?;
         let mut lines = Vec::new();
         let mut after = 0;
         loop {
@@ -144,7 +146,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
     let ended = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
-        args.which.check(&store.run_detail(&run).await?)?;
+        args.which.check(&store, &run).await?;
         let mut recent = Vec::new();
         let mut spools = Spools::default();
         let mut after = 0;

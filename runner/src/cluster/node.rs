@@ -410,12 +410,12 @@ impl SupervisedWorker<'_> {
         }
         match self.cause {
             Some(StopCause::User) => return StartEnd::Stopped,
-            // It would be restarted for ever. Of ranks only the first reports progress.
+            // It would be restarted for ever.
             Some(StopCause::TimeLimit)
                 if at_checkpoint
                     && !self.done.has_advanced()
                     && self.spec.again
-                    && !(self.spec.ranks && self.place.element > 0) =>
+                    && self.spec.layout().reporter(self.place.element) == self.place.element =>
             {
                 let reason = NO_PROGRESS.to_owned();
                 return match wasted < self.spec.requeue {

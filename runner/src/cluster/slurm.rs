@@ -66,6 +66,14 @@ impl Layout {
         }
     }
 
+    /// The element that reports the progress of element `index`: of ranks, only the first does.
+    pub fn reporter(self, index: usize) -> usize {
+        match self {
+            Self::Ranks(_) => 0,
+            Self::Single | Self::Array(_) => index,
+        }
+    }
+
     /// Slurm's number of element `index` within the job.
     pub fn element(self, index: usize) -> Option<usize> {
         matches!(self, Self::Array(_)).then_some(index)

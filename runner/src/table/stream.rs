@@ -5,6 +5,8 @@
 
 use std::io::{self, Write};
 
+use serde_json::Value;
+
 use super::{Cell, MOST_ROWS, Rows, Style, object, plain};
 
 /// Bytes of a table's texts.
@@ -30,8 +32,7 @@ impl<W: Write> Stream<W> {
         let rows = Rows::new(heads);
         match style {
             Style::Csv => out.write_all(record(rows.heads.iter().cloned()).as_bytes())?,
-            Style::Json => out.write_all(b"[")?,
-            Style::Table { .. } | Style::Markdown => {}
+            Style::Json | Style::Table { .. } | Style::Markdown => {}
         }
         Ok(Self {
             style,
@@ -53,10 +54,8 @@ impl<W: Write> Stream<W> {
                 self.out.write_all(text.as_bytes())?;
             }
             Style::Json => {
-                let comma = if self.count == 0 { "\n" } else { ",\n" };
-                let text = format!("{:#}", object(&self.rows.heads, &row));
-                let text = text.replace('\n', "\n  ");
-                write!(self.out, "{comma}  {text}")?;
+                let value = object(&self.rows.heads, &row);
+                list_value(&mut self.out, self.count == 0, &value)?;
             }
             Style::Table { .. } | Style::Markdown => {
                 let bytes = row
@@ -80,13 +79,30 @@ impl<W: Write> Stream<W> {
     pub fn end(mut self) -> io::Result<usize> {
         match self.style {
             Style::Csv => {}
-            Style::Json if self.count == 0 => self.out.write_all(b"]\n")?,
-            Style::Json => self.out.write_all(b"\n]\n")?,
+            Style::Json => end_list(&mut self.out, self.count == 0)?,
             style => self.out.write_all(self.rows.render(style).as_bytes())?,
         }
         self.out.flush()?;
         Ok(self.count)
     }
+}
+
+/// Writes a value of a JSON list. Before the first nothing is written, so that a failure until then leaves no half of a list.
+///
+/// # Errors
+/// Of writing.
+pub fn list_value(out: &mut impl Write, is_first: bool, value: &Value) -> io::Result<()> {
+    let before = if is_first { "[" } else { "," };
+    let text = format!("{value:#}").replace('\n', "\n  ");
+    write!(out, "{before}\n  {text}")
+}
+
+/// Writes the end of a JSON list.
+///
+/// # Errors
+/// Of writing.
+pub fn end_list(out: &mut impl Write, is_empty: bool) -> io::Result<()> {
+    out.write_all(if is_empty { b"[]\n" } else { b"\n]\n" })
 }
 
 /// A line of CSV.

@@ -14,12 +14,18 @@ use retort_checkpoint::regular;
 use super::error::DataError;
 
 /// Separators of cells in tables, with their names.
-pub const SEPARATORS: [(u8, &str); 4] = [
+const SEPARATORS: [(u8, &str); 4] = [
     (b',', "commas"),
     (b'\t', "tabs"),
     (b';', "semicolons"),
     (b'|', "vertical bars"),
 ];
+
+/// The name of a separator other than the expected one for which this holds.
+pub fn other_separator(expected: u8, is_it: impl Fn(u8) -> bool) -> Option<&'static str> {
+    let mut others = SEPARATORS.into_iter().filter(|(byte, _)| *byte != expected);
+    others.find(|(byte, _)| is_it(*byte)).map(|(_, name)| name)
+}
 
 /// Opens a file; `expected` says what it should be, for the error message.
 pub fn open(path: &Path, expected: &str) -> Result<File, DataError> {

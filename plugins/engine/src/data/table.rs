@@ -422,12 +422,7 @@ fn other_separator(line: &str, tabs: bool) -> Option<&'static str> {
         let is_path = cells[1..].iter().any(|cell| promises_image(cell));
         cells.len() > 1 && !is_path && (promises_image(cells[0]) || cells.iter().any(is_name))
     };
-    let mut others = file::SEPARATORS
-        .into_iter()
-        .filter(|(byte, _)| *byte != own);
-    others
-        .find(|(byte, _)| is_table(*byte))
-        .map(|(_, name)| name)
+    file::other_separator(own, is_table)
 }
 
 /// The column with the first of these names that there is.

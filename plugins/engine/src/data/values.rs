@@ -133,17 +133,15 @@ fn read_within(room: usize, options: &DataOptions, path: &Path) -> Result<Values
         if !more {
             break;
         }
-        if let (1, None) = (record.len(), size) {
-            let mut others = file::SEPARATORS
-                .into_iter()
-                .filter(|(byte, _)| *byte != b',');
-            if let Some((_, found)) = others.find(|(byte, _)| record[0].contains(byte)) {
-                let message = format!(
-                    "expected grey values and a class separated by commas, found {found}: {}",
-                    quoted(&record[0])
-                );
-                return Err(DataError::content(path, message));
-            }
+        if record.len() == 1
+            && size.is_none()
+            && let Some(found) = file::other_separator(b',', |byte| record[0].contains(&byte))
+        {
+            let message = format!(
+                "expected grey values and a class separated by commas, found {found}: {}",
+                quoted(&record[0])
+            );
+            return Err(DataError::content(path, message));
         }
         if header_is_next {
             header_is_next = false;

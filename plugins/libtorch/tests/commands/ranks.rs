@@ -10,6 +10,8 @@ use retort_tests::digits::Digits;
 use retort_tests::port::HeldPort;
 use serde_json::Value;
 
+use crate::lab::wait_for;
+
 /// Batches of 30: four workers have shares of 7 and 8.
 const TEACHER: Digits<'_> = Digits {
     backend: "libtorch",
@@ -159,17 +161,6 @@ impl Lab {
 
 fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(began.elapsed() < Duration::from_secs(240), "no {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 fn signal(pid: i32, name: &str) {

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::slot::{Phase, Slot, StopRequest, too_often};
 use super::{DispatchLoop, GATHER, Job};
-use crate::cluster::slurm::{ElementStatus, Key, Layout, State, id};
+use crate::cluster::slurm::{ElementStatus, Key, State, id};
 use crate::cluster::spool::{self, Reader, Record, SpoolError, SpoolReading, StartEnd};
 use crate::store::{ElementUpdate, JobKey, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
@@ -317,10 +317,7 @@ impl DispatchLoop {
             return slot.wasted;
         };
         let dir = spool::element_dir(&job.dir, element);
-        let reporter = match job.layout {
-            Layout::Ranks(_) => spool::element_dir(&job.dir, 0),
-            _ => dir.clone(),
-        };
+        let reporter = spool::element_dir(&job.dir, job.layout.reporter(element));
         let earlier = slot.wasted;
         // The file system may hang.
         let counted =

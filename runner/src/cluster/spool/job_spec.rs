@@ -99,9 +99,9 @@ impl JobSpec {
         self.wasted.get(element).copied().unwrap_or(0)
     }
 
-    /// The directory of the element that reports an element's progress: of ranks, only the first does.
+    /// The directory of the element that reports an element's progress.
     pub fn reporter_dir(&self, spool: &Path, element: usize) -> PathBuf {
-        element_dir(spool, if self.ranks { 0 } else { element })
+        element_dir(spool, self.layout().reporter(element))
     }
 
     /// The layout of its job.
