@@ -60,14 +60,19 @@ pub fn swiglu(x: &T) -> Result<T> {
     let d = halve(&mut shape);
     floats!(x);
     let mut y = fresh(&shape);
-    by_rows(&mut y, d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            let (a, b) = x[(first + i) * 2 * d..][..2 * d].split_at(d);
-            for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
-                *y = silu(a) * b;
+    by_rows(
+        &mut y,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                let (a, b) = x[(first + i) * 2 * d..][..2 * d].split_at(d);
+                for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
+                    *y = silu(a) * b;
+                }
             }
-        }
-    });
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -78,18 +83,23 @@ pub fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
     let d = halve(&mut shape.clone());
     floats!(x, grad);
     let mut dx = fresh(&shape);
-    by_rows(&mut dx, 2 * d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(2 * d).enumerate() {
-            let (a, b) = x[(first + i) * 2 * d..][..2 * d].split_at(d);
-            let g = &grad[(first + i) * d..][..d];
-            let (da, db) = out.split_at_mut(d);
-            for j in 0..d {
-                let s = sigmoid(a[j]);
-                da[j] = g[j] * b[j] * silu_slope(a[j], s);
-                db[j] = g[j] * a[j] * s;
+    by_rows(
+        &mut dx,
+        2 * d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(2 * d).enumerate() {
+                let (a, b) = x[(first + i) * 2 * d..][..2 * d].split_at(d);
+                let g = &grad[(first + i) * d..][..d];
+                let (da, db) = out.split_at_mut(d);
+                for j in 0..d {
+                    let s = sigmoid(a[j]);
+                    da[j] = g[j] * b[j] * silu_slope(a[j], s);
+                    db[j] = g[j] * a[j] * s;
+                }
             }
-        }
-    });
+        },
+    );
     tensor(dx, &shape)
 }
 
@@ -123,11 +133,16 @@ fn map(x: &T, f: impl Fn(f32) -> f32 + Sync) -> Result<T> {
     let shape = x.dims().to_vec();
     floats!(x);
     let mut y = fresh(&shape);
-    by_rows(&mut y, 1, |first, out| {
-        for (y, &x) in out.iter_mut().zip(&x[first..]) {
-            *y = f(x);
-        }
-    });
+    by_rows(
+        &mut y,
+        1,
+        #[inline(always)]
+        |first, out| {
+            for (y, &x) in out.iter_mut().zip(&x[first..]) {
+                *y = f(x);
+            }
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -136,10 +151,15 @@ fn map2(x: &T, grad: &T, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<T> {
     let shape = x.dims().to_vec();
     floats!(x, grad);
     let mut y = fresh(&shape);
-    by_rows(&mut y, 1, |first, out| {
-        for (y, (&x, &g)) in out.iter_mut().zip(x[first..].iter().zip(&grad[first..])) {
-            *y = f(x, g);
-        }
-    });
+    by_rows(
+        &mut y,
+        1,
+        #[inline(always)]
+        |first, out| {
+            for (y, (&x, &g)) in out.iter_mut().zip(x[first..].iter().zip(&grad[first..])) {
+                *y = f(x, g);
+            }
+        },
+    );
     tensor(y, &shape)
 }

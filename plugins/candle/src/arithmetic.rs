@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use retort_engine::backend::Binary;
 use retort_engine::error::Result;
-use retort_kernels::lanes::{greater, sum as sum_of};
+use retort_kernels::lanes::{greater, sum as sum_of, widest};
 
 use crate::T;
 use crate::rows::by_rows;
@@ -25,11 +25,16 @@ pub fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
     let (mul, add) = (mul as f32, add as f32);
     floats!(x);
     let mut y = fresh(&shape);
-    by_rows(&mut y, 1, |first, out| {
-        for (y, &x) in out.iter_mut().zip(&x[first..]) {
-            *y = x.mul_add(mul, add);
-        }
-    });
+    by_rows(
+        &mut y,
+        1,
+        #[inline(always)]
+        |first, out| {
+            for (y, &x) in out.iter_mut().zip(&x[first..]) {
+                *y = x.mul_add(mul, add);
+            }
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -99,32 +104,47 @@ fn zip(a: &T, b: &T, repeat: Repeat, f: impl Fn(f32, f32) -> f32 + Sync) -> Resu
     floats!(a, b);
     let mut y = fresh(&shape);
     if run == 1 && period == y.len() {
-        by_rows(&mut y, 1, |first, out| {
-            for (y, (&a, &b)) in out.iter_mut().zip(a[first..].iter().zip(&b[first..])) {
-                *y = f(a, b);
-            }
-        });
+        by_rows(
+            &mut y,
+            1,
+            #[inline(always)]
+            |first, out| {
+                for (y, (&a, &b)) in out.iter_mut().zip(a[first..].iter().zip(&b[first..])) {
+                    *y = f(a, b);
+                }
+            },
+        );
     } else if run == 1 {
-        by_rows(&mut y, period, |first, out| {
-            for (i, out) in out.chunks_exact_mut(period).enumerate() {
-                let a = &a[(first + i) * period..][..period];
-                let b = &b[(first + i) / turns * period..][..period];
-                for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
-                    *y = f(a, b);
+        by_rows(
+            &mut y,
+            period,
+            #[inline(always)]
+            |first, out| {
+                for (i, out) in out.chunks_exact_mut(period).enumerate() {
+                    let a = &a[(first + i) * period..][..period];
+                    let b = &b[(first + i) / turns * period..][..period];
+                    for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
+                        *y = f(a, b);
+                    }
                 }
-            }
-        });
+            },
+        );
     } else {
-        by_rows(&mut y, run, |first, out| {
-            for (i, out) in out.chunks_exact_mut(run).enumerate() {
-                let a = &a[(first + i) * run..][..run];
-                let row = first + i;
-                let b = b[row / (period * turns) * period + row % period];
-                for (y, &a) in out.iter_mut().zip(a) {
-                    *y = f(a, b);
+        by_rows(
+            &mut y,
+            run,
+            #[inline(always)]
+            |first, out| {
+                for (i, out) in out.chunks_exact_mut(run).enumerate() {
+                    let a = &a[(first + i) * run..][..run];
+                    let row = first + i;
+                    let b = b[row / (period * turns) * period + row % period];
+                    for (y, &a) in out.iter_mut().zip(a) {
+                        *y = f(a, b);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
     tensor(y, &shape)
 }
@@ -141,26 +161,32 @@ fn sum_group(x: &T, first: usize, last: usize) -> Result<T> {
         // A few rows of results per task, each the sum of `count` neighbours.
         let rows = (16 * 1024 / count).max(1);
         y.par_chunks_mut(rows).enumerate().for_each(|(i, out)| {
-            {
-                for (j, y) in out.iter_mut().enumerate() {
-                    *y = sum_of(&x[(i * rows + j) * count..][..count], |x| x);
-                }
-            };
+            widest(
+                #[inline(always)]
+                || {
+                    for (j, y) in out.iter_mut().enumerate() {
+                        *y = sum_of(&x[(i * rows + j) * count..][..count], |x| x);
+                    }
+                },
+            );
         });
     } else {
         // Columns in blocks: every block walks all rows, so the order of a sum never depends on the threads.
         let width = inner.min(256);
         y.par_chunks_mut(inner).enumerate().for_each(|(o, out)| {
             let block = |(c, out): (usize, &mut [f32])| {
-                {
-                    out.fill(0.0);
-                    for r in 0..count {
-                        let row = &x[(o * count + r) * inner + c * width..][..out.len()];
-                        for (y, &x) in out.iter_mut().zip(row) {
-                            *y += x;
+                widest(
+                    #[inline(always)]
+                    || {
+                        out.fill(0.0);
+                        for r in 0..count {
+                            let row = &x[(o * count + r) * inner + c * width..][..out.len()];
+                            for (y, &x) in out.iter_mut().zip(row) {
+                                *y += x;
+                            }
                         }
-                    }
-                };
+                    },
+                );
             };
             if count * inner > 64 * 1024 {
                 out.par_chunks_mut(width).enumerate().for_each(block);

@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
-use retort_kernels::lanes::{add_scaled, dot, exp, max, sum};
+use retort_kernels::lanes::{add_scaled, dot, exp, max, sum, widest};
 
 use crate::rows::by_rows;
 use crate::softmax::exponentials;
@@ -21,16 +21,21 @@ pub fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
     let (shape, step) = (x.dims().to_vec(), x.stride().to_vec());
     floats!(x, cos, sin);
     let mut y = fresh(&shape);
-    by_rows(&mut y, h * d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(h * d).enumerate() {
-            let (b, at) = ((first + i) / l, (first + i) % l);
-            let (cos, sin) = (&cos[at * d / 2..][..d / 2], &sin[at * d / 2..][..d / 2]);
-            for (head, out) in out.chunks_exact_mut(d).enumerate() {
-                let x = &x[b * step[0] + at * step[1] + head * step[2]..][..d];
-                rotate(out, x, cos, sin);
+    by_rows(
+        &mut y,
+        h * d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(h * d).enumerate() {
+                let (b, at) = ((first + i) / l, (first + i) % l);
+                let (cos, sin) = (&cos[at * d / 2..][..d / 2], &sin[at * d / 2..][..d / 2]);
+                for (head, out) in out.chunks_exact_mut(d).enumerate() {
+                    let x = &x[b * step[0] + at * step[1] + head * step[2]..][..d];
+                    rotate(out, x, cos, sin);
+                }
             }
-        }
-    });
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -57,11 +62,13 @@ pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         let k = steps[1].head(k, b, h);
         let v = steps[2].head(v, b, h);
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
-        if problem.lq == 1 {
-            problem.single(scratch, q, k, v, bias, y);
-        } else {
-            problem.forward(scratch, q, k, v, bias, y, y_row);
-        }
+        widest(
+            #[inline(always)]
+            || match problem.lq {
+                1 => problem.single(scratch, q, k, v, bias, y),
+                _ => problem.forward(scratch, q, k, v, bias, y, y_row),
+            },
+        );
     };
     if problem.b >= 8 {
         y.par_chunks_mut(problem.lq * wide)
@@ -111,7 +118,10 @@ pub fn attention_backward(
             g: steps[4].head(grad, b, h),
         };
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
-        problem.backward(scratch, heads, bias, out);
+        widest(
+            #[inline(always)]
+            || problem.backward(scratch, heads, bias, out),
+        );
     };
     let (q_size, k_size) = if problem.b >= 8 {
         (problem.lq * wide, problem.lk * wide)

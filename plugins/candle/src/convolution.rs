@@ -1,9 +1,12 @@
-//! Convolutions as matrix products over unfolded images, a tile of output rows at a time, so that the unfolded tile stays in
-//! the cache; large 3 x 3 convolutions use Winograd's tiles.
+//! Convolutions, each by the fastest of four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by
+//! Winograd's tiles ([`crate::winograd`]), others with stride 1 directly ([`crate::direct`]), a 1 x 1 kernel as a matrix
+//! product over the image, and the rest as matrix products over unfolded images, a tile of output rows at a time, so that
+//! the unfolded tile stays in the cache.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
+use crate::direct::Direct;
 use crate::product::{Matrix, Product};
 use crate::view::{floats, fresh, tensor, whole, zeros};
 use crate::winograd::Convolution;
@@ -177,9 +180,30 @@ impl Shape {
         (fits && tiles.pays()).then_some(tiles)
     }
 
+    /// The same without unfolding.
+    fn direct(&self) -> Option<Direct> {
+        let direct = Direct {
+            c: self.c,
+            image: [self.h, self.w],
+            o: self.o,
+            result: [self.out_h, self.out_w],
+            kernel: [self.kh, self.kw],
+            padding: self.padding,
+        };
+        (self.turns() && !self.flat()).then_some(direct)
+    }
+
+    /// Whether the gradient of the input is a convolution with the turned kernel.
+    fn turns(&self) -> bool {
+        self.stride == 1 && self.kh > self.padding[0] && self.kw > self.padding[1]
+    }
+
     fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
         if let Some(tiles) = self.winograd() {
             return tiles.forward(x, w, bias, residual, self.b);
+        }
+        if let Some(direct) = self.direct() {
+            return direct.forward(x, w, bias, residual, self.b);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep);
@@ -235,7 +259,7 @@ impl Shape {
     /// dx: for stride 1 the correlation of the gradient with the turned kernel, else the adjoint of unfolding.
     fn input_gradient(&self, w: &[f32], grad: &[f32]) -> Vec<f32> {
         let (kh, kw) = (self.kh, self.kw);
-        if self.stride == 1 && kh > self.padding[0] && kw > self.padding[1] {
+        if self.turns() {
             let turned = self.turn(w);
             let back = Self {
                 c: self.o,
@@ -282,6 +306,9 @@ impl Shape {
 
     /// dw = sum over images of g times the unfolded image transposed.
     fn kernel_gradient(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
+        if let Some(direct) = self.direct() {
+            return direct.kernel_gradient(x, grad, self.b);
+        }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let image = self.c * self.h * self.w;
         let size = self.o * deep;

@@ -12,6 +12,7 @@ mod backend;
 mod convolution;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod direct;
 mod flow;
 mod norm;
 mod optimiser;

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use retort_engine::error::Result;
-use retort_kernels::lanes::{add_scaled, dot, sum};
+use retort_kernels::lanes::{add_scaled, dot, sum, widest};
 
 use crate::T;
 use crate::rows::by_rows;
@@ -18,15 +18,20 @@ pub fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
     floats!(x, w);
     let d = shape[shape.len() - 1];
     let mut y = fresh(&shape);
-    by_rows(&mut y, d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            let x = &x[(first + i) * d..][..d];
-            let r = inverse_root(dot(x, x) / d as f32, eps);
-            for (y, (&x, &w)) in out.iter_mut().zip(x.iter().zip(w)) {
-                *y = x * r * w;
+    by_rows(
+        &mut y,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                let x = &x[(first + i) * d..][..d];
+                let r = inverse_root(dot(x, x) / d as f32, eps);
+                for (y, (&x, &w)) in out.iter_mut().zip(x.iter().zip(w)) {
+                    *y = x * r * w;
+                }
             }
-        }
-    });
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -43,12 +48,15 @@ pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
         .zip(shares.par_chunks_mut(d))
         .enumerate()
         .for_each(|(block, (out, share))| {
-            {
-                for (i, dx) in out.chunks_exact_mut(d).enumerate() {
-                    let at = (block * BLOCK + i) * d;
-                    rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
-                }
-            };
+            widest(
+                #[inline(always)]
+                || {
+                    for (i, dx) in out.chunks_exact_mut(d).enumerate() {
+                        let at = (block * BLOCK + i) * d;
+                        rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
+                    }
+                },
+            );
         });
     Ok((tensor(dx, &shape)?, tensor(total(&shares, d), &[d])?))
 }
@@ -95,16 +103,21 @@ fn standardised(x: &T, eps: f64, then: impl Fn(usize, &mut [f32]) + Sync) -> Res
     floats!(x);
     let d = shape[shape.len() - 1];
     let mut y = fresh(&shape);
-    by_rows(&mut y, d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            let x = &x[(first + i) * d..][..d];
-            let (mean, r) = moments(x, eps);
-            for (y, &x) in out.iter_mut().zip(x) {
-                *y = (x - mean) * r;
+    by_rows(
+        &mut y,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                let x = &x[(first + i) * d..][..d];
+                let (mean, r) = moments(x, eps);
+                for (y, &x) in out.iter_mut().zip(x) {
+                    *y = (x - mean) * r;
+                }
+                then(first + i, out);
             }
-            then(first + i, out);
-        }
-    });
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -115,22 +128,27 @@ pub fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
     floats!(x, grad);
     let d = shape[shape.len() - 1];
     let mut dx = fresh(&shape);
-    by_rows(&mut dx, d, |first, out| {
-        for (i, dx) in out.chunks_exact_mut(d).enumerate() {
-            let at = (first + i) * d;
-            let (x, g) = (&x[at..][..d], &grad[at..][..d]);
-            let (mean, r) = moments(x, eps);
-            // With y the result: dx = r (g - mean(g) - y mean(g y)); dx holds y first.
-            for (dx, &x) in dx.iter_mut().zip(x) {
-                *dx = (x - mean) * r;
+    by_rows(
+        &mut dx,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, dx) in out.chunks_exact_mut(d).enumerate() {
+                let at = (first + i) * d;
+                let (x, g) = (&x[at..][..d], &grad[at..][..d]);
+                let (mean, r) = moments(x, eps);
+                // With y the result: dx = r (g - mean(g) - y mean(g y)); dx holds y first.
+                for (dx, &x) in dx.iter_mut().zip(x) {
+                    *dx = (x - mean) * r;
+                }
+                let level = sum(g, |g| g) / d as f32;
+                let along = dot(g, dx) / d as f32;
+                for (dx, &g) in dx.iter_mut().zip(g) {
+                    *dx = r * (*dx).mul_add(-along, g - level);
+                }
             }
-            let level = sum(g, |g| g) / d as f32;
-            let along = dot(g, dx) / d as f32;
-            for (dx, &g) in dx.iter_mut().zip(g) {
-                *dx = r * (*dx).mul_add(-along, g - level);
-            }
-        }
-    });
+        },
+    );
     tensor(dx, &shape)
 }
 
@@ -148,24 +166,29 @@ pub fn group_norm(
     floats!(x, w, bias);
     let (plane, per) = (shape[2] * shape[3], shape[1] / groups);
     let mut y = fresh(&shape);
-    by_rows(&mut y, per * plane, |first, out| {
-        for (i, out) in out.chunks_exact_mut(per * plane).enumerate() {
-            let group = (first + i) % groups;
-            let x = &x[(first + i) * per * plane..][..per * plane];
-            let (mean, r) = moments(x, eps);
-            for (c, (y, x)) in out
-                .chunks_exact_mut(plane)
-                .zip(x.chunks_exact(plane))
-                .enumerate()
-            {
-                let scale = r * w[group * per + c];
-                let shift = bias[group * per + c] - mean * scale;
-                for (y, &x) in y.iter_mut().zip(x) {
-                    *y = f(x.mul_add(scale, shift));
+    by_rows(
+        &mut y,
+        per * plane,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(per * plane).enumerate() {
+                let group = (first + i) % groups;
+                let x = &x[(first + i) * per * plane..][..per * plane];
+                let (mean, r) = moments(x, eps);
+                for (c, (y, x)) in out
+                    .chunks_exact_mut(plane)
+                    .zip(x.chunks_exact(plane))
+                    .enumerate()
+                {
+                    let scale = r * w[group * per + c];
+                    let shift = bias[group * per + c] - mean * scale;
+                    for (y, &x) in y.iter_mut().zip(x) {
+                        *y = f(x.mul_add(scale, shift));
+                    }
                 }
             }
-        }
-    });
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -184,22 +207,25 @@ pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> R
         .zip(shares.par_chunks_mut(2 * channels))
         .enumerate()
         .for_each(|(b, (out, share))| {
-            {
-                let (dw, db) = share.split_at_mut(channels);
-                for (group, dx) in out.chunks_exact_mut(per * plane).enumerate() {
-                    let at = b * image + group * per * plane;
-                    let own = group * per..(group + 1) * per;
-                    group_backward(
-                        dx,
-                        &mut dw[own.clone()],
-                        &mut db[own.clone()],
-                        &x[at..][..per * plane],
-                        &w[own],
-                        &grad[at..][..per * plane],
-                        eps,
-                    );
-                }
-            };
+            widest(
+                #[inline(always)]
+                || {
+                    let (dw, db) = share.split_at_mut(channels);
+                    for (group, dx) in out.chunks_exact_mut(per * plane).enumerate() {
+                        let at = b * image + group * per * plane;
+                        let own = group * per..(group + 1) * per;
+                        group_backward(
+                            dx,
+                            &mut dw[own.clone()],
+                            &mut db[own.clone()],
+                            &x[at..][..per * plane],
+                            &w[own],
+                            &grad[at..][..per * plane],
+                            eps,
+                        );
+                    }
+                },
+            );
         });
     let mut dw = total(&shares, 2 * channels);
     let db = dw.split_off(channels);
@@ -259,10 +285,8 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
 /// The sum of the shares, in order.
 fn total(shares: &[f32], width: usize) -> Vec<f32> {
     let mut sum = vec![0.0; width];
-    {
-        for share in shares.chunks_exact(width) {
-            add_scaled(&mut sum, 1.0, share);
-        }
-    };
+    for share in shares.chunks_exact(width) {
+        add_scaled(&mut sum, 1.0, share);
+    }
     sum
 }

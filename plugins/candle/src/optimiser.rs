@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 use retort_engine::backend::AdamwStep;
 use retort_engine::error::Result;
+use retort_kernels::lanes::widest;
 
 use crate::T;
 use crate::rows::by_rows;
@@ -22,9 +23,12 @@ fn adamw(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], s: &AdamwStep) 
     const BLOCK: usize = 8 * 1024;
     let blocks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK));
     let rest = v.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK));
-    blocks
-        .zip(rest)
-        .for_each(|((p, m), (v, g))| adamw_block(p, m, v, g, s));
+    blocks.zip(rest).for_each(|((p, m), (v, g))| {
+        widest(
+            #[inline(always)]
+            || adamw_block(p, m, v, g, s),
+        )
+    });
 }
 
 #[inline(always)]
@@ -49,10 +53,15 @@ pub fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
     floats!(x);
     let (keep, take) = (decay as f32, (1.0 - decay) as f32);
     write(average, |average| {
-        by_rows(average, 1, |first, out| {
-            for (a, &x) in out.iter_mut().zip(&x[first..]) {
-                *a = keep.mul_add(*a, take * x);
-            }
-        });
+        by_rows(
+            average,
+            1,
+            #[inline(always)]
+            |first, out| {
+                for (a, &x) in out.iter_mut().zip(&x[first..]) {
+                    *a = keep.mul_add(*a, take * x);
+                }
+            },
+        );
     })
 }

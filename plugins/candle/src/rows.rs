@@ -1,17 +1,28 @@
 //! Rows of a tensor, shared out among rayon's threads.
 
 use rayon::prelude::*;
+use retort_kernels::lanes::widest;
 
 /// Minimum elements of a task; a constant, so that no result depends on the number of threads.
 const GRAIN: usize = 16 * 1024;
 
-/// Fills `out`, rows of `width` elements, in parallel: `body` gets the number of its first row and its rows.
+/// Fills `out`, rows of `width` elements, in parallel: `body`, which is `#[inline(always)]`, gets the number of its first row
+/// and its rows.
+#[inline(always)]
 pub fn by_rows(out: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
     let rows = (GRAIN / width.max(1)).max(1);
     if out.len() <= rows * width {
-        return body(0, out);
+        return widest(
+            #[inline(always)]
+            || body(0, out),
+        );
     }
     out.par_chunks_mut(rows * width)
         .enumerate()
-        .for_each(|(i, out)| body(i * rows, out));
+        .for_each(|(i, out)| {
+            widest(
+                #[inline(always)]
+                || body(i * rows, out),
+            )
+        });
 }

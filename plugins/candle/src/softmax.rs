@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
-use retort_kernels::lanes::{dot, exp, max, sum};
+use retort_kernels::lanes::{dot, exp, max, sum, widest};
 
 use crate::rows::by_rows;
 use crate::view::{floats, fresh, ids as host_ids, tensor, whole};
@@ -16,13 +16,18 @@ pub fn softmax(x: &T) -> Result<T> {
     floats!(x);
     let d = shape[shape.len() - 1];
     let mut y = fresh(&shape);
-    by_rows(&mut y, d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            out.copy_from_slice(&x[(first + i) * d..][..d]);
-            let total = exponentials(out);
-            out.iter_mut().for_each(|y| *y /= total);
-        }
-    });
+    by_rows(
+        &mut y,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                out.copy_from_slice(&x[(first + i) * d..][..d]);
+                let total = exponentials(out);
+                out.iter_mut().for_each(|y| *y /= total);
+            }
+        },
+    );
     tensor(y, &shape)
 }
 
@@ -33,16 +38,21 @@ pub fn softmax_backward(y: &T, grad: &T) -> Result<T> {
     floats!(y, grad);
     let d = shape[shape.len() - 1];
     let mut dx = fresh(&shape);
-    by_rows(&mut dx, d, |first, out| {
-        for (i, dx) in out.chunks_exact_mut(d).enumerate() {
-            let at = (first + i) * d;
-            let (y, g) = (&y[at..][..d], &grad[at..][..d]);
-            let along = dot(y, g);
-            for (dx, (&y, &g)) in dx.iter_mut().zip(y.iter().zip(g)) {
-                *dx = y * (g - along);
+    by_rows(
+        &mut dx,
+        d,
+        #[inline(always)]
+        |first, out| {
+            for (i, dx) in out.chunks_exact_mut(d).enumerate() {
+                let at = (first + i) * d;
+                let (y, g) = (&y[at..][..d], &grad[at..][..d]);
+                let along = dot(y, g);
+                for (dx, (&y, &g)) in dx.iter_mut().zip(y.iter().zip(g)) {
+                    *dx = y * (g - along);
+                }
             }
-        }
-    });
+        },
+    );
     tensor(dx, &shape)
 }
 
@@ -54,15 +64,18 @@ pub fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
     let mut loss = fresh(&[n]);
     let rows = (16 * 1024 / k).max(1);
     loss.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
-        {
-            for (i, loss) in out.iter_mut().enumerate() {
-                let row = c * rows + i;
-                let x = &x[row * k..][..k];
-                let top = max(x);
-                let total = sum(x, |x| exp(x - top));
-                *loss = total.ln() + top - x[ids[row] as usize];
-            }
-        };
+        widest(
+            #[inline(always)]
+            || {
+                for (i, loss) in out.iter_mut().enumerate() {
+                    let row = c * rows + i;
+                    let x = &x[row * k..][..k];
+                    let top = max(x);
+                    let total = sum(x, |x| exp(x - top));
+                    *loss = total.ln() + top - x[ids[row] as usize];
+                }
+            },
+        );
     });
     tensor(loss, &[n])
 }
@@ -73,15 +86,20 @@ pub fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
     let (x, grad) = (&x, &whole(grad)?);
     floats!(x, grad);
     let mut dx = fresh(&[n, k]);
-    by_rows(&mut dx, k, |first, out| {
-        for (i, dx) in out.chunks_exact_mut(k).enumerate() {
-            let row = first + i;
-            dx.copy_from_slice(&x[row * k..][..k]);
-            let scale = grad[row] / exponentials(dx);
-            dx.iter_mut().for_each(|dx| *dx *= scale);
-            dx[ids[row] as usize] -= grad[row];
-        }
-    });
+    by_rows(
+        &mut dx,
+        k,
+        #[inline(always)]
+        |first, out| {
+            for (i, dx) in out.chunks_exact_mut(k).enumerate() {
+                let row = first + i;
+                dx.copy_from_slice(&x[row * k..][..k]);
+                let scale = grad[row] / exponentials(dx);
+                dx.iter_mut().for_each(|dx| *dx *= scale);
+                dx[ids[row] as usize] -= grad[row];
+            }
+        },
+    );
     tensor(dx, &[n, k])
 }
 

@@ -39,7 +39,7 @@ pub struct Convolution {
 impl Convolution {
     /// Whether this is faster than direct convolution.
     pub fn pays(&self) -> bool {
-        self.h * self.w >= 1024 && self.w >= 8 && self.c >= 32 && self.o >= 32
+        self.h * self.w >= 1024 && self.w >= 8 && self.c >= 48 && self.o >= 48
     }
 
     /// Images x (b, c, h, w) and kernel w (o, c, 3, 3), plus a bias (o) and a residual (b, o, h, w) -> (b, o, h, w).

@@ -1,11 +1,34 @@
 //! Loops that the compiler vectorises, and their functions.
 //!
-//! A kernel is written once, as plain loops over f32; `.cargo/config.toml` has them compiled for AVX2 and FMA on x86-64.
+//! A kernel is written once, as plain loops over f32; `.cargo/config.toml` has them compiled for AVX2 and FMA on x86-64, and
+//! [`widest`] for AVX-512 too.
 //! Sums run in [`LANES`] fixed lanes and are folded in a fixed order, and products are fused multiply-adds everywhere,
 //! so a result depends neither on the width of the vectors nor on the number of threads.
 
 /// Partial sums kept side by side: two AVX2 registers.
 pub const LANES: usize = 16;
+
+/// Runs `f` with the widest vectors that the processor has. Only what is inlined into `f` is compiled for these, so `f` and
+/// its callees are `#[inline(always)]`.
+#[inline(always)]
+pub fn widest<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn in_512_bits<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        let has = std::arch::is_x86_feature_detected!("avx512f")
+            && std::arch::is_x86_feature_detected!("avx512bw")
+            && std::arch::is_x86_feature_detected!("avx512dq")
+            && std::arch::is_x86_feature_detected!("avx512vl");
+        if has {
+            // SAFETY: the processor has these instructions.
+            return unsafe { in_512_bits(f) };
+        }
+    }
+    f()
+}
 
 /// The sum of `f(x)`.
 #[inline(always)]
@@ -70,8 +93,9 @@ pub fn greater(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 
+/// The sum of the lanes, halves onto halves.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+pub fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {

@@ -7,6 +7,7 @@ pub mod flow;
 pub mod lanes;
 mod pool;
 pub mod skinny;
+pub mod tiles;
 pub mod wide;
 
 pub use pool::{Pool, Rayon};

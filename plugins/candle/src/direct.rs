@@ -1,0 +1,310 @@
+//! Convolutions with stride 1 without an unfolded image: [`retort_kernels::tiles`] reads the image itself, copied a band of
+//! rows at a time into lines that leave room for the padding, so that the copy stays in the cache.
+//!
+//! A line begins with as many zeros as there are to the left of the image; the next line's are those to the right of it.
+//! Results are computed for whole lines, so a few between the lines are not used.
+
+use rayon::prelude::*;
+use retort_kernels::tiles::{self, GRADIENTS, ROWS, STEP, Slots};
+
+use crate::view::fresh;
+
+/// Elements of a band: 1 MiB, the second-level cache of the target processors.
+const BAND: usize = 256 * 1024;
+
+/// Positions that a kernel's gradient is summed over at a time: a tile's share of the gradients stays in that cache, and the
+/// sum of its lanes takes a few per cent of the time.
+const POSITIONS: usize = 6 * 1024;
+
+/// A convolution with stride 1 and less padding than the kernel has places.
+#[derive(Clone, Copy)]
+pub struct Direct {
+    /// Channels of the input.
+    pub c: usize,
+    /// Height and width of the input.
+    pub image: [usize; 2],
+    /// Channels of the output.
+    pub o: usize,
+    /// Height and width of the output.
+    pub result: [usize; 2],
+    /// Height and width of the kernel.
+    pub kernel: [usize; 2],
+    /// Zeros above and below, left and right.
+    pub padding: [usize; 2],
+}
+
+/// Some rows of the result of one image.
+#[derive(Clone, Copy)]
+struct Piece {
+    image: usize,
+    first: usize,
+    rows: usize,
+}
+
+impl Direct {
+    /// Elements from one line of a copy to the next.
+    fn line(&self) -> usize {
+        self.image[1] + self.padding[1]
+    }
+
+    /// Elements of a channel of a copy that `rows` rows of the result need.
+    fn plane(&self, rows: usize) -> usize {
+        (rows + self.kernel[0] - 1) * self.line()
+    }
+
+    /// Elements of a copy, with what is read beyond it.
+    fn copy(&self, rows: usize) -> usize {
+        self.c * self.plane(rows) + self.kernel[1] + STEP
+    }
+
+    /// Positions that are computed for `rows` rows of the result.
+    fn positions(&self, rows: usize) -> usize {
+        (rows * self.line()).next_multiple_of(STEP)
+    }
+
+    /// Where each place of each channel's kernel begins to read a copy.
+    fn offsets(&self, rows: usize) -> Vec<usize> {
+        let [high, broad] = self.kernel;
+        let place = |i: usize| i / broad % high * self.line() + i % broad;
+        let taps = 0..self.c * high * broad;
+        taps.map(|i| i / (high * broad) * self.plane(rows) + place(i))
+            .collect()
+    }
+
+    /// Copies an image (c, h, w), as far as a piece needs it; all else in `to` is zero and stays so.
+    fn copy_image(&self, x: &[f32], piece: Piece, plane: usize, to: &mut [f32]) {
+        let ([h, w], [above, left]) = (self.image, self.padding);
+        for (x, to) in x.chunks_exact(h * w).zip(to.chunks_mut(plane)) {
+            let lines = to.chunks_exact_mut(self.line());
+            for (i, line) in lines.take(piece.rows + self.kernel[0] - 1).enumerate() {
+                let line = &mut line[left..];
+                match (piece.first + i).checked_sub(above).filter(|&y| y < h) {
+                    Some(y) => line.copy_from_slice(&x[y * w..][..w]),
+                    None => line.fill(0.0),
+                }
+            }
+        }
+    }
+
+    /// Images x (b, c, h, w) and kernel w (o, c, kh, kw), plus a bias (o) and a residual of the result's shape -> (b, o, h', w').
+    pub fn forward(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        bias: &[f32],
+        residual: Option<&[f32]>,
+        b: usize,
+    ) -> Vec<f32> {
+        let [high, broad] = self.result;
+        let image = self.c * self.image[0] * self.image[1];
+        let share = high.div_ceil(rayon::current_num_threads().div_ceil(b));
+        let rows = (BAND / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
+        let rows = rows.clamp(1, share);
+        let (offsets, kernel) = (self.offsets(rows), tiles::packed(w, self.o));
+        let mut y = fresh(&[b, self.o, high * broad]);
+        // A band's output consists of one part per channel.
+        let bands = high.div_ceil(rows);
+        let mut parts: Vec<Vec<&mut [f32]>> = (0..b * bands).map(|_| Vec::new()).collect();
+        for (i, plane) in y.chunks_exact_mut(high * broad).enumerate() {
+            for (band, part) in plane.chunks_mut(rows * broad).enumerate() {
+                parts[i / self.o * bands + band].push(part);
+            }
+        }
+        parts.into_par_iter().enumerate().for_each_init(
+            || {
+                let sums = self.o.next_multiple_of(ROWS) * self.positions(rows);
+                (vec![0.0; self.copy(rows)], fresh(&[sums]))
+            },
+            |(copy, sums), (i, parts)| {
+                let first = i % bands * rows;
+                let piece = Piece {
+                    image: i / bands,
+                    first,
+                    rows: rows.min(high - first),
+                };
+                let x = &x[piece.image * image..][..image];
+                self.copy_image(x, piece, self.plane(rows), copy);
+                let n = self.positions(piece.rows);
+                tiles::correlate(copy, &offsets, &kernel, n, sums);
+                for (o, (part, &bias)) in parts.into_iter().zip(bias).enumerate() {
+                    let residual = residual.map(|residual| {
+                        &residual[((piece.image * self.o + o) * high + first) * broad..]
+                    });
+                    for (row, line) in part.chunks_exact_mut(broad).enumerate() {
+                        let sums = &sums[o * n + row * self.line()..];
+                        match residual {
+                            Some(residual) => {
+                                let both = sums.iter().zip(&residual[row * broad..]);
+                                let sums = line.iter_mut().zip(both);
+                                sums.for_each(|(y, (&sum, &r))| *y = sum + bias + r);
+                            }
+                            None => {
+                                let sums = line.iter_mut().zip(sums);
+                                sums.for_each(|(y, &sum)| *y = sum + bias);
+                            }
+                        }
+                    }
+                }
+            },
+        );
+        y
+    }
+
+    /// dw (o, c, kh, kw) of images x and gradients of the result: some images at a time, one after the other, and their sums
+    /// in parallel.
+    pub fn kernel_gradient(&self, x: &[f32], grad: &[f32], b: usize) -> Vec<f32> {
+        let [high, broad] = self.result;
+        let image = self.c * self.image[0] * self.image[1];
+        let of_result = self.o * high * broad;
+        // Bands of equal heights.
+        let bands = high.div_ceil((POSITIONS / self.line()).max(1));
+        let rows = high.div_ceil(bands);
+        let (n, offsets) = (self.positions(rows), self.offsets(rows));
+        let pieces = |image: usize| {
+            (0..high).step_by(rows).map(move |first| Piece {
+                image,
+                first,
+                rows: rows.min(high - first),
+            })
+        };
+        let pieces: Vec<Piece> = (0..b).flat_map(pieces).collect();
+        let (of_x, of_g) = (self.copy(rows), self.o * n);
+        let slots = (POSITIONS / n).clamp(1, pieces.len());
+        let (mut xs, mut gs) = (vec![0.0; slots * of_x], vec![0.0; slots * of_g + STEP]);
+        // Whole vectors at the beginning of each of the processor's lines.
+        let start = gs.as_ptr().align_offset(64).min(STEP);
+        let gs = &mut gs[start..];
+        let mut dw = vec![0.0; self.o * offsets.len()];
+        for pieces in pieces.chunks(slots) {
+            let copies = xs.par_chunks_mut(of_x).zip(gs.par_chunks_mut(of_g));
+            copies.zip(pieces).for_each(|((to, g), &piece)| {
+                let x = &x[piece.image * image..][..image];
+                self.copy_image(x, piece, self.plane(rows), to);
+                let grad = &grad[piece.image * of_result..][..of_result];
+                for (grad, g) in grad.chunks_exact(high * broad).zip(g.chunks_exact_mut(n)) {
+                    let (lines, rest) = g.split_at_mut(piece.rows * self.line());
+                    let grad = &grad[piece.first * broad..];
+                    let pairs = lines
+                        .chunks_exact_mut(self.line())
+                        .zip(grad.chunks_exact(broad));
+                    pairs.for_each(|(line, grad)| line[..broad].copy_from_slice(grad));
+                    rest.fill(0.0);
+                }
+            });
+            let slots = Slots {
+                count: pieces.len(),
+                g: of_g,
+                x: of_x,
+            };
+            dw.par_chunks_mut(GRADIENTS * offsets.len())
+                .enumerate()
+                .for_each(|(i, dw)| {
+                    let g = &gs[i * GRADIENTS * n..];
+                    tiles::products(g, &xs, &offsets, n, slots, dw);
+                });
+        }
+        dw
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_engine::random::noise;
+
+    use super::*;
+
+    /// Output position, tap and input position of every product of a convolution, for all channels.
+    fn products(d: &Direct, mut each: impl FnMut(usize, usize, usize)) {
+        let ([h, w], [high, broad], [kh, kw]) = (d.image, d.result, d.kernel);
+        for at in 0..high * broad {
+            for tap in 0..kh * kw {
+                let y = (at / broad + tap / kw).checked_sub(d.padding[0]);
+                let x = (at % broad + tap % kw).checked_sub(d.padding[1]);
+                if let (Some(y), Some(x)) = (y.filter(|&y| y < h), x.filter(|&x| x < w)) {
+                    each(at, tap, y * w + x);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_and_gradients_are_those_of_float64() {
+        for (b, c, o, image, kernel, padding) in [
+            (3, 3, 32, [32, 32], [3, 3], [1, 1]),
+            (2, 32, 3, [16, 8], [3, 3], [1, 1]),
+            (1, 5, 7, [9, 11], [3, 3], [1, 1]),
+            (9, 4, 12, [8, 8], [4, 4], [1, 1]),
+            (1, 6, 9, [5, 70], [1, 7], [0, 3]),
+            (2, 3, 17, [6, 6], [3, 3], [0, 0]),
+            (2, 2, 1, [7, 5], [2, 3], [1, 2]),
+            (1, 40, 4, [130, 120], [3, 3], [1, 1]),
+        ] {
+            let side = |i: usize| image[i] + 2 * padding[i] - kernel[i] + 1;
+            let d = Direct {
+                c,
+                image,
+                o,
+                result: [side(0), side(1)],
+                kernel,
+                padding,
+            };
+            let (places, taps) = (image[0] * image[1], kernel[0] * kernel[1]);
+            let results = d.result[0] * d.result[1];
+            let (x, w) = (noise(1, 0, b * c, places), noise(2, 0, o * c, taps));
+            let (bias, grad) = (noise(3, 0, 1, o), noise(4, 0, b * o, results));
+            let residual = noise(5, 0, b * o, results);
+            let mut y: Vec<f64> = residual.iter().map(|&r| f64::from(r)).collect();
+            let mut dw = vec![0.0; o * c * taps];
+            for i in 0..b * o * c {
+                let (image, row, channel) = (i / (o * c), i / c % o, i % c);
+                if channel == 0 {
+                    let line = &mut y[(image * o + row) * results..][..results];
+                    line.iter_mut().for_each(|y| *y += f64::from(bias[row]));
+                }
+                products(&d, |at, tap, place| {
+                    let x = f64::from(x[(image * c + channel) * places + place]);
+                    let at = (image * o + row) * results + at;
+                    let tap = (row * c + channel) * taps + tap;
+                    y[at] += x * f64::from(w[tap]);
+                    dw[tap] += x * f64::from(grad[at]);
+                });
+            }
+            for (name, want, found) in [
+                ("results", y, d.forward(&x, &w, &bias, Some(&residual), b)),
+                ("gradients", dw, d.kernel_gradient(&x, &grad, b)),
+            ] {
+                assert_eq!(want.len(), found.len());
+                let most = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+                let errors = want
+                    .iter()
+                    .zip(&found)
+                    .map(|(a, &b)| (a - f64::from(b)).abs());
+                let error = errors.fold(0.0, f64::max);
+                assert!(
+                    error < 2e-6 * most,
+                    "{name}: {error:.1e} of {most:.1} at {c} to {o}, {image:?}, {kernel:?}, {padding:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_alone_gives_what_it_gives_among_others() {
+        let d = Direct {
+            c: 8,
+            image: [40, 24],
+            o: 10,
+            result: [40, 24],
+            kernel: [3, 3],
+            padding: [1, 1],
+        };
+        let (x, w) = (noise(1, 0, 5 * 8, 40 * 24), noise(2, 0, 10 * 8, 9));
+        let all = d.forward(&x, &w, &[0.0; 10], None, 5);
+        for (x, y) in x
+            .chunks_exact(8 * 40 * 24)
+            .zip(all.chunks_exact(10 * 40 * 24))
+        {
+            assert!(d.forward(x, &w, &[0.0; 10], None, 1) == y);
+        }
+    }
+}
