@@ -7,6 +7,9 @@
 //! A text is cleaned as in LlamaGen's own code ([`caption`]), and cut if it is too long for the model.
 
 pub mod caption;
+mod entities;
+mod markup;
+mod repair;
 mod tokenizer;
 
 use std::path::{Path, PathBuf};

@@ -143,7 +143,7 @@ impl<B: Backend> Stage<B> for Pretrain {
     type Options = Options;
     const KIND: &'static str = "pretrain";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 3;
+    const REVISION: u32 = 4;
     const TOGETHER: bool = true;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 

@@ -155,7 +155,7 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 5;
+    const REVISION: u32 = 6;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
     const DIVISIBLE: bool = true;

@@ -119,7 +119,7 @@ impl<B: Backend> Stage<B> for Trajectories {
     type Options = Options;
     const KIND: &'static str = "trajectories";
     const OUTPUT: &'static str = "trajectories";
-    const REVISION: u32 = 3;
+    const REVISION: u32 = 4;
     const SUMMARY: &'static str = "build the noise -> tokens dataset with a teacher's flow map";
     const DIVISIBLE: bool = true;
 
