@@ -54,6 +54,13 @@ fn decoded(text: &str) -> String {
             Some((characters, bytes)) => {
                 out.push_str(&characters);
                 left = &left[bytes..];
+                // `&amp;amp;` at once, or else each level would take a pass.
+                while characters == "&"
+                    && let Some((next, bytes)) = reference(left)
+                    && next == "&"
+                {
+                    left = &left[bytes..];
+                }
             }
             None => out.push('&'),
         }
@@ -184,5 +191,7 @@ mod tests {
         ] {
             assert_eq!(repaired(text), expected, "{text:?}");
         }
+        let nested = format!("&{}lt;", "amp;".repeat(5000));
+        assert_eq!(repaired(&nested), "<");
     }
 }
