@@ -93,6 +93,12 @@ CAPTIONS = [
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 family \u2764\ufe0f",
     "flag \U0001f1e9\U0001f1ea and \U0001f44d\U0001f3fd 1\ufe0f\u20e3",
     "\ufffd unknown \ufffd",
+    # Words end before marks, and contain all numbers.
+    "\u260e\ufe0f123456789 \u2764\ufe0fjpg \u2714\ufe0fpage 3",
+    "cafe\u0301123456 x\u00b2123456 1234567\u00b2 \u2460page 4 \u24b6page 5",
+    "\u0938\u0947 : \u0915\u093f,\u0915 \u0e19\u0e49.\u0e19",
+    "\u0661\u0662\u0663\u0664\u0665\u0666 \u0967\u0968:\u0969\u096a",
+    "\u0437\u0430\u0433\u0440\u0443\u0437\u043a\u0430 page 12 \u0430page 3 abc123\u0434 \u0434abc123",
     # References of HTML.
     "caf&eacute; na&iuml;ve &Uuml;ber &AElig;on &oslash; &aring;",
     "&hearts; &rarr; &infin; &notin; &fjlig; &nGt; &check; &star;",

@@ -1,8 +1,8 @@
 //! Cleaning captions as LlamaGen does before its text encoder, in training and in sampling: lower case, without URLs, markup,
 //! file names, article numbers and phrases of shops, applied twice.
 //!
-//! In: a text. Out: a text. White space and letters are Python's. Word boundaries are those of the crate `regex`, for which
-//! combining marks belong to words. Absent: ftfy's decoding of mis-encoded text (see `repair.rs`).
+//! In: a text. Out: a text. White space, letters and the boundaries of words are Python's. Absent: ftfy's decoding of mis-encoded
+//! text (see `repair.rs`).
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -90,13 +90,23 @@ const PHRASES: [(&str, &str); 17] = [
 /// Separators between words; more than three of them count as joining words.
 const JOINTS: [char; 2] = ['-', '_'];
 
-static RULES: LazyLock<[Rules; 3]> = LazyLock::new(|| {
-    let compiled = |rules: &[(&str, &'static str)]| {
-        let each = rules.iter();
-        each.filter_map(|&(pattern, with)| Some((Regex::new(pattern).ok()?, with)))
+/// Part of a word for Python.
+const WORD: &str = r"[\p{L}\p{N}_]";
+
+/// Each list of rules twice: for texts in ASCII, and for others with Python's boundaries of words, which take longer. The
+/// crate's own count combining marks as parts of words, but not all numbers.
+static RULES: LazyLock<[[Rules; 2]; 3]> = LazyLock::new(|| {
+    let boundary = format!("(?:(?<={WORD})(?!{WORD})|(?<!{WORD})(?={WORD}))");
+    [&ADDRESSES[..], &SIGNS[..], &PHRASES[..]].map(|rules| {
+        [r"\b", boundary.as_str()].map(|boundary| {
+            let each = rules.iter();
+            each.filter_map(|&(pattern, with)| {
+                let pattern = pattern.replace(r"\b", boundary);
+                Some((Regex::new(&pattern).ok()?, with))
+            })
             .collect()
-    };
-    [compiled(&ADDRESSES), compiled(&SIGNS), compiled(&PHRASES)]
+        })
+    })
 });
 
 /// Maximum characters of a caption: text encoders take a hundred words, and some rules look ahead.
@@ -130,8 +140,8 @@ fn stripped(text: &str) -> &str {
     text.trim_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c))
 }
 
-fn applied(rules: &Rules, mut text: String) -> String {
-    for (rule, with) in rules {
+fn applied(rules: &[Rules; 2], mut text: String) -> String {
+    for (rule, with) in &rules[usize::from(!text.is_ascii())] {
         // If a rule fails on a text, the text is unchanged.
         if let Ok(Cow::Owned(changed)) = rule.try_replacen(&text, 0, *with) {
             text = changed;
@@ -169,8 +179,9 @@ mod tests {
 
     #[test]
     fn every_rule_compiles() {
-        let counts = RULES.each_ref().map(Vec::len);
-        assert_eq!(counts, [ADDRESSES.len(), SIGNS.len(), PHRASES.len()]);
+        let counts = RULES.each_ref().map(|twice| twice.each_ref().map(Vec::len));
+        let expected = [ADDRESSES.len(), SIGNS.len(), PHRASES.len()];
+        assert_eq!(counts, expected.map(|count| [count; 2]));
     }
 
     /// Results of ftfy's repair and of LlamaGen's own code (tests/peers/cleaning.py).
