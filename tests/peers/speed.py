@@ -85,12 +85,12 @@ class Continuous(nn.Module):
 class LlamaGen(nn.Module):
     """Teacher and student in one: they share all but the embedding of tokens."""
 
-    width, depth, heads, codes, dim, side = 768, 12, 12, 16384, 8, 16
+    width, depth, heads, codes, dim, side, labels = 768, 12, 12, 16384, 8, 16, 1000
 
     def __init__(self):
         super().__init__()
         w, hidden = self.width, (8 * self.width // 3 + 255) // 256 * 256
-        self.classes = nn.Embedding(1001, w)
+        self.classes = nn.Embedding(self.labels + 1, w)
         self.tokens, self.vectors = nn.Embedding(self.codes, w), nn.Linear(self.dim, w)
         self.kinds = nn.Embedding(2, w)
         self.blocks = nn.ModuleList(LlamaBlock(w, self.heads, hidden) for _ in range(self.depth))
@@ -108,7 +108,7 @@ class LlamaGen(nn.Module):
 
     def generate(self, labels):
         b = len(labels)
-        rows = torch.cat([labels, torch.full_like(labels, 1000)])
+        rows = torch.cat([labels, torch.full_like(labels, self.labels)])
         shape = (2 * b, self.heads, self.length, self.width // self.heads)
         kind = torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else torch.float32
         caches = [(torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in self.blocks]
@@ -125,11 +125,18 @@ class LlamaGen(nn.Module):
         """The same with a cache of fixed size, which a CUDA graph needs: `generate` has kernels for every length."""
         step = getattr(self, "_step", None) or LlamaStep(self, 2 * len(labels))
         object.__setattr__(self, "_step", step)
-        x = self.classes(torch.cat([labels, torch.full_like(labels, 1000)]))[:, None]
+        x = self.classes(torch.cat([labels, torch.full_like(labels, self.labels)]))[:, None]
         for at in range(self.length):
             # A graph's result is overwritten by its next run.
             x = step.run(x, step.places[at : at + 1]).clone()
         return x
+
+    def forced(self, ids, labels):
+        """Logits of all tokens, each given those before it."""
+        x = torch.cat([self.classes(labels)[:, None], self.tokens(ids[:, :-1])], 1)
+        for block in self.blocks:
+            x = block(x, self.turn[:-1])
+        return self.output(rms(x, self.norm))
 
     def student(self, noise, labels):
         condition = self.classes(labels)[:, None]
@@ -208,13 +215,13 @@ class VarBlock(nn.Module):
 class Var(nn.Module):
     """Teacher and student in one: they share all but what marks noise and data, and the mask."""
 
-    depth, codes, dim, scales = 16, 4096, 32, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    depth, codes, dim, labels, scales = 16, 4096, 32, 1000, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
     def __init__(self):
         super().__init__()
         self.width = w = 64 * self.depth
         self.length = sum(n * n for n in self.scales)
-        self.classes, self.embed = nn.Embedding(1001, w), nn.Linear(self.dim, w)
+        self.classes, self.embed = nn.Embedding(self.labels + 1, w), nn.Linear(self.dim, w)
         self.positions = nn.Parameter(torch.randn(1, 1 + self.length, w) * 0.02)
         self.codebook = nn.Embedding(self.codes, self.dim)
         self.phi = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(4))
@@ -228,13 +235,14 @@ class Var(nn.Module):
         scale = torch.cat([torch.zeros(1), scale])
         sees = (scale[:, None] > scale[None]) | torch.eye(len(scale), dtype=torch.bool)
         self.register_buffer("mask", sees)
+        self.register_buffer("causal", scale[1:, None] >= scale[None, 1:])
 
     def logits(self, x, condition):
         scale, shift = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
         return self.head(F.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale) + shift)
 
     def generate(self, labels):
-        rows = torch.cat([labels, torch.full_like(labels, 1000)])
+        rows = torch.cat([labels, torch.full_like(labels, self.labels)])
         condition = self.classes(rows)
         caches = [[] for _ in self.blocks]
         x, at = condition[:, None] + self.positions[:, :1], 0
@@ -255,6 +263,24 @@ class Var(nn.Module):
                 x = self.embed(view).repeat(2, 1, 1) + self.positions[:, at : at + m * m]
         return ids
 
+    def forced(self, ids, labels):
+        """Logits of all tokens, each given those of coarser scales. The tokenizer's part has no gradient."""
+        with torch.no_grad():
+            at, views, side = 0, [], self.scales[-1]
+            features = torch.zeros(len(ids), self.dim, side, side)
+            for i, n in enumerate(self.scales[:-1]):
+                codes = self.codebook(ids[:, at : at + n * n]).transpose(1, 2).unflatten(2, (n, n))
+                codes = F.interpolate(codes, side, mode="bicubic")
+                features = features + 0.5 * codes + 0.5 * self.phi[i * 4 // 10](codes)
+                views.append(F.interpolate(features, self.scales[i + 1], mode="area").flatten(2))
+                at += n * n
+        condition = self.classes(labels)
+        x = self.embed(torch.cat(views, 2).transpose(1, 2))
+        x = torch.cat([condition[:, None], x], 1) + self.positions[:, : self.length]
+        for block in self.blocks:
+            x = block(x, condition, self.causal)
+        return self.logits(x, condition)
+
     def student(self, noise, labels):
         condition = self.classes(labels)
         x = torch.cat([condition[:, None], self.embed(noise)], 1) + self.positions
@@ -269,10 +295,10 @@ class Var(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, i, o):
+    def __init__(self, i, o, groups=32):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, i, 1e-6), nn.Conv2d(i, o, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(32, o, 1e-6), nn.Conv2d(o, o, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, i, 1e-6), nn.Conv2d(i, o, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, o, 1e-6), nn.Conv2d(o, o, 3, padding=1)
         self.shortcut = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
 
     def forward(self, x):
@@ -281,9 +307,10 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, groups=32):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(32, c, 1e-6), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        self.norm = nn.GroupNorm(groups, c, 1e-6)
+        self.qkv, self.out = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
 
     def forward(self, x):
         q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in self.qkv(self.norm(x)).chunk(3, 1))
@@ -291,21 +318,41 @@ class Attention(nn.Module):
         return x + self.out(y.reshape(x.shape))
 
 
-def decoder(dim, z, channels):
+def middle(width, groups):
+    return [Residual(width, width, groups), Attention(width, groups), Residual(width, width, groups)]
+
+
+def encoder(dim, z, channels, multipliers, blocks, groups, colours):
+    """The encoder of a VQ tokenizer, down to the codes' width."""
+    width, layers = channels, [nn.Conv2d(colours, channels, 3, padding=1)]
+    for i, multiplier in enumerate(multipliers):
+        last = i + 1 == len(multipliers)
+        for _ in range(blocks):
+            layers.append(Residual(width, channels * multiplier, groups))
+            width = channels * multiplier
+            if last:
+                layers.append(Attention(width, groups))
+        if not last:
+            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)]
+    layers += [*middle(width, groups), nn.GroupNorm(groups, width, 1e-6), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, z, 3, padding=1), nn.Conv2d(z, dim, 1))
+
+
+def decoder(dim, z, channels, multipliers=(1, 1, 2, 2, 4), blocks=2, groups=32, colours=3):
     """The decoder of a VQ tokenizer; LlamaGen's maps codes of width 8 to z; VAR's codes already have that width."""
-    width = 4 * channels
+    width = multipliers[-1] * channels
     layers = [nn.Conv2d(dim, z, 1 if dim != z else 3, padding=0 if dim != z else 1)]
-    layers += [nn.Conv2d(z, width, 3, padding=1)]
-    layers += [Residual(width, width), Attention(width), Residual(width, width)]
-    for i, multiplier in enumerate((4, 2, 2, 1, 1)):
-        for _ in range(3):
-            layers.append(Residual(width, channels * multiplier))
+    layers += [nn.Conv2d(z, width, 3, padding=1), *middle(width, groups)]
+    for i, multiplier in enumerate(reversed(multipliers)):
+        for _ in range(blocks + 1):
+            layers.append(Residual(width, channels * multiplier, groups))
             width = channels * multiplier
             if i == 0:
-                layers.append(Attention(width))
-        if i < 4:
+                layers.append(Attention(width, groups))
+        if i + 1 < len(multipliers):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
-    return nn.Sequential(*layers, nn.GroupNorm(32, width, 1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+    layers += [nn.GroupNorm(groups, width, 1e-6), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, colours, 3, padding=1))
 
 
 COMPILED = []

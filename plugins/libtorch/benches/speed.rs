@@ -1,9 +1,9 @@
-//! Times of the phases of distillation on candle, libtorch and PyTorch, side by side:
+//! Times of training, distillation and sampling on candle, libtorch and PyTorch, side by side:
 //!
 //!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]
 //!
 //! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, eager and compiled; without
-//! it they are left out. Compiling takes minutes.
+//! it they are left out. Compiling takes minutes. `-- "tokenizer 32" candle,PyTorch` measures one row in two columns.
 
 use retort_candle::Candle;
 use retort_libtorch::Libtorch;
