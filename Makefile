@@ -62,6 +62,12 @@ test: build ## run the tests, except a few that take many minutes (test-long)
 test-long: build ## the tests that `make test` leaves out: minutes to an hour
 	$(CARGO) test --release -p retort-engine --lib -- --ignored --nocapture
 	$(CARGO) test --release -p retort-tests --no-fail-fast -- --ignored --nocapture --test-threads 1
+	@if [ -e .libtorch ]; then \
+	    env -u LIBTORCH $(CARGO) test --release -p retort-libtorch -- --ignored --nocapture --test-threads 1; \
+	else \
+	    echo '*** The long tests of the libtorch plugin were SKIPPED: make libtorch ***' >&2; \
+	    test -z "$$RETORT_SKIP_IS_FAILURE"; \
+	fi
 
 # MINUTES=600 for a long run. All choices follow from SEED; inputs that crash something are kept in target/soak.
 soak: build ## hostile inputs for all readers, and runs that are killed at random (MINUTES=10 SEED=1)

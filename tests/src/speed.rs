@@ -6,6 +6,7 @@
 //! allows: operations over the rate of a large matrix product, or bytes that must be read or written over the rate at which
 //! memory is read, whichever is longer. At its end stand the ratios of the best plugin to PyTorch, each with its goal.
 
+pub mod busy;
 mod clock;
 mod loader;
 mod peer;
