@@ -1,8 +1,8 @@
 //! Cleaning captions as LlamaGen does before its text encoder, in training and in sampling: lower case, without URLs, markup,
 //! file names, article numbers and phrases of shops, applied twice.
 //!
-//! In: a text. Out: a text. White space, letters and the boundaries of words are Python's. Absent: ftfy's decoding of mis-encoded
-//! text (see `repair.rs`).
+//! In: a text. Out: a text. White space, letters and the boundaries of words are Python's. Absent: ftfy's decoding of
+//! mis-encoded text (see `repair.rs`).
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
