@@ -1,4 +1,5 @@
-//! Both plugins in one recipe, through the real binary: each reads the other's artifacts, and both train alike.
+//! Both plugins in one recipe, through the real binary: each reads the other's artifacts, and both train alike. In bf16 this
+//! plugin trains as in f32.
 
 use std::path::Path;
 use std::process::Command;
@@ -70,13 +71,7 @@ fn a_recipe_may_change_plugins_between_its_stages() {
     );
 
     // The first step has the same loss and gradient, and with equal data the loss falls alike.
-    let points = |stage: &str, series: &str| -> Vec<f64> {
-        let found = retort(dir.path(), &["metrics", "latest", series, "--stage", stage]);
-        let found = found.as_array().expect("points").iter();
-        found
-            .map(|p| p["value"].as_f64().expect("a number"))
-            .collect()
-    };
+    let points = |stage: &str, series: &str| points(dir.path(), stage, series);
     for (series, first, last) in [
         ("distill/loss", 1e-3, 0.02),
         ("distill/gradient_norm", 1e-3, f64::INFINITY),
@@ -103,6 +98,73 @@ fn a_recipe_may_change_plugins_between_its_stages() {
             );
         }
     }
+}
+
+/// With the adversary, parts of batches and recomputation, so that these run in bf16 too.
+const TOKENIZER: &str = "seed: 5, pixels: l1, perceptual: {kind: l2, weight: 0.5}, accumulate: 2, recompute: true, \
+                         adversarial: {start: 25, channels: 8, layers: 1}, train: {steps: 30, batch: 32, ema: 0.9}";
+const TEACHER: &str = "seed: 6, width: 32, depth: 2, heads: 2, accumulate: 2, recompute: true, \
+                       train: {steps: 30, batch: 32, ema: 0.9}";
+
+#[test]
+fn tokenizers_and_teachers_train_in_bf16_as_in_f32() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let in_f32 = Digits {
+        backend: "libtorch",
+        top: "seed: 4\ndevice: cpu\nthreads: 1",
+        codes: TOKENIZER,
+        teacher: TEACHER,
+    };
+    // The second teacher has the first tokenizer, so that both see the same tokens.
+    let rounded = format!(
+        "
+  codes-bf16: {{kind: tokenizer, dtype: bf16, data: \"${{params.data}}\", codebook_size: 16, codebook_dim: 4, channels: 8,
+               z_channels: 8, {TOKENIZER}}}
+  teacher-bf16: {{kind: pretrain, dtype: bf16, tokenizer: codes, data: \"${{params.data}}\", {TEACHER}}}
+"
+    );
+    std::fs::write(dir.path().join("r.yaml"), in_f32.recipe(&rounded)).expect("a recipe");
+    retort(dir.path(), &["run", "r.yaml"]);
+
+    let multiplies_bf16 =
+        std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|found| found.contains("avx512_bf16"));
+    for (stage, series) in [
+        ("codes", "tokenizer/loss"),
+        ("codes", "tokenizer/gradient_norm"),
+        ("codes", "tokenizer/held_out_error"),
+        ("teacher", "pretrain/loss"),
+        ("teacher", "pretrain/gradient_norm"),
+        ("teacher", "pretrain/held_out_loss"),
+    ] {
+        let [full, rounded] = [stage.to_owned(), format!("{stage}-bf16")]
+            .map(|stage| points(dir.path(), &stage, series));
+        println!("{stage} {series}: {full:?}, in bf16 {rounded:?}");
+        assert_eq!(full.len(), rounded.len(), "{stage} {series}");
+        for (a, b) in full.iter().zip(&rounded) {
+            assert!(
+                (a - b).abs() < 0.05 * a.abs(),
+                "{stage} {series}: {full:?}, in bf16 {rounded:?}"
+            );
+        }
+        // Where the processor has no such products, only weights that do not change are rounded.
+        if multiplies_bf16 {
+            assert_ne!(full, rounded, "{stage} {series}");
+        }
+    }
+    let errors = points(dir.path(), "codes-bf16", "tokenizer/held_out_error");
+    let losses = points(dir.path(), "teacher-bf16", "pretrain/held_out_loss");
+    for values in [errors, losses] {
+        assert!(values.last() < values.first(), "{values:?}");
+    }
+}
+
+/// The values of a series of a stage.
+fn points(dir: &Path, stage: &str, series: &str) -> Vec<f64> {
+    let found = retort(dir, &["metrics", "latest", series, "--stage", stage]);
+    let found = found.as_array().expect("points").iter();
+    found
+        .map(|p| p["value"].as_f64().expect("a number"))
+        .collect()
 }
 
 /// What a command of the real binary prints as JSON.
