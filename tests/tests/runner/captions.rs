@@ -438,6 +438,56 @@ fn a_teacher_learns_captions_of_pictures() {
     assert_ne!(output(&lab, "teacher").0, output(&short, "teacher").0);
 }
 
+/// The recipe for captioned images, on few of them and with tiny networks.
+#[test]
+fn the_recipe_of_captions_runs_to_its_end() {
+    const SMALL: [&str; 18] = [
+        "codes.channels=8",
+        "codes.train.steps=2",
+        "codes.train.batch=4",
+        "teacher.width=16",
+        "teacher.depth=1",
+        "teacher.heads=2",
+        "teacher.caption_tokens=12",
+        "teacher.train.steps=2",
+        "teacher.train.batch=4",
+        "trajectories.count=16",
+        "student.train.steps=2",
+        "student.train.batch=4",
+        "one-step.count=8",
+        "two-step.count=8",
+        "by-teacher.count=8",
+        "prompts.count=2",
+        "features.features=8",
+        "features.train.steps=2",
+    ];
+    let lab = pictures("text_encoder: t5", 1);
+    let dir = lab.dir.path();
+    let captions = "one of cats beside 0\none of dogs beside 2\n";
+    std::fs::write(dir.join("captions.txt"), captions).unwrap();
+    let place = |name: &str, path: &str| format!("params.{name}={}", dir.join(path).display());
+    let places = [
+        place("folder", "mix"),
+        place("captions", "captions.txt"),
+        place("text_encoder", "t5"),
+    ];
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/captions.yaml");
+    let sets = places.iter().map(String::as_str).chain(SMALL);
+    let sets = sets.flat_map(|set| ["--set", set]);
+    let command = ["run", recipe.to_str().unwrap()].into_iter().chain(sets);
+    lab.retort(&command.collect::<Vec<_>>()).expect(0);
+
+    let report = output(&lab, "evaluation").1.join("evaluation.json");
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(report).unwrap()).unwrap();
+    let sets = &report["sets"];
+    for set in ["teacher", "1-step", "2-step"] {
+        assert!(sets[set]["frechet_distance"].is_number(), "{set}: {sets:#}");
+        // Numbers of captions are not classes.
+        assert!(sets[set]["class_agreement"].is_null(), "{set}: {sets:#}");
+    }
+    assert!(sets["reconstruction"]["class_agreement"].is_number());
+}
+
 #[test]
 fn an_interrupted_training_on_captions_ends_with_the_same_bits() {
     let undisturbed = pictures("text_encoder: t5", 400);

@@ -212,7 +212,7 @@ impl<B: Backend> Stage<B> for Evaluate {
     type Options = Options;
     const KIND: &'static str = "evaluate";
     const OUTPUT: &'static str = "evaluation";
-    const REVISION: u32 = 4;
+    const REVISION: u32 = 5;
     const SUMMARY: &'static str = "measure sample sets against real images";
     const DIVISIBLE: bool = true;
 

@@ -271,8 +271,10 @@ pub struct ImageReader<'a> {
     pub count: usize,
     /// Channels, height, width.
     pub image: [usize; 3],
-    /// Their classes, if these were requested.
+    /// Their classes or the numbers of their captions, if these were requested.
     pub labels: Option<&'a [u32]>,
+    /// Whether labels are classes.
+    pub by_class: bool,
     /// Reads this many images from an index on, in [-1, 1].
     pub read: Box<dyn FnMut(usize, usize) -> Result<Vec<f32>> + 'a>,
 }
@@ -327,6 +329,7 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
         preparation: Preparation,
     ) -> Result<SetMeasurements> {
         let (dim, host, labels) = (self.network.dim(), self.context.host, source.labels);
+        let meant_classes = labels.filter(|_| source.by_class);
         let mut moments = RunningMoments::new(dim);
         let (mut spatial, mut score) = (None, None);
         if self.network.is_inception() {
@@ -372,7 +375,7 @@ impl<B: Backend> SetMeasurer<'_, '_, B> {
                 self.seen(count);
             }
         }
-        let agreement = match (labels, &self.network.kind) {
+        let agreement = match (meant_classes, &self.network.kind) {
             (Some(labels), NetworkKind::Classifier(_)) => Some(class_agreement(&classes, labels)?),
             _ => None,
         };

@@ -274,6 +274,7 @@ pub fn of_archive(path: &Path, (count, image): ImageShape) -> Result<ImageReader
         count,
         image,
         labels: None,
+        by_class: false,
         read: Box::new(read),
     })
 }

@@ -65,6 +65,7 @@ impl ReferenceImages<'_> {
                 count: images.len(),
                 image: images.shape(),
                 labels: None,
+                by_class: false,
                 read: Box::new(|first, n| {
                     let picks: Vec<usize> = (first..first + n).collect();
                     Ok(images.gather(&picks)?.0)
@@ -110,6 +111,7 @@ pub fn samples_source<'a>(name: &str, set: &'a Samples) -> ImageReader<'a> {
         count: set.len(),
         image: set.manifest.image,
         labels: Some(&set.labels),
+        by_class: set.manifest.captions.is_none(),
         read: Box::new(|first, n| {
             let mut pixels = set.images(first, n)?;
             pixels.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
@@ -130,6 +132,7 @@ pub fn reconstructions<'a, B: Backend>(
         count: images.len(),
         image: images.shape(),
         labels: Some(&images.labels),
+        by_class: true,
         read: Box::new(move |first, n| {
             let picks: Vec<usize> = (first..first + n).collect();
             let made = tokenizer.reconstruct(&batch_of(backend, images, &picks)?)?;
