@@ -9,6 +9,7 @@ use retort_candle::Candle;
 use retort_engine::Error;
 use retort_engine::backend::{FlowSolver, Tensors, Unary};
 use retort_engine::collective::SingleRank;
+use retort_engine::model::dropout::Dropout;
 use retort_engine::model::{
     BatchConditioning, ConditioningShape, Generation, Guidance, PrefixMask, Teacher, TokenShape,
 };
@@ -37,7 +38,12 @@ impl Teacher<Candle> for Broken {
     fn token_shape(&self) -> &TokenShape {
         &self.shape
     }
-    fn forced(&self, _: &BatchConditioning<Candle>, _: &Tensor) -> Result<Variable<Candle>, Error> {
+    fn forced_with(
+        &self,
+        _: &BatchConditioning<Candle>,
+        _: &Tensor,
+        _: &Dropout,
+    ) -> Result<Variable<Candle>, Error> {
         Err(Error::Internal("not asked for".into()))
     }
     fn recompute(&mut self, _: bool) {}

@@ -7,6 +7,7 @@ use retort_candle::Candle;
 use retort_engine::Result;
 use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
+use retort_engine::model::dropout::Dropout;
 use retort_engine::model::{
     BatchConditioning, CaptionBatch, CaptionShape, ConditioningShape, Generation, Guidance,
     Prediction, PrefixMask, Student, Teacher, TokenShape,
@@ -430,13 +431,14 @@ impl Teacher<Candle> for Counted<'_, dyn Teacher<Candle>> {
         self.network.token_shape()
     }
 
-    fn forced(
+    fn forced_with(
         &self,
         conditioning: &BatchConditioning<Candle>,
         tokens: &Tensor,
+        dropout: &Dropout,
     ) -> Result<Variable<Candle>> {
         count(self.passes);
-        self.network.forced(conditioning, tokens)
+        self.network.forced_with(conditioning, tokens, dropout)
     }
 
     fn recompute(&mut self, _: bool) {}

@@ -9,6 +9,7 @@ pub mod classifier;
 mod continuous;
 mod decoding;
 pub mod discriminator;
+pub mod dropout;
 pub mod inception;
 pub mod llamagen;
 pub mod lpips;
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::tape::Variable;
+use dropout::Dropout;
 
 /// The shape of a model's token sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,6 +181,15 @@ pub trait Teacher<B: Backend> {
         &self,
         conditioning: &BatchConditioning<B>,
         tokens: &B::Tensor,
+    ) -> Result<Variable<B>> {
+        self.forced_with(conditioning, tokens, &Dropout::default())
+    }
+    /// The same, with some of the network left out.
+    fn forced_with(
+        &self,
+        conditioning: &BatchConditioning<B>,
+        tokens: &B::Tensor,
+        dropout: &Dropout,
     ) -> Result<Variable<B>>;
     /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
     /// ([`Variable::segment`]).

@@ -35,6 +35,8 @@ pub enum Stream {
     Class = 12,
     /// Subsets of samples for the kernel distance, index 0; distribution of class-sorted samples over splits, index 1.
     Subset = 13,
+    /// What a training step leaves out of a network (dropout), one index per step, image and place.
+    Dropout = 14,
 }
 
 /// The sequence of one (seed, stream, index).
@@ -70,6 +72,17 @@ impl Sequence {
             pair[0] = (radius * angle.cos()) as f32;
             if let Some(second) = pair.get_mut(1) {
                 *second = (radius * angle.sin()) as f32;
+            }
+        }
+    }
+
+    /// Sets each entry to `kept` with a probability, and to 0 otherwise.
+    pub fn keep_some(&mut self, probability: f64, kept: f32, out: &mut [f32]) {
+        let below = (probability * (1u64 << 32) as f64) as u64;
+        for pair in out.chunks_mut(2) {
+            let word = self.0.next_u64();
+            for (out, half) in pair.iter_mut().zip([word >> 32, word & 0xffff_ffff]) {
+                *out = if half < below { kept } else { 0.0 };
             }
         }
     }

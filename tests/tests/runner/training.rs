@@ -436,8 +436,10 @@ fn parts_of_a_batch_and_recomputation_change_no_student() {
 fn parts_and_recomputation_change_no_tokenizer_or_teacher() {
     const CODES: &str = "kind: tokenizer, data: '${params.data}', seed: 5, codebook_size: 16, codebook_dim: 4, channels: 8, \
                          multipliers: [1, 2], restart_every: 1";
-    const GPT: &str = "kind: pretrain, tokenizer: codes, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2";
-    const VAR: &str = "kind: pretrain, family: var, tokenizer: scales, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2";
+    const GPT: &str = "kind: pretrain, tokenizer: codes, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2, \
+                       dropout: 0.2, token_dropout: 0.1, drop_path: 0.3";
+    const VAR: &str = "kind: pretrain, family: var, tokenizer: scales, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2, \
+                       dropout: 0.2, drop_path: 0.3";
     const SHORT: &str = "train: {steps: 3, batch: 13, ema: 0.9}";
     let mut stages = String::from(
         "
@@ -500,6 +502,60 @@ fn parts_and_recomputation_change_no_tokenizer_or_teacher() {
             .expect(3)
             .saying(&["a batch of 13 has no more parts than samples"]);
     }
+}
+
+/// Dropout changes a step, but not the measurement of held-out images.
+#[test]
+fn what_a_training_leaves_out_is_there_when_it_is_measured() {
+    const VARIANTS: [(&str, &str); 4] = [
+        ("whole", ""),
+        ("entries", "dropout: 0.3,"),
+        ("embeddings", "token_dropout: 0.3,"),
+        ("branches", "drop_path: 0.9,"),
+    ];
+    const SCALES: &str = "
+  scales: {kind: tokenizer, family: var, scales: [1, 2, 4], data: '${params.data}', codebook_size: 16, codebook_dim: 4, \
+         channels: 8, train: {steps: 3, batch: 8}}
+  var: {kind: pretrain, family: var, tokenizer: scales, data: '${params.data}', width: 32, depth: 2, heads: 2, \
+         train: {steps: 20, batch: 32}}
+";
+    let mut stages = String::from(SCALES);
+    for (family, from) in [
+        ("llamagen", "teacher, tokenizer: codes"),
+        ("var", "var, tokenizer: scales"),
+    ] {
+        for (name, option) in VARIANTS {
+            if (family, name) != ("var", "embeddings") {
+                stages += &format!(
+                    "  {family}-{name}: {{kind: pretrain, family: {family}, from: {from}, seed: 5, data: '${{params.data}}', \
+                     width: 32, depth: 2, heads: 2, {option} train: {{steps: 1, batch: 16, learning_rate: 1.0e-9, warmup: 0}}}}\n"
+                );
+            }
+        }
+    }
+    let lab = lab(&stages);
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let figure = |stage: &str, series: &str| *points(&lab, stage, series).last().unwrap();
+    for family in ["llamagen", "var"] {
+        let whole = format!("{family}-whole");
+        for (name, _) in &VARIANTS[1..] {
+            if (family, *name) == ("var", "embeddings") {
+                continue;
+            }
+            let stage = format!("{family}-{name}");
+            let [measured, same] =
+                [&stage, &whole].map(|stage| figure(stage, "pretrain/held_out_loss"));
+            assert!(
+                (measured - same).abs() < 1e-5,
+                "{stage}: {measured}, {same}"
+            );
+            let [loss, other] = [&stage, &whole].map(|stage| figure(stage, "pretrain/loss"));
+            assert_ne!(loss, other, "{stage}");
+        }
+    }
+    lab.retort(&["validate", "r.yaml", "--set", "var.token_dropout=0.1"])
+        .expect(3)
+        .saying(&["not for `family: var`"]);
 }
 
 #[test]

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, Mask, Precision, Unary};
 use crate::error::{Error, Result};
 use crate::model::decoding::Cache;
+use crate::model::dropout::{BlockDropout, Dropout};
 use crate::model::{BatchConditioning, ConditioningShape, TokenShape};
 use crate::size::Sides;
 use crate::tape::{Variable, unpack};
@@ -195,7 +196,7 @@ impl<B: Backend> Block<B> {
         })
     }
 
-    fn feed_forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
+    fn feed_forward(&self, x: &Variable<B>, dropout: BlockDropout) -> Result<Variable<B>> {
         let w13 = match &self.w13 {
             Some(kept) => kept.clone(),
             None => Variable::cat(&[&self.w1, &self.w3], 0)?,
@@ -204,7 +205,7 @@ impl<B: Backend> Block<B> {
             .rms_norm(&self.ffn_norm, NORM_EPS, Precision::Factor)?
             .linear(&w13, None)?
             .swiglu()?;
-        x.add(&inner.linear(&self.w2, None)?)
+        x.add(&dropout.of_feed_forward(inner.linear(&self.w2, None)?)?)
     }
 
     /// All positions at once: x (b, l, C).
@@ -215,12 +216,14 @@ impl<B: Backend> Block<B> {
         rope: &(B::Tensor, B::Tensor),
         mask: &Mask<B::Tensor>,
         scale: f64,
+        dropout: BlockDropout,
     ) -> Result<Variable<B>> {
         let qkv = x
             .rms_norm(&self.attention_norm, NORM_EPS, Precision::Factor)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
         let y = qkv.packed_attention(heads, rope, mask, scale)?; // (b, l, C)
-        self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
+        let y = dropout.of_attention(y.linear(&self.wo, None)?)?;
+        self.feed_forward(&x.add(&y)?, dropout)
     }
 
     /// The first positions of a generation, whose keys and values go into the cache, or position `at`: x (b, l, C).
@@ -250,7 +253,8 @@ impl<B: Backend> Block<B> {
             }
         };
         let y = Variable::constant(B::reshape(&y, &shape)?);
-        self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
+        let x = x.add(&y.linear(&self.wo, None)?)?;
+        self.feed_forward(&x, BlockDropout::default())
     }
 }
 
@@ -295,7 +299,12 @@ impl<B: Backend> Stack<B> {
     }
 
     /// All positions, x (b, l, C); the first ones of each row are padding.
-    fn forward(&self, mut x: Variable<B>, padding: &[usize]) -> Result<Variable<B>> {
+    fn forward(
+        &self,
+        mut x: Variable<B>,
+        padding: &[usize],
+        dropout: &Dropout,
+    ) -> Result<Variable<B>> {
         let l = x.shape()[1];
         let mask = mask::<B>(x.value(), padding, l)?;
         let rope = (
@@ -303,10 +312,11 @@ impl<B: Backend> Stack<B> {
             B::narrow(&self.rope.1, 0, 0, l)?,
         );
         let (heads, scale) = (self.config.heads, self.scale());
-        for block in &self.blocks {
+        for (i, block) in self.blocks.iter().enumerate() {
             let (block, rope, mask) = (Arc::clone(block), rope.clone(), mask.clone());
+            let dropout = dropout.of_block(i, self.blocks.len());
             x = Variable::segment(self.recompute, move || {
-                block.forward(&x, heads, &rope, &mask, scale)
+                block.forward(&x, heads, &rope, &mask, scale, dropout)
             })?;
         }
         Ok(x)

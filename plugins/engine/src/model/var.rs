@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Mask, Precision, Unary};
 use crate::error::{Error, Result};
+use crate::model::dropout::BlockDropout;
 use crate::model::msvq;
 use crate::model::{ConditioningShape, TokenShape};
 use crate::tape::Variable;
@@ -303,18 +304,21 @@ impl<B: Backend> Block<B> {
         m: &Modulation<B>,
         kinds: Option<&Variable<B>>,
         attend: &Attend<'_, B>,
+        dropout: BlockDropout,
     ) -> Result<Variable<B>> {
         let y = self.attention(
             &x.modulated_norm(&m.scale[0], &m.shift[0], NORM_EPS)?,
             attend,
         )?;
+        let y = dropout.of_attention(y)?;
         let x = x.gated_add(&y, &m.gamma[0], kinds)?;
         let y = x.modulated_norm(&m.scale[1], &m.shift[1], NORM_EPS)?;
         let y = self
             .fc1
             .forward(&y)?
             .activation(Unary::GeluTanh, Precision::Factor)?;
-        x.gated_add(&self.fc2.forward(&y)?, &m.gamma[1], None)
+        let y = dropout.of_feed_forward(self.fc2.forward(&y)?)?;
+        x.gated_add(&y, &m.gamma[1], None)
     }
 
     fn attention(&self, x: &Variable<B>, attend: &Attend<'_, B>) -> Result<Variable<B>> {

@@ -20,6 +20,7 @@ use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::files::{make_once, read_or_remove};
+use crate::model::dropout::{Dropout, DropoutRates};
 use crate::model::{CODEBOOK, ConditioningShape, Teacher, TokenShape, llamagen, var};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
@@ -93,6 +94,21 @@ pub struct Options {
     #[serde(default)]
     #[schemars(range(min = 0, max = 0.9))]
     pub token_noise: f64,
+    /// Probability with which an entry of what an attention or a feed-forward layer adds is left out in training. Published:
+    /// 0.1 for LlamaGen, 0 for VAR.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub dropout: f64,
+    /// LlamaGen: probability with which an entry of the embeddings of condition and tokens is left out in training. Published:
+    /// 0.1.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub token_dropout: f64,
+    /// Probability with which the attention of the last block, and likewise its feed-forward layer, adds nothing for an image
+    /// in training; in earlier blocks it is lower, down to 0 in the first. Published: 0 for LlamaGen, depth / 240 for VAR.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub drop_path: f64,
     /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
     /// add up to those of the batch.
     #[serde(default = "one_part")]
@@ -127,6 +143,21 @@ fn keep_best() -> bool {
 }
 
 impl Options {
+    /// What a step leaves out of the teacher, for images of a batch from this number on.
+    fn dropout_of_step(&self, seed: u64, step: u64, first: usize) -> Dropout {
+        let rates = DropoutRates {
+            token: self.token_dropout,
+            residual: self.dropout,
+            path: self.drop_path,
+        };
+        Dropout {
+            rates,
+            seed,
+            step,
+            first,
+        }
+    }
+
     fn captions(&self) -> TrainingCaptions<'_> {
         TrainingCaptions {
             text_encoder: self.text_encoder.as_deref(),
@@ -161,6 +192,10 @@ impl<B: Backend> Stage<B> for Pretrain {
             let message =
                 "teachers of `family: var` know classes alone: captions need `family: llamagen`";
             return Err(Error::option(pointer, message));
+        }
+        if o.token_dropout > 0.0 && o.family == Family::Var {
+            let message = "not for `family: var`: take `dropout`, `drop_path` or `token_noise`";
+            return Err(Error::option("/token_dropout", message));
         }
         o.captions().check(base_dir)?;
         // The tokenizer determines the rest of the shape.
@@ -312,7 +347,8 @@ impl<'a> Inputs<'a> {
             let labels: Vec<u32> = picks.iter().map(|&i| self.labels[i]).collect();
             let tokens = picks.iter().flat_map(|&i| self.tokens(0, i));
             let wanted: Vec<u32> = tokens.copied().collect();
-            let logits = self.logits(backend, model, (&labels, &[]), &wanted)?;
+            let whole = Dropout::default();
+            let logits = self.logits(backend, model, (&labels, &[]), &wanted, &whole)?;
             let wanted = backend.indices(&wanted, &[wanted.len()])?;
             losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
         }
@@ -326,13 +362,15 @@ impl<'a> Inputs<'a> {
         model: &dyn Teacher<B>,
         (labels, dropped): (&[u32], &[bool]),
         seen: &[u32],
+        dropout: &Dropout,
     ) -> Result<Variable<B>> {
         let (n, shape) = (labels.len(), model.token_shape());
         let l = shape.count();
         let conditioning = self
             .conditioning
             .batch_with_dropout(backend, labels, dropped)?;
-        let logits = model.forced(&conditioning, &backend.indices(seen, &[n, l])?)?;
+        let seen = backend.indices(seen, &[n, l])?;
+        let logits = model.forced_with(&conditioning, &seen, dropout)?;
         logits.reshape(&[n * l, shape.vocabulary])
     }
 
@@ -477,11 +515,12 @@ fn train<B: Backend>(
         let fraction = own.len() as f64 / n as f64;
         let tokens = own.start * l..own.end * l;
         let wanted = backend.indices(&batch.wanted[tokens.clone()], &[tokens.len()])?;
+        let dropout = o.dropout_of_step(context.job.seed, step, own.start);
         let (labels, seen) = (
             (&batch.labels[own.clone()], &batch.dropped[own]),
             &batch.seen[tokens],
         );
-        let logits = inputs.logits(backend, &*networks.model, labels, seen)?;
+        let logits = inputs.logits(backend, &*networks.model, labels, seen, &dropout)?;
         let mut loss = logits.cross_entropy(&wanted)?;
         if !whole {
             loss = loss.affine(fraction, 0.0)?;

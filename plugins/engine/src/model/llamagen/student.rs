@@ -4,6 +4,7 @@ use super::{Config, DEVIATION, Stack};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::continuous::Continuous;
+use crate::model::dropout::Dropout;
 use crate::model::{BatchConditioning, Prediction, Student, TokenShape};
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
@@ -55,7 +56,9 @@ impl<B: Backend> Student<B> for GptStudent<B> {
         // The condition counts as data.
         let ones = B::of(data).indices(&vec![1; b * t], &[b, t])?;
         let kinds = self.noise_or_data.rows(&B::cat(&[&ones, data], 1)?)?;
-        let hidden = self.stack.forward(x.add(&kinds)?, &front.padding)?;
+        let hidden = self
+            .stack
+            .forward(x.add(&kinds)?, &front.padding, &Dropout::default())?;
         let logits = self.stack.logits(&hidden.narrow(1, t, l)?)?;
         Ok(Prediction {
             logits,

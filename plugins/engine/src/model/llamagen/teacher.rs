@@ -4,6 +4,7 @@ use super::{Config, DEVIATION, PrefixPositions, Stack, UNCONDITIONAL, VisiblePos
 use crate::backend::{Backend, ReplayState};
 use crate::error::Result;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
+use crate::model::dropout::Dropout;
 use crate::model::{
     BatchConditioning, CaptionBatch, ConditioningShape, Generation, Guidance, PrefixMask, Teacher,
     TokenShape,
@@ -128,17 +129,19 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         &self.tokens
     }
 
-    fn forced(
+    fn forced_with(
         &self,
         conditioning: &BatchConditioning<B>,
         tokens: &B::Tensor,
+        dropout: &Dropout,
     ) -> Result<Variable<B>> {
         let l = self.tokens.count();
         let kept = self.without_dropped(conditioning)?;
         let front = self.stack.front(kept.as_ref().unwrap_or(conditioning))?;
         let embedded = self.embedding.rows(&B::narrow(tokens, 1, 0, l - 1)?)?; // (b, l-1, C)
         let x = Variable::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
-        let x = self.stack.forward(x, &front.padding)?;
+        let x = dropout.of_embeddings(x)?;
+        let x = self.stack.forward(x, &front.padding, dropout)?;
         let last = self.tokens.condition.positions() - 1;
         self.stack.logits(&x.narrow(1, last, l)?)
     }
@@ -193,7 +196,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
             parts.push(Variable::constant(mean));
         }
         let x = Variable::cat(&parts.iter().collect::<Vec<_>>(), 1)?; // (b or 2b, T+l-1, C)
-        let x = self.stack.forward(x, &front.padding)?;
+        let x = self.stack.forward(x, &front.padding, &Dropout::default())?;
         let last = self.tokens.condition.positions() - 1 + given;
         let logits = self.stack.logits(&x.narrow(1, last, l - given)?)?;
         if guidance.is_none() {

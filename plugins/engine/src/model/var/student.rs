@@ -6,6 +6,7 @@ use super::{Config, Linear, Stack, mask, part};
 use crate::backend::{Backend, Mask};
 use crate::error::Result;
 use crate::model::continuous::Continuous;
+use crate::model::dropout::BlockDropout;
 use crate::model::{BatchConditioning, Prediction, Student, TokenShape};
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
@@ -90,7 +91,13 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
                 };
                 let modulation = block.adaln.modulation(&condition)?;
                 let kinds = mapped(&map, &own, &kinds)?;
-                block.forward(&x, &modulation, Some(&kinds), &attend)
+                block.forward(
+                    &x,
+                    &modulation,
+                    Some(&kinds),
+                    &attend,
+                    BlockDropout::default(),
+                )
             })?;
         }
         let last = &self.layerwise[stack.blocks.len()];

@@ -6,6 +6,7 @@ use super::{Condition, Config, Modulation, Stack, mask};
 use crate::backend::{Backend, Mask};
 use crate::error::Result;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
+use crate::model::dropout::{BlockDropout, Dropout};
 use crate::model::msvq::Quantiser;
 use crate::model::{BatchConditioning, Generation, Guidance, PrefixMask, Teacher, TokenShape};
 use crate::tape::Variable;
@@ -61,18 +62,25 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Logits of all positions, given the inputs (b, L - 1, D) of those after the first.
-    fn all(&self, condition: Condition<B>, inputs: &Variable<B>) -> Result<Variable<B>> {
+    fn all(
+        &self,
+        condition: Condition<B>,
+        inputs: &Variable<B>,
+        dropout: &Dropout,
+    ) -> Result<Variable<B>> {
         let (stack, condition) = (&self.stack, Arc::new(condition));
         let seen = stack.word_embed.forward(inputs)?;
         let mut x = Variable::cat(&[&stack.first(&condition)?, &seen], 1)?.add(&stack.places()?)?;
-        for block in &stack.blocks {
+        for (i, block) in stack.blocks.iter().enumerate() {
             let (block, condition) = (Arc::clone(block), Arc::clone(&condition));
             let mask = self.mask.clone();
+            let dropout = dropout.of_block(i, stack.blocks.len());
             x = Variable::segment(self.recompute, move || {
                 let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
                     Variable::attention(q, k, v, &mask, scale)
                 };
-                block.forward(&x, &block.adaln.modulation(&condition)?, None, &attend)
+                let modulation = block.adaln.modulation(&condition)?;
+                block.forward(&x, &modulation, None, &attend, dropout)
             })?;
         }
         stack.logits(&x, &condition)
@@ -107,13 +115,14 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         &self.tokens
     }
 
-    fn forced(
+    fn forced_with(
         &self,
         conditioning: &BatchConditioning<B>,
         tokens: &B::Tensor,
+        dropout: &Dropout,
     ) -> Result<Variable<B>> {
         let condition = self.stack.condition(conditioning.classes()?)?;
-        self.all(condition, &self.inputs(tokens)?)
+        self.all(condition, &self.inputs(tokens)?, dropout)
     }
 
     fn recompute(&mut self, blocks: bool) {
@@ -163,7 +172,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         if guidance.is_some() {
             inputs = Variable::cat(&[&inputs, &inputs], 0)?;
         }
-        let logits = self.all(self.stack.condition(&rows)?, &inputs)?;
+        let logits = self.all(self.stack.condition(&rows)?, &inputs, &Dropout::default())?;
         let steps = &self.tokens.steps;
         let known = known.map_or(0, |tokens| B::shape(tokens)[1]);
         let first = self.tokens.steps_within(known);
@@ -232,7 +241,7 @@ impl<B: Backend> Decoding<'_, B> {
                 let y = B::attention(q.value(), &k, &v, mask, scale)?;
                 Ok(Variable::constant(y))
             };
-            x = block.forward(&x, m, None, &attend)?;
+            x = block.forward(&x, m, None, &attend, BlockDropout::default())?;
         }
         let own = x.narrow(1, l - tokens.steps[k], tokens.steps[k])?;
         let logits = stack.logits(&own, &self.condition)?; // (b or 2b, n_k^2, K)
