@@ -91,6 +91,14 @@ pub struct Augment {
     pub epoch: u64,
 }
 
+/// The part of a stored image that is seen, of the size of the images: its first row and column, and whether it is mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct View {
+    top: usize,
+    left: usize,
+    mirrored: bool,
+}
+
 /// Reads the images of `data`; `stage` is the output of its `images` stage, if it names one. `accept` gets the number of
 /// images before any is decoded.
 pub fn load(
@@ -245,17 +253,37 @@ impl Images {
         self.gather_augmented(indices, None)
     }
 
-    /// Whether half of the images are mirrored in training.
-    pub fn flips(&self) -> bool {
-        self.flip
+    /// The views of each image for a training that computes something once for each view: the middle, then the corners if
+    /// images are cropped, and the same mirrored if they are mirrored. Cropped and mirrored images have ten, as in LlamaGen's
+    /// training.
+    pub fn views(&self) -> Vec<View> {
+        let (down, across) = (self.stored.0 - self.height, self.stored.1 - self.width);
+        let places = [
+            (down / 2, across / 2),
+            (0, 0),
+            (0, across),
+            (down, 0),
+            (down, across),
+        ];
+        let mut views = Vec::new();
+        for mirrored in [false, true] {
+            for (top, left) in places {
+                let view = View {
+                    top,
+                    left,
+                    mirrored,
+                };
+                if (self.flip || !mirrored) && !views.contains(&view) {
+                    views.push(view);
+                }
+            }
+        }
+        views
     }
 
-    /// As [`Images::gather`], all of them mirrored.
-    pub fn gather_mirrored(&self, indices: &[usize]) -> Result<(Vec<f32>, Vec<u32>)> {
-        self.gather_seen(indices, |index| {
-            let (top, left, _) = self.view(index, None);
-            (top, left, true)
-        })
+    /// As [`Images::gather`], all of them in this view.
+    pub fn gather_view(&self, indices: &[usize], view: View) -> Result<(Vec<f32>, Vec<u32>)> {
+        self.gather_seen(indices, |_| view)
     }
 
     /// As [`Images::gather`], augmented for training.
@@ -270,7 +298,7 @@ impl Images {
     fn gather_seen(
         &self,
         indices: &[usize],
-        view: impl Fn(usize) -> (usize, usize, bool),
+        view: impl Fn(usize) -> View,
     ) -> Result<(Vec<f32>, Vec<u32>)> {
         let mut pixels = Vec::with_capacity(indices.len() * self.stride());
         let mut buffer = Vec::new();
@@ -295,37 +323,39 @@ impl Images {
         }
     }
 
-    /// First row, first column, and whether the image is mirrored, after augmentation.
-    fn view(&self, index: usize, augment: Option<Augment>) -> (usize, usize, bool) {
+    /// The view of an image after augmentation.
+    fn view(&self, index: usize, augment: Option<Augment>) -> View {
         let (down, across) = (self.stored.0 - self.height, self.stored.1 - self.width);
         match augment {
             Some(Augment { seed, epoch }) if self.flip || down > 0 || across > 0 => {
                 let mut drawn = Sequence::new(seed, Stream::Augment, (epoch << 32) | index as u64);
-                let (top, left) = (drawn.below(down + 1), drawn.below(across + 1));
-                (top, left, self.flip && drawn.below(2) == 1)
+                View {
+                    top: drawn.below(down + 1),
+                    left: drawn.below(across + 1),
+                    mirrored: self.flip && drawn.below(2) == 1,
+                }
             }
-            _ => (down / 2, across / 2, false),
+            _ => View {
+                top: down / 2,
+                left: across / 2,
+                mirrored: false,
+            },
         }
     }
 
     /// Appends the cropped part of a stored image (height, width, channels) as (channels, height, width).
-    fn convert(
-        &self,
-        image: &[u8],
-        (top, left, mirrored): (usize, usize, bool),
-        out: &mut Vec<f32>,
-    ) {
+    fn convert(&self, image: &[u8], view: View, out: &mut Vec<f32>) {
         let c = self.channels;
         for channel in 0..c {
             for row in image
                 .chunks_exact(self.stored.1 * c)
-                .skip(top)
+                .skip(view.top)
                 .take(self.height)
             {
-                let row = &row[left * c..][..self.width * c];
+                let row = &row[view.left * c..][..self.width * c];
                 let line = row.iter().skip(channel).step_by(c);
                 let value = |byte: &u8| self.values[usize::from(*byte)];
-                match mirrored {
+                match view.mirrored {
                     true => out.extend(line.rev().map(value)),
                     false => out.extend(line.map(value)),
                 }

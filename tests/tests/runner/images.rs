@@ -100,7 +100,11 @@ fn prepared_images_train_the_same_networks() {
         "{images: pictures, crop: 12, flip: true}",
     );
     every_format(&prepared.dir.path().join("mix"));
-    prepared.retort(&["run", "r.yaml"]).expect(0);
+    // The middle and the four corners.
+    prepared
+        .retort(&["run", "r.yaml", "-v"])
+        .expect(0)
+        .saying(&["teacher: tokens of 12 images, in 5 views each"]);
     let picture = |crop: &str| format!("{{folder: mix, size: 16, fit: contain, {crop}}}");
     let in_place = lab(
         &stages.replace("OTHER", &picture("crop: 12")),

@@ -17,7 +17,7 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::captions::ConditioningSource;
 use crate::context::Context;
-use crate::data::{Data, Images};
+use crate::data::{Data, Images, View};
 use crate::error::{Error, Result};
 use crate::files::{make_once, read_or_remove};
 use crate::model::dropout::{Dropout, DropoutRates};
@@ -236,7 +236,7 @@ struct Inputs<'a> {
     /// Training images, and held-out images.
     train: Vec<usize>,
     held: Vec<usize>,
-    /// Tokens (n, L) of all images, unmirrored and, if used, mirrored.
+    /// Tokens (n, L) of all images, for each view; the first is the middle.
     views: Vec<Vec<u32>>,
     network: NetworkConfig,
     shape: TokenShape,
@@ -271,16 +271,19 @@ impl<'a> Inputs<'a> {
             o.train.batch.div_ceil(o.accumulate * context.ranks.size()),
             batch_memory::training(&network, true, o.recompute),
         )?;
-        // Tokens are computed once, for each image and its mirror image if needed.
-        let mirrored: &[bool] = if images.flips() {
-            &[false, true]
-        } else {
-            &[false]
-        };
-        let views = mirrored
-            .iter()
-            .map(|&mirrored| tokens(context, &source, &images, mirrored, o.train.batch))
+        // Tokens are computed once, for each view of each image.
+        let seen = images.views().into_iter().enumerate();
+        let views = seen
+            .map(|view| tokens(context, &source, &images, view, o.train.batch))
             .collect::<Result<Vec<_>>>()?;
+        context.host.log(
+            LogLevel::Info,
+            &format!(
+                "tokens of {} images, in {} views each",
+                images.len(),
+                views.len()
+            ),
+        );
         let (train, held) = images.split(o.held_out, context.job.seed);
         let frozen = source.tokenizer_file()?;
         let from = match &o.from {
@@ -679,28 +682,24 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, perhaps mirrored: computed once, and kept in the work directory for other workers and for a
-/// resumed training.
+/// Tokens (n, L) of all images in a view with this number: computed once, and kept in the work directory for other workers and
+/// for a resumed training.
 fn tokens<B: Backend>(
     context: &Context<'_, B>,
     source: &Bundle<'_>,
     images: &Images,
-    mirrored: bool,
+    (number, view): (usize, View),
     at_once: usize,
 ) -> Result<Vec<u32>> {
-    let name = if mirrored {
-        "tokens-mirrored.npy"
-    } else {
-        "tokens.npy"
-    };
-    let path = context.work_dir()?.join(name);
-    let lock = context.lock(name)?;
+    let name = format!("tokens-{number}.npy");
+    let path = context.work_dir()?.join(&name);
+    let lock = context.lock(&name)?;
     let (vocabulary, _) = source.config.tokenizer.codebook();
     let kept = || kept_tokens(&path, images.len(), vocabulary);
     if let Some(found) = read_or_remove(&path, kept)? {
         return Ok(found);
     }
-    let tokens = encode_all(context, source, images, mirrored, at_once)?;
+    let tokens = encode_all(context, source, images, view, at_once)?;
     make_once(&path, &lock, |partial| {
         let header = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
         let write = || {
@@ -739,12 +738,12 @@ fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>
         .then_some(found)
 }
 
-/// Tokens (n, L) of all images, this many at once.
+/// Tokens (n, L) of all images in a view, this many at once.
 fn encode_all<B: Backend>(
     context: &Context<'_, B>,
     source: &Bundle<'_>,
     images: &Images,
-    mirrored: bool,
+    view: View,
     at_once: usize,
 ) -> Result<Vec<u32>> {
     let backend = context.backend;
@@ -753,10 +752,7 @@ fn encode_all<B: Backend>(
     let mut tokens = Vec::new();
     for picks in all.chunks(at_once) {
         context.go_on()?;
-        let (pixels, _) = match mirrored {
-            true => images.gather_mirrored(picks)?,
-            false => images.gather(picks)?,
-        };
+        let (pixels, _) = images.gather_view(picks, view)?;
         let pixels = backend.floats(&pixels, &batch_shape(images, picks.len()))?;
         tokens.extend(B::to_indices(&tokenizer.encode(&pixels)?)?);
     }

@@ -67,22 +67,41 @@ fn what_training_sees_is_a_function_of_seed_epoch_and_image() {
     let views: std::collections::BTreeSet<_> = (0..40)
         .map(|i| images.view(i, Some(Augment { seed: 3, epoch: 0 })))
         .collect();
-    assert!(views.iter().any(|view| view.2) && views.iter().any(|view| !view.2));
+    assert!(views.iter().any(|view| view.mirrored) && views.iter().any(|view| !view.mirrored));
     for place in 0..3 {
         assert!(
-            views.iter().any(|view| view.0 == place) && views.iter().any(|view| view.1 == place)
+            views.iter().any(|view| view.top == place)
+                && views.iter().any(|view| view.left == place)
         );
     }
+    // Ten views for tokens: the middle and the corners, and these mirrored.
+    let ten = images.views();
+    assert_eq!(ten.len(), 10);
+    let part = |top, left, mirrored| View {
+        top,
+        left,
+        mirrored,
+    };
+    assert_eq!(
+        [ten[0], ten[1], ten[5], ten[9]],
+        [
+            part(1, 1, false),
+            part(0, 0, false),
+            part(1, 1, true),
+            part(2, 2, true)
+        ]
+    );
+    let row = |view| images.gather_view(&[0], view).unwrap().0[..4].to_vec();
+    let value = |p: usize| (p * 7 % 200) as f32 / 255.0 * 2.0 - 1.0;
+    assert_eq!(row(ten[1]), [value(0), value(1), value(2), value(3)]);
+    assert_eq!(row(ten[5]), [value(10), value(9), value(8), value(7)]);
     // Without augmentation, the middle as stored.
     let middle = images.gather(&[0]).unwrap().0;
-    let value = |p: usize| (p * 7 % 200) as f32 / 255.0 * 2.0 - 1.0;
     assert_eq!(middle[..4], [value(7), value(8), value(9), value(10)]);
-    let other = images.gather_mirrored(&[0]).unwrap().0;
-    assert_eq!(other[..4], [value(10), value(9), value(8), value(7)]);
     let mirrored = (0..40)
-        .find(|&i| images.view(i, Some(Augment { seed: 3, epoch: 0 })).2)
+        .find(|&i| images.view(i, Some(Augment { seed: 3, epoch: 0 })).mirrored)
         .unwrap();
-    let (top, left, _) = images.view(mirrored, Some(Augment { seed: 3, epoch: 0 }));
+    let View { top, left, .. } = images.view(mirrored, Some(Augment { seed: 3, epoch: 0 }));
     let stored = |p: usize| ((p * 7 + mirrored) % 200) as f32 / 255.0 * 2.0 - 1.0;
     let row: Vec<f32> = (0..4).rev().map(|x| stored(top * 6 + left + x)).collect();
     assert_eq!(first[mirrored * 16..][..4], row[..]);
