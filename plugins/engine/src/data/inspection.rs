@@ -20,8 +20,11 @@ use super::raster::{self, Header};
 /// How many bytes of a file are read for its header at first.
 const BEGINNING: u64 = 1 << 16;
 
-/// Damaged files that a message names.
-const NAMED: usize = 20;
+/// Damaged files that a message explains, each in a line.
+const EXPLAINED: usize = 20;
+
+/// The most bytes for the names of the others.
+const NAMES: usize = 8 << 10;
 
 /// The most damaged files that are left out or listed: they are kept with their errors.
 const MOST_DAMAGED: usize = 1 << 17;
@@ -38,18 +41,28 @@ pub(super) fn told(damaged: &[Damaged], of: usize) -> String {
     format!(
         "{} of {of} images are {state}:{}\n{cure} or remove them, or leave them out with `skip_damaged: true`",
         damaged.len(),
-        listed(damaged)
+        listed(damaged, NAMES)
     )
 }
 
-/// The first of damaged files, a line each.
-fn listed(damaged: &[Damaged]) -> String {
+/// The first of damaged files, a line each, and the names of the others as far as they fit into so many bytes.
+fn listed(damaged: &[Damaged], mut bytes: usize) -> String {
+    let (explained, others) = damaged.split_at(damaged.len().min(EXPLAINED));
     let mut text = String::new();
-    for Damaged { name, why } in damaged.iter().take(NAMED) {
+    for Damaged { name, why } in explained {
         text.push_str(&format!("\n  {}: {why}", shown(name)));
     }
-    if damaged.len() > NAMED {
-        text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));
+    let names = others.iter().map(|Damaged { name, .. }| shown(name));
+    let fitting = names.map_while(|name| {
+        bytes = bytes.checked_sub(name.len() + 2)?;
+        Some(name)
+    });
+    let names: Vec<String> = fitting.collect();
+    if !names.is_empty() {
+        text.push_str(&format!("\n  also {}", names.join(", ")));
+    }
+    if others.len() > names.len() {
+        text.push_str(&format!("\n  and {} more", others.len() - names.len()));
     }
     text
 }
@@ -195,7 +208,7 @@ impl Inspection {
              them; paths of a table start from this folder",
             damaged.len(),
             items.len(),
-            listed(&damaged),
+            listed(&damaged, 0),
             Damaged::state(&damaged).1
         );
         Err(DataError::content(&self.path, message))
@@ -334,4 +347,32 @@ fn sizes_told(sizes: &BTreeMap<(u32, u32), usize>, damaged: &[Damaged]) -> Strin
         ));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_files_are_named_as_far_as_a_message_goes() {
+        let damaged = |count: usize, length: usize| -> Vec<Damaged> {
+            let name = |i| format!("{i:0length$}.png");
+            let why = "cut".to_owned();
+            let all = (0..count).map(|i| Damaged {
+                name: name(i),
+                why: why.clone(),
+            });
+            all.collect()
+        };
+        let text = told(&damaged(300, 8), 400);
+        assert!(text.starts_with("300 of 400 images are damaged:"), "{text}");
+        assert!(text.contains("\n  00000019.png: cut\n  also 00000020.png, 00000021.png, "));
+        assert!(text.contains(", 00000299.png\n"), "{text}");
+        assert!(!text.contains(" more"), "{text}");
+        // 40 of 202 bytes each fit.
+        let text = told(&damaged(100_000, 196), 100_000);
+        assert!(text.contains("\n  and 99940 more\n"), "{text}");
+        assert!(text.len() < 16 << 10, "{} bytes", text.len());
+        assert!(!told(&damaged(20, 8), 20).contains("also"));
+    }
 }

@@ -187,7 +187,10 @@ fn damaged_images_are_told_at_once_or_left_out() {
         error.starts_with("x: 34 of 40 images are damaged:"),
         "{error}"
     );
-    assert!(error.contains("\n  and 14 more\n"), "{error}");
+    // Of all, the first with their reasons.
+    for i in 0..30 {
+        assert!(error.contains(&format!("0/more{i}.png")), "{error}");
+    }
     for i in 0..3 {
         std::fs::write(dir.join(format!("x/1/{i}.png")), cut).unwrap();
     }
