@@ -1,7 +1,9 @@
 //! A tokenizer's losses and metrics, compared with NumPy in float64 (tests/peers/losses.py) and with the tape.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
+use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::backend::{Tensors, Unary};
 use retort_engine::collective::{Collective, SingleRank};
@@ -13,6 +15,7 @@ use retort_engine::stage::tokenizer::loss::{
 };
 use retort_engine::stage::tokenizer::quality::{psnr, ssim};
 use retort_engine::tape::{Variable, backward};
+use retort_engine::train::{Decay, StepOutput, TrainOptions, TrainingLoop, average};
 use retort_engine::weights::{Floats, Loader, ParameterSource, Weights};
 use retort_tests::threads::{ThreadRank, together};
 
@@ -443,4 +446,79 @@ fn codes_are_averages_of_what_they_are_looked_up_for() {
     near(f64::from(codes()[4]), f64::from(moved[0]), "the moved code");
     // All count as unused again.
     assert_eq!(codebook.restart(&z, 1, 1).expect("restarted"), [0, 1, 2]);
+}
+
+/// Hears nothing, and never stops a training.
+struct Silent;
+
+impl Host for Silent {
+    fn log(&self, _: LogLevel, _: &str) {}
+    fn metric(&self, _: &str, _: u64, _: f64) {}
+    fn progress(&self, _: u64, _: u64, _: &str) {}
+    fn cancelled(&self) -> Cancel {
+        Cancel::Run
+    }
+    fn artifact_begin(&self, _: &str, _: &str) -> Result<(u64, PathBuf), Failure> {
+        Err(Failure::new(FailureCode::Internal, "none"))
+    }
+    fn artifact_commit(&self, _: u64, _: &ArtifactMeta) -> Result<(), Failure> {
+        Ok(())
+    }
+    fn artifact_abort(&self, _: u64) {}
+}
+
+/// A code that a restart has moved has neither momentum nor an average of where it was.
+#[test]
+fn a_moved_code_begins_without_a_past() {
+    let backend = candle();
+    let codes = backend.floats(&[1.0, 1.0], &[2, 1]).expect("codes");
+    let params = vec![("codes".to_owned(), Variable::parameter(codes))];
+    let now = || Candle::to_floats(params[0].1.value()).expect("codes");
+    let options = TrainOptions {
+        steps: 3,
+        warmup: 0,
+        learning_rate: 0.1,
+        decay: Decay::Constant,
+        weight_decay: 0.0,
+        clip: 0.0,
+        ema: 0.5,
+        ..TrainOptions::default()
+    };
+    let averages = average(&backend, &options, &params).expect("averages");
+    let fit = TrainingLoop {
+        host: &Silent,
+        backend: &backend,
+        work_dir: None,
+        name: "test",
+        ranks: &SingleRank,
+        options: &options,
+        params: &params,
+        ema: averages.as_ref(),
+        kept: None,
+        adversary: None,
+    };
+    let averaged = fit.run(
+        |step| {
+            // The gradient of both codes is 1.
+            let loss = params[0].1.sum(&[0, 1])?.reshape(&[1])?;
+            let mut output = StepOutput::new(loss, Vec::new());
+            if step == 2 {
+                let moved = backend.floats(&[now()[0], 10.0], &[2, 1])?;
+                Candle::assign_(params[0].1.value(), &moved)?;
+                output.anew = Some(("codes", vec![1]));
+            }
+            Ok(output)
+        },
+        None,
+    );
+    let averaged = averaged.expect("weights")["codes"].data.clone();
+    near(f64::from(now()[0]), 0.7, "three full steps");
+    // 0.1 m / sqrt(v), with m = 0.1 / (1 - 0.9^3) and v = 0.05 / (1 - 0.95^3).
+    near(f64::from(now()[1]), 10.0 - 0.062_322, "a step from nothing");
+    // The decay at step 2 is 3 / 12.
+    near(
+        f64::from(averaged[1]),
+        10.0 - 0.75 * 0.062_322,
+        "its average",
+    );
 }

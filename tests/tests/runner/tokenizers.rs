@@ -120,6 +120,20 @@ fn pictures(stages: &str) -> Lab {
     lab
 }
 
+/// All images together have 768 tokens.
+#[test]
+fn a_codebook_that_is_hardly_used_is_a_warning() {
+    let lab = pictures(
+        "
+  many: {kind: tokenizer, data: pictures, held_out: 0, codebook_size: 32768, codebook_dim: 4, channels: 8, z_channels: 8,
+         train: {steps: 2, batch: 4}}
+",
+    );
+    lab.retort(&["run", "r.yaml", "--until", "many"])
+        .expect(0)
+        .saying(&["of 32768 codes are in use", "the codebook has collapsed"]);
+}
+
 #[test]
 fn trainings_go_on_from_others() {
     let lab = pictures(
