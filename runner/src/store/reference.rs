@@ -2,6 +2,11 @@
 //!
 //! The latest run is the one recorded last, regardless of the clock, which may be set back.
 
+use std::collections::HashSet;
+
+use futures_util::TryStreamExt;
+use sqlx::Row;
+
 use super::record::could_be_run_id;
 use super::{RunId, Store, StoreError};
 
@@ -46,23 +51,40 @@ impl Store {
     /// [`StoreError::NothingToResume`], [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn run_to_resume(&self, left: &[RunId]) -> Result<RunId, StoreError> {
         self.reconcile().await?;
-        let found: Option<String> = sqlx::query_scalar(
-            "with own as (select * from runs where key not in (select run from imported))
-             select id from own
-             order by ((state in ('failed', 'interrupted', 'lost')
-                           or id in (select value from json_each(?1)) or id in (select key from json_each(?2) where value in ('interrupted', 'lost')))
-                       and id not in (select resumed_from from runs where resumed_from is not null)
-                       and not exists (select 1 from runs later where later.recipe = own.recipe and later.key > own.key
-                                       and later.recipe_path = own.recipe_path and later.state = 'succeeded'))
-                       or (sweep is not null and key = (select max(key) from own)) desc,
-                      key desc limit 1",
+        // From the newest run to older ones, in one pass: if SQL had to look for later successes it would do so anew for every
+        // run that failed.
+        let mut rows = sqlx::query(
+            "select id, recipe, recipe_path, resumed_from, state = 'succeeded' as succeeded, sweep is not null as in_sweep,
+                    state in ('failed', 'interrupted', 'lost') or id in (select value from json_each(?1))
+                        or id in (select key from json_each(?2) where value in ('interrupted', 'lost')) as unfinished,
+                    key not in (select run from imported) as own
+             from runs order by key desc",
         )
         .bind(serde_json::json!(left).to_string())
         .bind(self.unrecorded_states())
-        .fetch_optional(self.pool())
-        .await?;
-        match found {
-            Some(id) => Ok(RunId(id)),
+        .fetch(self.pool());
+        let (mut resumed, mut succeeded) = (HashSet::new(), HashSet::new());
+        let mut latest = None;
+        while let Some(row) = rows.try_next().await? {
+            let id: String = row.try_get("id")?;
+            let recipe: (String, String) = (row.try_get("recipe")?, row.try_get("recipe_path")?);
+            if row.try_get::<bool, _>("own")? {
+                let goes_on = row.try_get::<bool, _>("unfinished")?
+                    && !resumed.contains(&id)
+                    && !succeeded.contains(&recipe);
+                if goes_on || (latest.is_none() && row.try_get::<bool, _>("in_sweep")?) {
+                    return Ok(RunId(id));
+                }
+                latest.get_or_insert(RunId(id));
+            }
+            resumed.extend(row.try_get::<Option<String>, _>("resumed_from")?);
+            if row.try_get::<bool, _>("succeeded")? {
+                succeeded.insert(recipe);
+            }
+        }
+        drop(rows);
+        match latest {
+            Some(id) => Ok(id),
             None => Err(StoreError::NothingToResume {
                 imported: self.count_runs().await?,
             }),

@@ -70,3 +70,70 @@ fn a_statement_that_writes_has_no_deadline() {
         assert_eq!(counted, 100_000);
     });
 }
+
+/// A history of `runs` runs of the recipe `digits` with a stage `s` each, every other one failed and the last one succeeded.
+async fn long_history(store: &Store, runs: u32) {
+    let sql = format!(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
+         insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
+         select printf('z%09d', i), 'digits', '/r.yaml', i, '[]', iif(i % 2, 'failed', 'succeeded'), i, i from n;
+         insert into stages
+         (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options, inputs, state, digest,
+          components)
+         select key, 0, 's', 'do', 'faulty', '1', 'x', 'cpu', 'f32', 1, '{{}}', '[]', 'succeeded', 'd', '{{}}' from runs"
+    );
+    let made = sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(store.pool());
+    made.await.unwrap();
+}
+
+/// Lets statements on every connection of a store take this many steps of SQLite's machine in all.
+async fn limit_steps(store: &Store, steps: u64) {
+    let mut connections = Vec::new();
+    for _ in 0..store.pool().options().get_max_connections() {
+        let mut connection = store.pool().acquire().await.unwrap();
+        sandbox::limit_steps(&mut connection, steps).await.unwrap();
+        connections.push(connection);
+    }
+}
+
+#[test]
+fn the_newest_execution_is_found_without_the_whole_history() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        long_history(&store, 10_000).await;
+        // One step for each of the runs would be too many.
+        limit_steps(&store, 2 * u64::from(sandbox::STEPS.unsigned_abs())).await;
+        for _ in 0..3 {
+            let last = store.last_execution("digits", "s").await.unwrap();
+            assert_eq!(last.unwrap().run.0, "z000010000");
+            assert_eq!(store.last_execution("other", "s").await.unwrap(), None);
+        }
+    });
+}
+
+#[test]
+fn the_run_to_resume_is_found_in_one_pass() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let runs = 3000;
+        long_history(&store, runs).await;
+        // Some hundred steps for each run: with a look at all others for each that failed there would be many millions.
+        limit_steps(&store, 300 * u64::from(runs)).await;
+        assert_eq!(store.run_to_resume(&[]).await.unwrap().0, "z000003000");
+        let failed =
+            "update runs set state = 'failed' where id = 'z000002999' or id = 'z000003000'";
+        sqlx::query(failed).execute(store.pool()).await.unwrap();
+        assert_eq!(store.run_to_resume(&[]).await.unwrap().0, "z000003000");
+        let resumed = "update runs set resumed_from = 'z000002999' where id = 'z000003000'";
+        sqlx::query(resumed).execute(store.pool()).await.unwrap();
+        let left = [RunId("z000002999".to_owned())];
+        assert_eq!(store.run_to_resume(&left).await.unwrap().0, "z000003000");
+        let other = "update runs set state = 'succeeded', recipe_path = '/other.yaml' where id = 'z000003000'";
+        sqlx::query(other).execute(store.pool()).await.unwrap();
+        // The one before has been resumed, and the recipe has succeeded since all the others.
+        assert_eq!(store.run_to_resume(&left).await.unwrap().0, "z000003000");
+        let apart = "update runs set resumed_from = null where id = 'z000003000'";
+        sqlx::query(apart).execute(store.pool()).await.unwrap();
+        assert_eq!(store.run_to_resume(&[]).await.unwrap().0, "z000002999");
+    });
+}
