@@ -8,14 +8,11 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
 
 use retort::filter::{parse, parse_name};
-use retort::store::{
-    Access, AttemptId, Axis, Batch, CurveQuery, MetricPoint, NewRun, NewStage, RecordedPlugin,
-    RunFilter, RunId, RunState, Sort, Store, Time,
-};
-use serde_json::{Value, json};
+use retort::store::{Axis, Batch, CurveQuery, RunFilter, RunState, Sort};
+use retort_tests::clock::{Clock, Timing};
+use serde_json::Value;
 
 #[path = "../tests/runner/lab.rs"]
 #[allow(
@@ -24,7 +21,11 @@ use serde_json::{Value, json};
 )]
 mod lab;
 
+#[path = "history/store.rs"]
+mod store;
+
 use lab::{Lab, binary};
+use store::{best, fill, open, points, series};
 
 fn main() {
     let parts: Vec<String> = std::env::args()
@@ -211,7 +212,7 @@ async fn list() {
         .finish_run(&run, RunState::Succeeded, None)
         .await
         .expect("room");
-    fill(&store, count).await;
+    fill(&store, 1..=count).await;
     let bytes = std::fs::metadata(dir.path().join("history.db"))
         .expect("a file")
         .len();
@@ -284,7 +285,7 @@ fn start(figures: &mut Figures) {
             .finish_run(&run, RunState::Succeeded, None)
             .await
             .expect("room");
-        fill(&store, 20).await;
+        fill(&store, 1..=20).await;
         store.close().await;
     });
     let mut times: Vec<Timing> = (0..40)
@@ -368,177 +369,6 @@ impl Figures {
     fn note(&mut self, name: &'static str, value: f64) {
         self.0.push((name, value));
     }
-}
-
-async fn open(dir: &Path) -> (Store, RunId, AttemptId) {
-    let store = Store::open(dir, Access::ReadWrite).await.expect("a store");
-    let new = NewRun {
-        recipe_name: "bench".into(),
-        environment: json!({}),
-        ..NewRun::default()
-    };
-    let run = store.begin_run(&new).await.expect("a run");
-    let stage = NewStage {
-        name: "distill".into(),
-        kind: "distill".into(),
-        position: 0,
-        plugin: RecordedPlugin::default(),
-        device: "cpu".into(),
-        dtype: "f32".into(),
-        seed: 0,
-        options: json!({}),
-        inputs: Vec::new(),
-    };
-    let stage = store.add_stage(&run, &stage).await.expect("a stage");
-    let attempt = store
-        .begin_attempt(stage, "d", &json!({}), 1)
-        .await
-        .expect("an attempt");
-    (store, run, attempt)
-}
-
-fn points(start: u64, count: u64, narrow: bool) -> Vec<Batch> {
-    let names = [
-        "loss", "accuracy", "rate", "norm", "time", "a/b", "c/d", "e/f",
-    ];
-    names
-        .iter()
-        .map(|name| series(name, start / 8..(start + count) / 8, narrow))
-        .collect()
-}
-
-/// Values that our encoding cannot compress, one per millisecond.
-fn series(name: &str, steps: std::ops::Range<u64>, narrow: bool) -> Batch {
-    let value = |step: u64| {
-        let mixed = (step ^ name.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let value = (mixed >> 11) as f64 / (1_u64 << 53) as f64;
-        if narrow {
-            f64::from(value as f32)
-        } else {
-            value
-        }
-    };
-    let point = |step: u64| MetricPoint {
-        step,
-        value: value(step),
-        at: Time(1_700_000_000_000 + step.cast_signed()),
-    };
-    Batch {
-        series: name.into(),
-        points: steps.map(point).collect(),
-    }
-}
-
-/// Inserts runs in bulk, as they would have been recorded: with recipes of 4 kB, 20 parameters and 6 results.
-async fn fill(store: &Store, runs: u64) {
-    let sql = format!(
-        "with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
-         insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
-         select printf('z%09d', i), iif(i % 3, 'digits', 'faces'), '/r.yaml', i, '[]',
-             iif(i % 7, 'succeeded', 'failed'), 1700000000000 + i * 60000, 1700000000000 + i * 60000 + 5000 from n;
-         insert into documents select key, printf('%.4000c', 'x'), '{{}}', '{{}}' from runs where id > 'z';
-         insert into tags select key, 'baseline' from runs where id > 'z' and key % 10 = 0;
-         with recursive n(i) as (select 1 union all select i + 1 from n where i < 20)
-         insert into names (name) select printf('stages.distill.option%d', i) from n;
-         insert into names (name) values ('stages.distill.steps');
-         insert into params (key, value, type, origin)
-         select n.key << 32 | r.key, abs(random()) % 4000, 'integer', 'default' from names n, runs r
-         where n.name like 'stages.%' and r.id > 'z' order by n.key, r.key;
-         insert or ignore into names (name)
-         values ('fd'), ('distill/fd'), ('loss'), ('distill/loss'), ('recall'), ('distill/recall');
-         insert into results (key, position, points, last, min, max)
-         select n.key << 32 | r.key, 0, 100, x, x / 2, x * 2 from (
-             select n.key as name, r.key as run, abs(random()) % 100000 / 10000.0 as x
-             from names n, runs r where n.name in ('fd', 'distill/fd', 'loss', 'distill/loss', 'recall', 'distill/recall')
-             and r.id > 'z') v join names n on n.key = v.name join runs r on r.key = v.run order by n.key, r.key;"
-    );
-    let mut write = store
-        .pool()
-        .begin_with("begin immediate")
-        .await
-        .expect("a turn");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
-        .execute(&mut *write)
-        .await
-        .expect("rows");
-    write.commit().await.expect("room");
-}
-
-/// The least of several times, without the first.
-async fn best(mut act: impl AsyncFnMut()) -> Timing {
-    act().await;
-    let mut least: Option<Timing> = None;
-    for _ in 0..9 {
-        let clock = Clock::start();
-        act().await;
-        let took = clock.stop();
-        if least.is_none_or(|least| took.wall < least.wall) {
-            least = Some(took);
-        }
-    }
-    least.expect("several")
-}
-
-/// Wall-clock and processor time since a start.
-struct Clock {
-    began: Instant,
-    cpu: f64,
-    whose: libc::c_int,
-}
-
-/// In seconds.
-#[derive(Clone, Copy)]
-struct Timing {
-    wall: f64,
-    cpu: f64,
-}
-
-impl Clock {
-    fn start() -> Self {
-        Self::of(libc::RUSAGE_SELF)
-    }
-
-    fn of_children() -> Self {
-        Self::of(libc::RUSAGE_CHILDREN)
-    }
-
-    fn of(whose: libc::c_int) -> Self {
-        Self {
-            began: Instant::now(),
-            cpu: cpu(whose),
-            whose,
-        }
-    }
-
-    fn stop(&self) -> Timing {
-        Timing {
-            wall: self.began.elapsed().as_secs_f64(),
-            cpu: cpu(self.whose) - self.cpu,
-        }
-    }
-}
-
-impl std::fmt::Display for Timing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{:.1} ms ({:.1} ms of processor time)",
-            1e3 * self.wall,
-            1e3 * self.cpu
-        )
-    }
-}
-
-/// User and system time, in seconds.
-fn cpu(whose: libc::c_int) -> f64 {
-    // SAFETY: the structure is filled by the call.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(whose, &mut usage);
-        usage
-    };
-    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
 fn number(name: &str, default: u64) -> u64 {

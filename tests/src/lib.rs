@@ -1,6 +1,7 @@
 //! Shared code of the integration tests.
 
 pub mod agreement;
+pub mod clock;
 pub mod digits;
 pub mod examination;
 pub mod golden;
@@ -11,6 +12,7 @@ pub mod port;
 pub mod process;
 pub mod program;
 pub mod ranks;
+pub mod scale;
 pub mod skip;
 pub mod small;
 pub mod speed;
