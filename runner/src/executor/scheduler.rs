@@ -1,6 +1,6 @@
 //! The stages of a run in progress: which is ready, reused or blocked, and which gets a worker next.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use crate::artifact::{ArtifactError, WorkDir};
 use crate::executor::attempt::{self, AttemptOutcome};
 use crate::executor::control::Follower;
+use crate::executor::dependencies::Dependencies;
 use crate::executor::describe::new_stage;
 use crate::executor::end::End;
 use crate::executor::error::ExecutorError;
@@ -38,6 +39,7 @@ pub(super) struct Scheduler<'p> {
     pub(super) context: Arc<RunContext>,
     sources: HashMap<String, Vec<SourceFile>>,
     entries: Vec<StageEntry<'p>>,
+    dependencies: Dependencies<'p>,
     stop: watch::Sender<Stop>,
     pub(super) signal: Option<i32>,
     failed: bool,
@@ -141,6 +143,7 @@ impl<'p> Scheduler<'p> {
             context,
             sources,
             entries,
+            dependencies: Dependencies::of(plan),
             stop,
             signal: None,
             failed: false,
@@ -224,13 +227,10 @@ impl<'p> Scheduler<'p> {
                 continue;
             }
             // A plan's other references name stages of the plan.
-            let Some(source) = self
-                .entries
-                .iter()
-                .find(|entry| entry.stage.name == reference.stage)
-            else {
+            let Some(position) = self.dependencies.position(&reference.stage) else {
                 return Resolution::Blocked(reference.stage.clone());
             };
+            let source = &self.entries[position];
             match &source.state {
                 State::Done { output, .. } => {
                     let path = self.context.layout.artifact(&output.hash);
@@ -307,9 +307,13 @@ impl<'p> Scheduler<'p> {
             if stopping || self.workers.len() >= self.options.jobs.get() {
                 return;
             }
+            // Only of ready ones: this looks at all stages.
+            if !matches!(self.entries[index].state, State::Ready(_)) {
+                continue;
+            }
             let threads = self.threads(index);
             let entry = &mut self.entries[index];
-            let (Some(id), State::Ready(_)) = (entry.id, &entry.state) else {
+            let Some(id) = entry.id else {
                 continue;
             };
             let State::Ready(ready) = std::mem::replace(&mut entry.state, State::Running) else {
@@ -348,17 +352,15 @@ impl<'p> Scheduler<'p> {
     /// The threads of a stage: its share among the stages that may run concurrently, which are the unfinished ones that
     /// neither depend on it nor are needed by it.
     fn threads(&self, index: usize) -> usize {
-        let beside = (0..self.entries.len())
-            .filter(|&other| {
-                matches!(
-                    self.entries[other].state,
-                    State::Waiting | State::Ready(_) | State::Running
-                )
-            })
-            .filter(|&other| {
-                other != index && !self.leads_to(index, other) && !self.leads_to(other, index)
-            })
-            .count();
+        let related = self.dependencies.related(index);
+        let beside = self.entries.iter().zip(related).filter(|(entry, related)| {
+            let unfinished = matches!(
+                entry.state,
+                State::Waiting | State::Ready(_) | State::Running
+            );
+            unfinished && !related
+        });
+        let beside = beside.count();
         let stages = self.options.jobs.get().min(beside + 1);
         let runs = self.options.runs.get();
         let stage = self.entries[index].stage;
@@ -370,22 +372,6 @@ impl<'p> Scheduler<'p> {
             }
             _ => threads,
         }
-    }
-
-    /// Whether a stage depends on an earlier one, directly or indirectly.
-    fn leads_to(&self, earlier: usize, later: usize) -> bool {
-        let (mut seen, mut open) = (HashSet::new(), vec![later]);
-        while let Some(index) = open.pop() {
-            for reference in &self.entries[index].stage.references {
-                let named = |entry: &StageEntry<'_>| entry.stage.name == reference.stage;
-                match self.entries[..index].iter().position(named) {
-                    Some(found) if found == earlier => return true,
-                    Some(found) if seen.insert(found) => open.push(found),
-                    _ => {}
-                }
-            }
-        }
-        false
     }
 
     /// Records the outcome of a stage.
