@@ -74,6 +74,7 @@ fn main() {
     block_on(runs(&wanted));
     block_on(points(&wanted));
     stages(&wanted);
+    chains(&wanted);
     files(&wanted);
     rates(&wanted);
 }
@@ -350,6 +351,27 @@ fn stages(wanted: &Wanted) {
             .push((count as u64, planned(&recipe, dir.path())));
     }
     wanted.show(&[chained, single]);
+}
+
+/// A run of stages that do nothing, each with a worker: the processor time of all processes.
+fn chains(wanted: &Wanted) {
+    let name = "run by stages: a chain of stages that do nothing";
+    let mut curve = curve(name, "stages", "ms", Bound::Exponent(1.2));
+    if !wanted.has(name) {
+        return;
+    }
+    for count in wanted.sizes(&[25, 50, 100, 200], &[500, 1000]) {
+        let stages: Vec<String> = chain(count as usize)
+            .iter()
+            .map(|stage| stage.replace("act: work", "act: succeed"))
+            .collect();
+        let stages: Vec<&str> = stages.iter().map(String::as_str).collect();
+        let lab = Lab::new(&stages);
+        let clock = Clock::of_children();
+        lab.run(&["--quiet"]).expect(0);
+        curve.points.push((count, 1e3 * clock.stop().cpu));
+    }
+    wanted.show(&[curve]);
 }
 
 /// Files of a few bytes in folders of a thousand, as a folder of images.
