@@ -15,7 +15,7 @@ use sqlx::Row;
 
 use super::query::json_at;
 use super::{RunFilter, Store, StoreError};
-use crate::filter::{Expr, Field, FilterError, Name};
+use crate::filter::{Expr, Field, FilterError, Name, Operator, Value};
 use statement::Select;
 
 /// The order of runs.
@@ -54,6 +54,9 @@ enum FieldTarget {
 
 /// When a run began, which has an index.
 const STARTED: FieldTarget = FieldTarget::Run("r.created", Type::Moment);
+/// How long ago that was.
+const AGE: FieldTarget =
+    FieldTarget::Run("unixepoch('subsec') - r.created / 1000.0", Type::Seconds);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Type {
@@ -142,6 +145,15 @@ fn fields(expr: &Expr) -> Vec<&Field> {
         Expr::And(parts) | Expr::Or(parts) => parts.iter().flat_map(fields).collect(),
         Expr::Not(part) => fields(part),
         Expr::Has(field) | Expr::Compare(field, ..) | Expr::In(field, _) => vec![field],
+    }
+}
+
+/// The comparisons without which a run cannot match.
+fn required(expr: &Expr) -> Vec<(&Field, Operator, &Value)> {
+    match expr {
+        Expr::And(parts) => parts.iter().flat_map(required).collect(),
+        Expr::Compare(field, operator, value) => vec![(field, *operator, value)],
+        _ => Vec::new(),
     }
 }
 

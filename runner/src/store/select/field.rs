@@ -1,6 +1,6 @@
 //! The meaning of names in a filter: facts of a run or its stages, parameters, metrics.
 
-use super::{FieldTarget, STARTED, Type};
+use super::{AGE, FieldTarget, STARTED, Type};
 use crate::filter::{Field, FilterError};
 use crate::store::{Store, StoreError};
 
@@ -108,7 +108,7 @@ fn own(name: &str) -> Option<FieldTarget> {
             "(coalesce(r.finished, unixepoch('subsec') * 1000) - r.created) / 1000.0",
             Type::Seconds,
         ),
-        "age" => FieldTarget::Run("unixepoch('subsec') - r.created / 1000.0", Type::Seconds),
+        "age" => AGE,
         "seed" => FieldTarget::Run("r.seed", Type::Number),
         "error" => FieldTarget::Run("r.error", Type::Text),
         "note" => FieldTarget::Run("r.note", Type::Text),

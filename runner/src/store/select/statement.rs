@@ -2,10 +2,13 @@
 
 use sqlx::{QueryBuilder, Sqlite};
 
-use super::{FieldTarget, STARTED, Type, needed};
+use super::{AGE, FieldTarget, STARTED, Type, needed, required};
 use crate::filter::{Expr, Field, FilterError, Operator, Value};
 use crate::store::time::Time;
 use crate::store::{RunFilter, RunState, StoreError};
+
+/// Runs of which each may be looked at.
+const FEW: u32 = 1000;
 
 /// A statement under construction.
 pub(super) struct Select {
@@ -75,9 +78,13 @@ impl Select {
             self.sql.push_bind(recipe.clone());
         }
         if let Some(wanted) = &filter.expr {
+            let in_text =
+                |error: FilterError| StoreError::Filter(Box::new(error.in_text(&wanted.text)));
+            if filter.sort.is_empty() && filter.limit.is_some() {
+                self.bounds(&wanted.expr, &of).map_err(in_text)?;
+            }
             self.sql.push(" and ");
-            self.condition(&wanted.expr, &of, false)
-                .map_err(|error| StoreError::Filter(Box::new(error.in_text(&wanted.text))))?;
+            self.condition(&wanted.expr, &of, false).map_err(in_text)?;
         }
         let limit = filter.limit.map_or(-1, i64::from);
         self.sql.push(" order by ");
@@ -158,6 +165,42 @@ impl Select {
             self.sql.push(" and ");
             self.sql.push_bind(first | 0xffff_ffff);
         }
+    }
+
+    /// Bounds on the keys of runs that must have begun before or after some moment. The search goes from the newest key to the
+    /// oldest, and if hardly any run passes, through all of them; the index of moments knows where the few are. Where they are
+    /// many, the search soon finds the first ones.
+    fn bounds(
+        &mut self,
+        expr: &Expr,
+        of: &dyn Fn(&Field) -> FieldTarget,
+    ) -> Result<(), FilterError> {
+        for (field, operator, value) in required(expr) {
+            let target = of(field);
+            let ordered = matches!(
+                operator,
+                Operator::Greater
+                    | Operator::GreaterOrEqual
+                    | Operator::Less
+                    | Operator::LessOrEqual
+            );
+            if !ordered || (target != STARTED && target != AGE) {
+                continue;
+            }
+            // The plus keeps SQLite from searching for the extreme key in the order of keys.
+            for (symbol, extreme, otherwise) in [(">=", "min", 0), ("<=", "max", i64::MAX)] {
+                self.sql.push(format_args!(
+                    " and r.key {symbol} case when (select count(*) from (select 1 from runs r where "
+                ));
+                self.compare(&target, operator, value)?;
+                self.sql.push(format_args!(
+                    " limit {FEW})) < {FEW} then (select {extreme}(+r.key) from runs r where "
+                ));
+                self.compare(&target, operator, value)?;
+                self.sql.push(format_args!(") else {otherwise} end"));
+            }
+        }
+        Ok(())
     }
 
     fn condition(
@@ -264,6 +307,17 @@ impl Select {
         if target == &FieldTarget::State {
             check_state(value)?;
         }
+        if target == &AGE
+            && let Some(seconds) = number
+        {
+            // In terms of the moment, which has an index.
+            let symbol = symbol(reversed(operator));
+            self.sql
+                .push(format_args!("r.created{symbol}(unixepoch('subsec') - "));
+            self.sql.push_bind(seconds);
+            self.sql.push(") * 1000.0");
+            return Ok(());
+        }
         let symbol = symbol(operator);
         self.scalar(target);
         self.sql.push(symbol);
@@ -336,6 +390,14 @@ impl Select {
                 .hint("a run may have several of these: they have no order"));
             }
         };
+        if table == "tags" && operator == Operator::Equal {
+            // Its key begins with the tag: what has it is listed, instead of every run being asked.
+            self.sql
+                .push("r.key in (select x.run from tags x where x.tag = ");
+            self.sql.push_bind(value.text.clone());
+            self.sql.push(")");
+            return Ok(());
+        }
         self.sql.push(format_args!(
             "{not}exists (select 1 from {table} x where x.run = r.key and x.{column}"
         ));
@@ -524,6 +586,17 @@ fn pattern(text: &str) -> String {
         pattern
     } else {
         format!("%{pattern}%")
+    }
+}
+
+/// The operator with its sides exchanged.
+fn reversed(operator: Operator) -> Operator {
+    match operator {
+        Operator::Less => Operator::Greater,
+        Operator::LessOrEqual => Operator::GreaterOrEqual,
+        Operator::Greater => Operator::Less,
+        Operator::GreaterOrEqual => Operator::LessOrEqual,
+        operator => operator,
     }
 }
 

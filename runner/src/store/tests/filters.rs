@@ -120,6 +120,9 @@ fn runs_are_found_by_what_they_were_and_became() {
             ("stage.distill.state = failed", "a"),
             ("env.host = here", "abcd"),
             ("age < 1h and started > 2020-01-01 and took < 10m", "abcd"),
+            ("age > 1h", ""),
+            ("not age > 1h", "abcd"),
+            ("age >= 1h or not started < 2020-01-01", "abcd"),
             ("finished", "abc"),
             ("stages = 1 and reused = 0", "abc"),
         ] {

@@ -112,6 +112,60 @@ fn the_newest_execution_is_found_without_the_whole_history() {
 }
 
 #[test]
+fn few_runs_are_listed_without_a_look_at_all() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        long_history(&store, 10_000).await;
+        store
+            .tag_run(&RunId("z000000007".to_owned()), "best")
+            .await
+            .unwrap();
+        // All the others began in 1970.
+        for (id, created) in [("z000000005", Time::now().0), ("z000000006", -1)] {
+            let moved = sqlx::query("update runs set created = ?2 where id = ?1");
+            let moved = moved.bind(id).bind(created).execute(store.pool());
+            moved.await.unwrap();
+        }
+        // Five steps for each of the runs would be too many.
+        limit_steps(&store, 4 * u64::from(sandbox::STEPS.unsigned_abs())).await;
+        for (filter, sort, expected) in [
+            ("age < 1h", "", vec!["z000000005"]),
+            ("age < 1h", "started", vec!["z000000005"]),
+            ("age < 1h and state = succeeded", "", vec![]),
+            ("started > 2020-01-01", "", vec!["z000000005"]),
+            ("started < 1970-01-01", "", vec!["z000000006"]),
+            ("tag = best", "", vec!["z000000007"]),
+            ("tag = best and age < 1h", "", vec![]),
+            ("tag = worst", "", vec![]),
+        ] {
+            let sort = (!sort.is_empty()).then(|| Sort {
+                name: crate::filter::parse_name(sort).unwrap(),
+                descending: true,
+            });
+            let wanted = RunFilter {
+                limit: Some(20),
+                expr: Some(crate::filter::parse(filter).unwrap()),
+                sort: sort.into_iter().collect(),
+                ..RunFilter::default()
+            };
+            let found = store.list_runs(&wanted).await;
+            let found = found.unwrap_or_else(|error| panic!("{filter}: {error}"));
+            let found: Vec<&str> = found.iter().map(|run| run.id.0.as_str()).collect();
+            assert_eq!(found, expected, "{filter}");
+        }
+        // Where there are many, the newest are found as before.
+        let wanted = RunFilter {
+            limit: Some(2),
+            expr: Some(crate::filter::parse("age > 1h").unwrap()),
+            ..RunFilter::default()
+        };
+        let found = store.list_runs(&wanted).await.unwrap();
+        let found: Vec<&str> = found.iter().map(|run| run.id.0.as_str()).collect();
+        assert_eq!(found, ["z000010000", "z000009999"]);
+    });
+}
+
+#[test]
 fn the_run_to_resume_is_found_in_one_pass() {
     check(|dir| async move {
         let store = open(&dir).await;
