@@ -63,7 +63,8 @@ impl Store {
         .bind(serde_json::json!(left).to_string())
         .bind(self.unrecorded_states())
         .fetch(self.pool());
-        let (mut resumed, mut succeeded) = (HashSet::new(), HashSet::new());
+        let mut resumed: HashSet<String> = HashSet::new();
+        let mut succeeded: HashSet<(String, String)> = HashSet::new();
         let mut latest = None;
         while let Some(row) = rows.try_next().await? {
             let id: String = row.try_get("id")?;
