@@ -1,7 +1,7 @@
 //! Convolutions, each by the fastest of four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by
 //! Winograd's tiles ([`crate::winograd`]), others with stride 1 directly ([`crate::direct`]), a 1 x 1 kernel as a matrix
 //! product over the image, and the rest as matrix products over unfolded images, a tile of output rows at a time, so that
-//! the unfolded tile stays in the cache.
+//! the unfolded tile stays in the cache. Gradients of kernels never use Winograd's tiles.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};

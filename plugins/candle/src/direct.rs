@@ -86,7 +86,8 @@ impl Direct {
         }
     }
 
-    /// Images x (b, c, h, w) and kernel w (o, c, kh, kw), plus a bias (o) and a residual of the result's shape -> (b, o, h', w').
+    /// Images x (b, c, h, w) and kernel w (o, c, kh, kw), plus a bias (o) and a residual of the result's shape ->
+    /// (b, o, h', w').
     pub fn forward(
         &self,
         x: &[f32],
@@ -100,7 +101,9 @@ impl Direct {
         let share = high.div_ceil(rayon::current_num_threads().div_ceil(b));
         let rows = (BAND / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
         let rows = rows.clamp(1, share);
-        let (offsets, kernel) = (self.offsets(rows), tiles::packed(w, self.o));
+        let offsets = self.offsets(rows);
+        // A kernel may be the beginning of a larger tensor.
+        let kernel = tiles::packed(&w[..self.o * offsets.len()], self.o);
         let mut y = fresh(&[b, self.o, high * broad]);
         // A band's output consists of one part per channel.
         let bands = high.div_ceil(rows);
@@ -306,5 +309,20 @@ mod tests {
         {
             assert!(d.forward(x, &w, &[0.0; 10], None, 1) == y);
         }
+    }
+
+    #[test]
+    fn a_kernel_may_be_the_beginning_of_a_larger_one() {
+        let d = Direct {
+            c: 2,
+            image: [6, 5],
+            o: 3,
+            result: [6, 5],
+            kernel: [3, 3],
+            padding: [1, 1],
+        };
+        let (x, w) = (noise(1, 0, 2, 30), noise(2, 0, 4 * 2, 9));
+        let [of_all, own] = [&w[..], &w[..3 * 2 * 9]].map(|w| d.forward(&x, w, &[0.0; 3], None, 1));
+        assert!(of_all == own);
     }
 }
