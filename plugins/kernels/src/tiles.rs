@@ -45,7 +45,9 @@ pub fn correlate(x: &[f32], offsets: &[usize], w: &[f32], n: usize, y: &mut [f32
     let furthest = offsets.iter().max().copied().unwrap_or(0);
     let rows = w.len() / offsets.len().max(1);
     assert!(
-        n.is_multiple_of(STEP) && furthest + n <= x.len() && rows * n <= y.len(),
+        n.is_multiple_of(STEP)
+            && furthest.saturating_add(n) <= x.len()
+            && rows.saturating_mul(n) <= y.len(),
         "a convolution beyond its image"
     );
     // SAFETY: the assertion keeps all that is read and written inside the slices; the processor has the instructions.
@@ -69,15 +71,20 @@ pub struct Slots {
     pub x: usize,
 }
 
-/// dw (rows, taps) grows, for at most [`GRADIENTS`] rows: dw[r][tap] += sum over images and q < n of g[r n + q] x[offsets[tap] + q].
+/// dw (rows, taps) grows, for at most [`GRADIENTS`] rows:
+/// dw[r][tap] += sum over images and q < n of g[r n + q] x[offsets[tap] + q].
 pub fn products(g: &[f32], x: &[f32], offsets: &[usize], n: usize, slots: Slots, dw: &mut [f32]) {
     let (taps, furthest) = (offsets.len(), offsets.iter().max().copied().unwrap_or(0));
-    let (rows, last) = (dw.len() / taps.max(1), slots.count - 1);
+    let (rows, last) = (dw.len() / taps.max(1), slots.count.saturating_sub(1));
+    let end_g = last
+        .saturating_mul(slots.g)
+        .saturating_add(rows.saturating_mul(n));
+    let end_x = last
+        .saturating_mul(slots.x)
+        .saturating_add(furthest)
+        .saturating_add(n);
     assert!(
-        n.is_multiple_of(STEP)
-            && rows <= GRADIENTS
-            && last * slots.g + rows * n <= g.len()
-            && last * slots.x + furthest + n <= x.len(),
+        n.is_multiple_of(STEP) && rows <= GRADIENTS && end_g <= g.len() && end_x <= x.len(),
         "a gradient beyond its image"
     );
     // SAFETY: as above.
@@ -292,10 +299,35 @@ mod plain {
     tiles!(8, ZERO, load, splat, mul_add, store, 4, 2, 2);
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[test]
+    #[should_panic(expected = "a convolution beyond its image")]
+    fn nothing_is_read_where_an_offset_overflows() {
+        correlate(
+            &[1.0; 32],
+            &[usize::MAX - 8],
+            &[1.0; 4],
+            STEP,
+            &mut [0.0; 64],
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "a gradient beyond its image")]
+    fn nothing_is_summed_where_an_offset_overflows() {
+        let slots = Slots {
+            count: 1,
+            g: 0,
+            x: 0,
+        };
+        let (offsets, mut dw) = ([usize::MAX - 8], [0.0]);
+        products(&[1.0; 32], &[1.0; 32], &offsets, STEP, slots, &mut dw);
+    }
+
+    #[cfg(target_arch = "x86_64")]
     fn numbers(seed: u32, n: usize) -> Vec<f32> {
         let mut x = seed;
         let next = |_| {
@@ -305,6 +337,7 @@ mod tests {
         (0..n).map(next).collect()
     }
 
+    #[cfg(target_arch = "x86_64")]
     #[test]
     fn results_do_not_depend_on_the_width_of_the_vectors() {
         if !std::arch::is_x86_feature_detected!("avx512f") {
