@@ -10,6 +10,10 @@ use super::entities;
 /// Most letters of a name that are looked at.
 const LONGEST: usize = 24;
 
+/// Most passes over a line: each may decode a digit of a reference that only then is complete, so a line can be made to need
+/// thousands.
+const PASSES: usize = 100;
+
 /// The repaired text.
 pub fn repaired(text: &str) -> String {
     let (mut out, mut decodes) = (String::with_capacity(text.len()), true);
@@ -17,7 +21,7 @@ pub fn repaired(text: &str) -> String {
         // In markup, and after it, entities are meant.
         decodes &= !line.contains('<');
         let mut line = line.to_owned();
-        loop {
+        for _ in 0..PASSES {
             let next = repaired_once(&line, decodes);
             if next == line {
                 break;
@@ -193,5 +197,15 @@ mod tests {
         }
         let nested = format!("&{}lt;", "amp;".repeat(5000));
         assert_eq!(repaired(&nested), "<");
+        // The last digit of each reference is itself one, so each takes a pass: 7 is &#55; and 5 is &#53; and so on.
+        let chain = |levels: usize| {
+            let heads = ["&#5", "&#5", "&#5", "&#4", "&#5"].into_iter().cycle();
+            let heads: String = heads.take(levels).collect();
+            let last = ["7", "5", "3", "1", "9"][levels % 5];
+            format!("{heads}{last}{}", ";".repeat(levels))
+        };
+        assert_eq!(repaired(&chain(1)), "7");
+        assert_eq!(repaired(&chain(50)), "7");
+        assert_eq!(repaired(&chain(5000)), chain(5000 - PASSES));
     }
 }
