@@ -1,4 +1,5 @@
-"""Writes the images of emoji.tar with captions for captions.yaml: captioned/ with metadata.jsonl, and each caption once in captions.txt.
+"""Writes the images of emoji.tar with captions, for captions.yaml: captioned/ with metadata.jsonl, and captions.txt, which has
+each caption once.
 
 usage: python3 recipes/data/caption_emoji.py
 """
@@ -14,7 +15,10 @@ UNSPOKEN = ("variation selector", "zero width joiner")
 
 
 def caption(file):
-    """The Unicode names of an emoji's characters, and its group: `activities/google-1f3a3.webp` is "fishing pole and fish (activities)"."""
+    """The Unicode names of an emoji's characters, and its group.
+
+    activities/google-1f3a3.webp: fishing pole and fish (activities)
+    """
     characters = [chr(int(code, 16)) for code in file.stem.split("-")[1:]]
     # An older Python doesn't know the newest characters.
     names = [unicodedata.name(character, "").lower() for character in characters]
