@@ -9,13 +9,15 @@ pub fn visible(text: &str) -> String {
         out.push_str(&left[..at]);
         left = &left[at..];
         if left.starts_with('<') {
-            match tag(left) {
-                Some(bytes) => left = after(&left[..bytes], &left[bytes..]),
-                None => {
-                    let (shown, rest) = left.split_at(broken_tag(left));
-                    out.push_str(shown);
-                    left = rest;
-                }
+            if let Some((shown, rest)) = character_data(left) {
+                out.push_str(shown);
+                left = rest;
+            } else if let Some(bytes) = tag(left) {
+                left = after(&left[..bytes], &left[bytes..]);
+            } else {
+                let (shown, rest) = left.split_at(broken_tag(left));
+                out.push_str(shown);
+                left = rest;
             }
             continue;
         }
@@ -40,6 +42,11 @@ pub fn visible(text: &str) -> String {
 /// Whether a `<` begins a tag, a comment or a declaration.
 fn begins_tag(text: &str) -> bool {
     text[1..].starts_with(|c: char| c.is_ascii_alphabetic() || "/!?".contains(c))
+}
+
+/// The content of a section `<![cdata[..]]>` at the start of a text, which is shown as it is, and what follows.
+fn character_data(text: &str) -> Option<(&str, &str)> {
+    text.strip_prefix("<![cdata[")?.split_once("]]>")
 }
 
 /// Bytes of the tag, comment or declaration at the start of a text; none, if it does not end.
@@ -95,8 +102,13 @@ fn after<'t>(tag: &str, left: &'t str) -> &'t str {
         .next();
     match name {
         Some(name @ ("script" | "style")) if !tag.ends_with("/>") => {
-            let end = left.find(&format!("</{name}"));
-            end.map_or("", |at| &left[at..])
+            let close = format!("</{name}");
+            let ends = |&(at, _): &(usize, &str)| {
+                let rest = left[at + close.len()..].trim_start();
+                rest.starts_with('>')
+            };
+            let end = left.match_indices(close.as_str()).find(ends);
+            end.map_or("", |(at, _)| &left[at..])
         }
         _ => left,
     }
@@ -142,6 +154,8 @@ mod tests {
             ("<a href='x>y'>hi</a><br/>there", "hithere"),
             ("<!-- a -- > b -->c<?p x?>d<!doctype html>e", " b -->cde"),
             ("<script>if (a < b) {}</script>shown<style>p {}", "shown"),
+            ("<script>a</scripts></script >b<style>c</style", "b"),
+            ("<![cdata[x > y &lt; <b>]]>z", "x > y &lt; <b>z"),
             ("x <3 y</", "x <3 y</"),
             ("a <b and c<i>d</i>", "a d"),
             ("a <b", "a <b"),
