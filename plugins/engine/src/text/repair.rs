@@ -1,7 +1,8 @@
 //! Repairs of text as ftfy 6 makes them by default (`ftfy.fix_text`), in its order: entities, control characters that are meant
 //! as Windows-1252, ligatures, widths, quotes, line breaks, escapes of terminals, other control characters, NFC.
 //!
-//! In: a text. Out: a text. Absent: text that was decoded in a wrong encoding is not decoded again.
+//! In: a text. Out: a text. Absent: text that was decoded in a wrong encoding is not decoded again, and names of characters in
+//! capitals (`&OUML;`) stay, because captions are in lower case.
 
 use icu_normalizer::ComposingNormalizerBorrowed;
 
