@@ -185,9 +185,12 @@ typedef struct retort_plugin {
      * these kinds, and "x-retort-file": "file" | "dir" | "images" | "weights" marks a path (images: a folder, of which only
      * image files, tables and archives of them count; weights: a file, or the folder or index of several).
      * "x-retort-same-result": true, on any schema, says that another value of that option gives the same output, so that its
-     * result can be reused. Raise `revision` when the same options give a different result than before. `divisible` (default
-     * false) says that several processes can share the work: see `run`. `together` (default false) also says that these
-     * processes work on the same result and wait for each other.
+     * result can be reused. "x-retort-prepared": {"kind": "images", "sources": ["folder"], "own": ["flip"]}, on an option's
+     * schema, says that a stage of that kind can prepare the data in this option, given the same option without `own`; where
+     * several stages have the same data with one of `sources`, the host adds such a stage: see `prepared` in `run`. Raise
+     * `revision` when the same options give a different result than before. `divisible` (default false) says that several
+     * processes can share the work: see `run`. `together` (default false) also says that these processes work on the same
+     * result and wait for each other.
      */
     int32_t (*describe)(retort_sink out, retort_sink err);
 
@@ -220,8 +223,12 @@ typedef struct retort_plugin {
      *    "inputs": {"teacher": {"kind": "teacher", "path": "/dir", "hash": "64 hex digits"}}}
      *
      * Options are complete: defaults are filled in. A reference in the options names a stage; its artifact is under
-     * that name in inputs. Result: the id of the committed artifact that references to this stage stand for, and facts
-     * worth keeping:
+     * that name in inputs. Where another stage has prepared data that the options hold themselves,
+     *
+     *    "prepared": {"/data": "pictures"}
+     *
+     * names the input with it by the option's pointer; a plugin may read the data instead. Result: the id of the committed
+     * artifact that references to this stage stand for, and facts worth keeping:
      *
      *   {"output": 1, "summary": {...}}
      *

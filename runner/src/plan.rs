@@ -28,6 +28,7 @@ mod digest;
 #[cfg(test)]
 pub(crate) mod fake;
 mod planner;
+mod prepared;
 mod sources;
 #[cfg(test)]
 mod tests;
@@ -123,6 +124,20 @@ pub struct PlannedStage {
     pub origins: BTreeMap<String, Origin>,
     /// The stage's position in the recipe.
     pub position: Option<Position>,
+    /// The stages that read what this one prepares, if the plan has added it for them; empty for a stage of the recipe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub added_for: Vec<String>,
+}
+
+impl PlannedStage {
+    /// The stages that prepare data of its options, by the pointers of these options.
+    pub fn prepared(&self) -> BTreeMap<String, String> {
+        let references = self.references.iter();
+        references
+            .filter(|reference| reference.prepared)
+            .map(|reference| (reference.pointer.clone(), reference.stage.clone()))
+            .collect()
+    }
 }
 
 /// Which plugin exactly.
@@ -157,6 +172,9 @@ pub struct Reference {
     pub stage: String,
     /// Kinds of artifact the option accepts; empty: any.
     pub kinds: Vec<String>,
+    /// Whether the option holds the data itself, which that stage prepares: no part of the digest.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub prepared: bool,
 }
 
 /// An option that names a file or a directory.
@@ -359,7 +377,12 @@ impl Plan {
     pub fn missing_files(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         let until = Instant::now() + QUICK;
-        for stage in &self.stages {
+        // The files of an added stage are those of the stages that it was added for.
+        let written = self
+            .stages
+            .iter()
+            .filter(|stage| stage.added_for.is_empty());
+        for stage in written {
             for file in &stage.files {
                 let finding = |problem: String| {
                     let message = format!("stage `{}`: {problem}", stage.name);
@@ -413,7 +436,12 @@ impl Plan {
 
     /// A stage option that proved wrong at run time.
     pub fn option_at_fault(&self, stage: &str, pointer: &str, message: &str) -> Vec<Finding> {
-        let pointer = format!("/stages/{}{pointer}", escape(stage));
+        // The options of an added stage are written in those that it was added for.
+        let reader = self
+            .stage(stage)
+            .and_then(|stage| stage.added_for.first())
+            .map_or(stage, String::as_str);
+        let pointer = format!("/stages/{}{pointer}", escape(reader));
         let message = format!("stage `{stage}`: {message}");
         self.place(vec![Finding::error(pointer, message)])
     }
@@ -452,6 +480,7 @@ impl Plan {
             work_dir: None,
             inputs: BTreeMap::new(),
             sources: BTreeMap::new(),
+            prepared: stage.prepared(),
             part: None,
         }
     }
@@ -476,8 +505,13 @@ impl Plan {
             }
         }
         let mut findings = Vec::new();
-        let mut open: Vec<(&PlannedStage, StageSources)> =
-            self.stages.iter().zip(sources).collect();
+        // The options of an added stage are checked where they are written.
+        let mut open: Vec<(&PlannedStage, StageSources)> = self
+            .stages
+            .iter()
+            .zip(sources)
+            .filter(|(stage, _)| stage.added_for.is_empty())
+            .collect();
         for name in names {
             let (own, others): (Vec<_>, Vec<_>) = open
                 .into_iter()
@@ -532,6 +566,10 @@ impl Threads {
 
 fn is_zero(count: &usize) -> bool {
     *count == 0
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// Durations as seconds in JSON.

@@ -511,6 +511,7 @@ fn of_the_workers_of_a_stage_the_first_alone_tells_and_writes() {
                 work_dir: Some(work_dir),
                 inputs: BTreeMap::new(),
                 sources: BTreeMap::new(),
+                prepared: BTreeMap::new(),
                 part: Some(Part { index, of: 2 }),
             };
             let plugin = &plugin;

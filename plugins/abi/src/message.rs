@@ -121,6 +121,10 @@ pub struct StageJob {
     /// can be checked before anything runs. Of very large recipes some are left out. Empty in `run`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sources: BTreeMap<String, SourceStage>,
+    /// Which inputs are data that the options hold themselves, prepared by another stage: the name of that stage by the
+    /// option's pointer. A plugin may read the data instead; the result must be the same.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub prepared: BTreeMap<String, String>,
     /// Which part of the work to do, for a divisible kind. A part leaves its output in the work directory and commits no
     /// artifact; a final job without a part makes the artifact from all parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -50,7 +50,7 @@ impl<'a, B: Backend> Context<'a, B> {
     ) -> Result<Images> {
         let stage = match data {
             Data::Stage(stage) => Some(stage),
-            Data::Source(options) => options.images.as_ref(),
+            Data::Source(options) => options.images.as_ref().or_else(|| self.prepared()),
         };
         let dir = stage.map(|stage| self.input_dir(stage)).transpose()?;
         let cache = ImageCache {
@@ -68,6 +68,12 @@ impl<'a, B: Backend> Context<'a, B> {
             },
         };
         data::load(data, dir, &cache, accept)
+    }
+
+    /// The stage that has prepared the images of the option `data`, which says where they come from.
+    fn prepared(&self) -> Option<&'a String> {
+        let stage = self.job.prepared.get("/data")?;
+        self.job.inputs.contains_key(stage).then_some(stage)
     }
 
     /// Directory that survives attempts.

@@ -155,6 +155,7 @@ mod tests {
             work_dir: None,
             inputs: Default::default(),
             sources: Default::default(),
+            prepared: Default::default(),
             part: None,
         };
         assert_eq!(smaller(&job), said);

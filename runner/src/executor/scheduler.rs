@@ -242,6 +242,8 @@ impl<'p> Scheduler<'p> {
                     hashes.insert(reference.stage.clone(), output.hash.clone());
                     inputs.insert(reference.stage.clone(), input);
                 }
+                // Its result has to be in the store, so it reads no data.
+                State::LeftOut if reference.prepared => {}
                 State::Ended(_) | State::Blocked { .. } | State::LeftOut => {
                     return Resolution::Blocked(reference.stage.clone());
                 }

@@ -9,7 +9,7 @@ use std::error::Error as StdError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Digest, Plan, PlannedStage, digest};
+use super::{Digest, Plan, PlannedStage, Reference, digest};
 use crate::schema;
 
 /// The role of each stage in a run.
@@ -140,7 +140,7 @@ pub fn select(
             .for_each(|(wanted, after)| *wanted &= after);
     }
     if let Some(name) = until {
-        let before = with_inputs(plan, &[index("--until", name)?]);
+        let before = with_inputs(plan, &[index("--until", name)?], |_| true);
         wanted
             .iter_mut()
             .zip(before)
@@ -153,7 +153,8 @@ pub fn select(
             until: until.to_owned(),
         });
     }
-    let needed = with_inputs(plan, &chosen);
+    // A stage whose result is in the store needs no data.
+    let needed = with_inputs(plan, &chosen, |reference| !reference.prepared);
     let mut roles: Vec<Role> = (0..count)
         .map(|stage| match (wanted[stage], needed[stage]) {
             (true, _) => Role::Wanted,
@@ -161,6 +162,7 @@ pub fn select(
             (false, false) => Role::Skipped,
         })
         .collect();
+    prepare_data(plan, &mut roles);
     for name in force {
         let forced = if name == "*" {
             chosen.clone()
@@ -176,8 +178,23 @@ pub fn select(
     Ok(roles)
 }
 
-/// The stages and all their dependencies.
-fn with_inputs(plan: &Plan, stages: &[usize]) -> Vec<bool> {
+/// Lets the stages run that prepare data of stages that run, also outside `--from`.
+fn prepare_data(plan: &Plan, roles: &mut [Role]) {
+    for reader in 0..roles.len() {
+        if roles[reader] != Role::Wanted {
+            continue;
+        }
+        for name in plan.stages[reader].prepared().values() {
+            let input = plan.stages.iter().position(|stage| stage.name == *name);
+            if let Some(input) = input.filter(|&input| roles[input] == Role::Skipped) {
+                roles[input] = Role::Wanted;
+            }
+        }
+    }
+}
+
+/// The stages and all their dependencies by these references.
+fn with_inputs(plan: &Plan, stages: &[usize], counts: fn(&Reference) -> bool) -> Vec<bool> {
     let mut found = vec![false; plan.stages.len()];
     for &stage in stages {
         found[stage] = true;
@@ -185,7 +202,8 @@ fn with_inputs(plan: &Plan, stages: &[usize]) -> Vec<bool> {
     // The plan's order puts inputs first, so one backward pass suffices.
     for stage in (0..plan.stages.len()).rev() {
         if found[stage] {
-            for reference in &plan.stages[stage].references {
+            let references = plan.stages[stage].references.iter();
+            for reference in references.filter(|one| counts(one)) {
                 if let Some(input) = plan
                     .stages
                     .iter()
@@ -312,7 +330,8 @@ pub fn explain(last: Option<&Value>, now: &Digest) -> Vec<String> {
 /// Names of the stages whose output is not known yet.
 fn inputs_to_come(stage: &PlannedStage, outputs: &BTreeMap<String, String>) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
-    for reference in &stage.references {
+    // A stage could read its data itself.
+    for reference in stage.references.iter().filter(|one| !one.prepared) {
         if !outputs.contains_key(&reference.stage) && !names.contains(&reference.stage) {
             names.push(reference.stage.clone());
         }

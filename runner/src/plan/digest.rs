@@ -20,14 +20,14 @@ pub struct Digest {
 ///
 /// In it: kind and revision, options with references and paths replaced by content hashes, seed, kind of device,
 /// dtype, plugin name, version and file hash. Not in it: names of stages, threads, workers, timeout, description,
-/// paths, options that change no result.
+/// paths, options that change no result, and who prepares its data.
 pub fn digest(
     stage: &PlannedStage,
     input_hashes: &BTreeMap<String, String>,
     file_hashes: &BTreeMap<String, String>,
 ) -> Option<Digest> {
     let mut options = stage.options.clone();
-    for reference in &stage.references {
+    for reference in stage.references.iter().filter(|one| !one.prepared) {
         let hash = input_hashes.get(&reference.stage)?;
         *options.pointer_mut(&reference.pointer)? = Value::String(format!("artifact:{hash}"));
     }

@@ -119,6 +119,8 @@ pub fn description() -> Description {
             stage("pretrain", "teacher"),
             stage("distill", "student"),
             stage("everything", "samples"),
+            stage("images", "images"),
+            stage("classifier", "classifier"),
         ],
     }
 }
@@ -150,6 +152,20 @@ pub fn schema(kind: &str) -> Value {
             }),
             json!(["teacher", "tokenizer"]),
         ),
+        "images" => (
+            json!({"data": {"$ref": "#/$defs/Pictures"}}),
+            json!(["data"]),
+        ),
+        "classifier" => (
+            json!({
+                "data": {
+                    "anyOf": [reference(&["images"]), {"$ref": "#/$defs/Pictures"}],
+                    "x-retort-prepared": {"kind": "images", "sources": ["folder"], "own": ["flip"]}
+                },
+                "from": reference(&["classifier"])
+            }),
+            json!(["data"]),
+        ),
         _ => (properties_of_everything(), json!(["data"])),
     };
     json!({
@@ -179,6 +195,16 @@ pub fn schema(kind: &str) -> Value {
                 ]
             },
             "Codes": reference(&["tokenizer"]),
+            "Pictures": {
+                "type": "object",
+                "properties": {
+                    "folder": {"type": ["string", "null"], "x-retort-file": "images"},
+                    "csv": {"type": ["string", "null"], "x-retort-file": "file"},
+                    "size": {"type": ["integer", "null"]},
+                    "flip": {"type": "boolean", "default": false}
+                },
+                "additionalProperties": false
+            },
             "Schedule": {
                 "oneOf": [
                     {

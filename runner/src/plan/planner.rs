@@ -15,7 +15,7 @@ use std::time::Duration;
 use retort_abi::{Description, Device};
 use serde_json::Value;
 
-use super::{Build, Descriptions, Origin, PlannedStage, Threads};
+use super::{Build, Descriptions, Origin, PlannedStage, Threads, prepared};
 use crate::diagnostic::Finding;
 use crate::duration;
 use crate::recipe::{Recipe, RecipeSource, ValueSource};
@@ -50,6 +50,13 @@ pub(super) fn settle(
         .into_iter()
         .filter_map(|index| planner.settle(&unresolved_stages[index]))
         .collect();
+    let given: Vec<&str> = recipe
+        .given
+        .iter()
+        .map(|given| given.name.as_str())
+        .collect();
+    let (stages, notes) = prepared::share(stages, &given, &planner.known);
+    planner.notes.extend(notes);
     (stages, planner.findings, planner.notes)
 }
 
@@ -150,6 +157,7 @@ impl Planner<'_> {
             revision: kind.revision,
             origins,
             position: self.source.locate(&unresolved.pointer, EntryPart::Key),
+            added_for: Vec::new(),
         })
     }
 

@@ -314,6 +314,7 @@ impl<'a> ConformanceRun<'a> {
                 work_dir: None,
                 inputs: BTreeMap::new(),
                 sources: BTreeMap::new(),
+                prepared: BTreeMap::new(),
                 part: None,
             })
             .collect();
@@ -382,6 +383,7 @@ impl<'a> ConformanceRun<'a> {
             work_dir: Some(place.path().join("work")),
             inputs: BTreeMap::new(),
             sources: BTreeMap::new(),
+            prepared: BTreeMap::new(),
             part: None,
         };
         let seen = self.attempt(

@@ -168,6 +168,7 @@ impl StageRow {
             work_dir: Some(dir.join("work")),
             inputs,
             sources: BTreeMap::new(),
+            prepared: BTreeMap::new(),
             part: None,
         }
     }

@@ -106,10 +106,15 @@ fn prepared_images_train_the_same_networks() {
         .expect(0)
         .saying(&["teacher: tokens of 12 images, in 5 views each"]);
     let picture = |crop: &str| format!("{{folder: mix, size: 16, fit: contain, {crop}}}");
-    let in_place = lab(
-        &stages.replace("OTHER", &picture("crop: 12")),
-        &picture("crop: 12, flip: true"),
-    );
+    let mut apart = stages
+        .replace("OTHER", &picture("crop: 12"))
+        .replace("DATA", &picture("crop: 12, flip: true"));
+    // Stages with the same options would read the output of `pictures`.
+    for folder in ["./mix", "mix/", "./mix/", "././mix"] {
+        let other = format!("{{folder: {folder}, size: 16, fit: contain, crop");
+        apart = apart.replacen("{folder: mix, size: 16, fit: contain, crop", &other, 1);
+    }
+    let in_place = lab(&apart, "");
     every_format(&in_place.dir.path().join("mix"));
     in_place.retort(&["run", "r.yaml"]).expect(0);
     for stage in ["codes", "teacher", "eye", "pictures", "judged"] {
@@ -137,6 +142,64 @@ fn prepared_images_train_the_same_networks() {
         .retort(&["run", "r.yaml", "--set", "eye.seed=9"])
         .expect(0);
     assert_ne!(output(&prepared, "eye").0, output(&in_place, "eye").0);
+}
+
+/// A classifier on the folder `mix`, which `path` names.
+fn eye_on(path: &str) -> String {
+    format!(
+        "  eye: {{kind: classifier, data: {{folder: {path}, size: 16, flip: true}}, features: 8, \
+         train: {{steps: 4, batch: 8}}}}\n"
+    )
+}
+
+#[test]
+fn stages_with_the_same_data_decode_it_once() {
+    let data = "{folder: mix, size: 16}";
+    let decoded = "RGB, classes: 2";
+    let apart = lab(&format!("{CODES}{}", eye_on("./mix")), data);
+    every_format(&apart.dir.path().join("mix"));
+    let said = apart.retort(&["run", "r.yaml", "-v"]).expect(0);
+    assert_eq!(said.stderr.matches(decoded).count(), 2, "{}", said.stderr);
+
+    let lab = lab(CODES, data);
+    every_format(&lab.dir.path().join("mix"));
+    assert_eq!(lab.outcomes(&[]), ["codes ran"]);
+    write(&lab, &format!("{CODES}{}", eye_on("mix")), data);
+    let planned = lab.retort(&["plan", "r.yaml"]).expect(0);
+    assert!(
+        planned.stdout.contains("images-of-codes"),
+        "{}",
+        planned.stdout
+    );
+    let said = lab.retort(&["run", "r.yaml", "-v"]).expect(0);
+    assert_eq!(said.stderr.matches(decoded).count(), 1, "{}", said.stderr);
+    said.saying(&["`images-of-codes` prepares the data of `codes` and `eye` once"]);
+    // Another stage with the same data is no reason to train a network again.
+    let latest = lab.retort(&["runs", "show", "latest", "--json"]).expect(0);
+    let stages = latest.json()["stages"].clone();
+    let codes = stages
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|stage| stage["name"] == "codes");
+    assert!(!codes.unwrap()["reused_from"].is_null(), "{stages:#}");
+    let all = |first: &str| {
+        let rest = ["codes reused", "eye reused"].map(str::to_owned);
+        [vec![format!("images-of-codes {first}")], rest.to_vec()].concat()
+    };
+    assert_eq!(lab.outcomes(&[]), all("reused"));
+    for stage in ["codes", "eye"] {
+        assert_eq!(output(&lab, stage).0, output(&apart, stage).0, "{stage}");
+    }
+    let prepared = output(&lab, "images-of-codes").1;
+    assert!(prepared.join("images.json").exists());
+    assert_eq!(lab.outcomes(&["--force", "images-of-codes"]), all("ran"));
+
+    // A file that cannot be read is found before any network is trained.
+    fs::write(lab.dir.path().join("mix/cats/cut.png"), "").unwrap();
+    let said = lab.retort(&["run", "r.yaml"]);
+    assert_ne!(said.code, Some(0));
+    said.saying(&["images-of-codes", "cats/cut.png", "skip_damaged: true"]);
 }
 
 /// All stages on images of 12 x 20, and what is impossible with them.

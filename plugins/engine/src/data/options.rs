@@ -15,7 +15,8 @@ use crate::size::Size;
 pub enum Data {
     /// The `images` stage that prepared them.
     Stage(#[schemars(extend("x-retort-artifact" = ["images"]))] String),
-    /// Their source; they are decoded once by each stage, and held in memory or, where they are many, in its work directory.
+    /// Their source. Stages with the same source share one `images` stage; a stage alone holds the images in memory or, where
+    /// they are many, in its work directory.
     Source(Box<DataOptions>),
 }
 
@@ -175,6 +176,14 @@ impl From<DataOptions> for Data {
 }
 
 impl Data {
+    /// The mark of an option that holds it, for the runner: an `images` stage can prepare a source of image files for several
+    /// stages, each of which augments the images for itself.
+    pub fn prepared_by() -> serde_json::Value {
+        serde_json::json!({
+            "kind": "images", "sources": ["folder", "tar", "parquet"], "own": ["crop", "flip"],
+        })
+    }
+
     /// Checks what can be checked without touching a file.
     pub fn check(&self) -> Result<(), DataError> {
         match self {

@@ -28,6 +28,7 @@ use crate::weights::{self, Loader, ParameterSource, Params, Weights};
 #[serde(deny_unknown_fields)]
 pub struct Options {
     /// Images to learn from.
+    #[schemars(extend("x-retort-prepared" = Data::prepared_by()))]
     pub data: Data,
     /// Share of each class kept out of training, to measure the accuracy.
     #[serde(default = "held_out")]

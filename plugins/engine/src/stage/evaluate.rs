@@ -68,6 +68,7 @@ pub struct Options {
     pub tokenizers: BTreeMap<String, String>,
     /// The real images. May be left out when `real` or `statistics` stand for them.
     #[serde(default)]
+    #[schemars(extend("x-retort-prepared" = Data::prepared_by()))]
     pub data: Option<Data>,
     /// A set of samples used as the real images.
     #[serde(default)]

@@ -49,6 +49,7 @@ pub struct Options {
     #[schemars(extend("x-retort-artifact" = ["tokenizer"]))]
     pub tokenizer: String,
     /// Images to learn from.
+    #[schemars(extend("x-retort-prepared" = Data::prepared_by()))]
     pub data: Data,
     /// The stage of a teacher to start from, trained here or published, of the same shape and with the tokens of the same
     /// codebook. For other classes the class embedding is drawn anew.

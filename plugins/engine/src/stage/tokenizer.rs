@@ -44,6 +44,7 @@ pub struct Options {
     #[serde(default)]
     pub family: Family,
     /// Images to learn from.
+    #[schemars(extend("x-retort-prepared" = Data::prepared_by()))]
     pub data: Data,
     /// The stage of a tokenizer to start from, or of a published teacher, with its tokenizer; of the same shape.
     #[serde(default)]

@@ -168,6 +168,7 @@ impl SweepForecast {
             };
             let inputs = stage.references.iter();
             let is_open = inputs
+                .filter(|reference| !reference.prepared)
                 .map(|reference| reference.stage.as_str())
                 .any(|input| to_come.contains(input));
             let found = match is_open {

@@ -75,6 +75,7 @@ impl Supervisor<'_> {
             work_dir: Some(spec.work_dir.clone()),
             inputs: spec.inputs.clone(),
             sources: BTreeMap::new(),
+            prepared: stage.prepared(),
             part,
         };
         Task {

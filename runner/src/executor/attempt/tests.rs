@@ -46,6 +46,7 @@ fn spec() -> AttemptSpec {
             revision: 0,
             origins: BTreeMap::new(),
             position: None,
+            added_for: Vec::new(),
         },
         id: StageId(1),
         digest: Digest {

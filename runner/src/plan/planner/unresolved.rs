@@ -221,6 +221,7 @@ impl<'a> Planner<'a> {
                         stage: text.to_owned(),
                         pointer,
                         kinds,
+                        prepared: false,
                     });
                 }
                 target => {
