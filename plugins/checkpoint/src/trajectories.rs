@@ -42,6 +42,9 @@ pub struct Manifest {
     /// What its images are conditioned on.
     #[serde(flatten)]
     pub condition: ConditioningShape,
+    /// Names of the classes, if they have names; the teacher decides them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub class_names: Vec<String>,
     /// The teacher's distribution: `guidance`, `temperature`, `top_k`, `top_p`.
     #[serde(deserialize_with = "parameters")]
     pub distribution: Value,
@@ -254,6 +257,7 @@ mod tests {
             vocabulary: 16,
             dim: 4,
             condition: ConditioningShape::Classes(10),
+            class_names: Vec::new(),
             distribution: serde_json::json!({"guidance": 1.5}),
             solver_steps: 64,
             teacher: "t".into(),

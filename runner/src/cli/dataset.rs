@@ -1,4 +1,6 @@
-//! `retort dataset`: shows a trajectory dataset, checks it, and merges parts into one.
+//! `retort dataset`: shows a trajectory dataset, checks it, and merges parts into one; also shows prepared images.
+
+mod images;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +30,7 @@ pub struct Args {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Describe a dataset: pairs, shape, teacher, distribution, size, classes.
+    /// Describe a dataset: pairs, shape, teacher, distribution, size, classes; or prepared images and their classes.
     Info(InfoArgs),
     /// Read a whole dataset and list damaged files.
     Verify(InfoArgs),
@@ -97,16 +99,8 @@ impl OpenedDataset {
                 format!("{reference} has no {MANIFEST}: it is not a trajectory dataset"),
             ));
         }
-        let record = context.runtime()?.block_on(async {
-            let store = Store::open(&context.store, Access::ReadOnly).await?;
-            let hash = store.resolve_artifact(reference).await?;
-            let all = store.list_artifacts(None).await?;
-            store.close().await;
-            Ok::<_, Error>(all.into_iter().find(|row| row.artifact.hash == hash))
-        })?;
-        let record = record.map(|row| row.artifact);
-        let record = record.filter(|record| record.kind == "trajectories");
-        let Some(record) = record else {
+        let record = find(reference, context)?;
+        let Some(record) = record.filter(|record| record.kind == "trajectories") else {
             let message = format!("{reference} is not a trajectory dataset");
             return Err(Error::new(Exit::NothingMatches, message)
                 .hint("`retort artifacts list --kind trajectories` shows them all"));
@@ -124,13 +118,77 @@ impl OpenedDataset {
     }
 }
 
+/// The artifact that a hash or RUN/STAGE names.
+fn find(reference: &str, context: &Context) -> Result<Option<ArtifactRecord>, Error> {
+    context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let hash = store.resolve_artifact(reference).await?;
+        let all = store.list_artifacts(None).await?;
+        store.close().await;
+        let found = all.into_iter().find(|row| row.artifact.hash == hash);
+        Ok::<_, Error>(found.map(|row| row.artifact))
+    })
+}
+
 fn shown(ranges: &[Range<u64>]) -> String {
     let shown = ranges.iter().map(|r| format!("{}..{}", r.start, r.end));
     shown.collect::<Vec<_>>().join(", ")
 }
 
 fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
-    let found = OpenedDataset::of(&args.dataset, context)?;
+    let rows = match images::find(&args.dataset, context)? {
+        Some(dir) => images::facts(&dir)?,
+        None => facts(&OpenedDataset::of(&args.dataset, context)?)?,
+    };
+    let text = match args.format.get() {
+        Format::Json => {
+            let facts = rows.objects();
+            let facts = facts.as_array().into_iter().flatten();
+            let object: Map<String, Value> = facts
+                .filter_map(|row| Some((row["fact"].as_str()?.to_owned(), row["value"].clone())))
+                .collect();
+            format!("{:#}\n", Value::Object(object))
+        }
+        _ => rows.render(args.format.style(context)),
+    };
+    Ok(output::print(&text)?)
+}
+
+/// The most classes that a table names.
+const NAMED: usize = 12;
+
+/// Names of classes: for people the first of them.
+fn class_names(names: &[String]) -> Cell {
+    let mut text = names[..names.len().min(NAMED)].join(", ");
+    if names.len() > NAMED {
+        text.push_str(&format!(" and {} more", names.len() - NAMED));
+    }
+    Cell::new(Cell::name(&text).text(), names.to_vec())
+}
+
+/// How many there are of each class: for people by name where a few classes have names, else the least and the most.
+fn of_each(counts: &BTreeMap<u32, u64>, names: &[String]) -> Cell {
+    let text = match names.len() {
+        1..=NAMED => {
+            let count = |class: u32| counts.get(&class).copied().unwrap_or(0);
+            let named = (0..).zip(names);
+            let named = named.map(|(class, name)| format!("{name} {}", count(class)));
+            named.collect::<Vec<_>>().join(", ")
+        }
+        _ => {
+            let spread = counts.values().min().zip(counts.values().max());
+            spread.map_or_else(String::new, |(least, most)| format!("{least} to {most}"))
+        }
+    };
+    let counts: Map<String, Value> = counts
+        .iter()
+        .map(|(class, &count)| (class.to_string(), count.into()))
+        .collect();
+    Cell::new(Cell::name(&text).text(), counts)
+}
+
+/// What there is to say about a dataset: a row for each fact.
+fn facts(found: &OpenedDataset) -> Result<Rows, Error> {
     let (dir, m) = (&found.dir, &found.manifest);
     let (mut classes, mut types, mut noise) = (BTreeMap::<u32, u64>::new(), Vec::new(), false);
     let mut bytes = 0;
@@ -158,13 +216,6 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         ConditioningShape::Classes(classes) => ("classes", classes),
         ConditioningShape::Captions(_) => ("captions", classes.len()),
     };
-    let spread = classes.values().min().zip(classes.values().max());
-    let spread = spread.map_or_else(String::new, |(least, most)| format!("{least} to {most}"));
-    let counts: Map<String, Value> = classes
-        .iter()
-        .map(|(class, &count)| (class.to_string(), count.into()))
-        .collect();
-
     let mut facts: Vec<(&str, Cell)> = vec![
         ("folder", dir.display().to_string().into()),
         ("pairs", pairs.into()),
@@ -176,10 +227,15 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         ("codes", (m.vocabulary as u64).into()),
         ("code_dimension", (m.dim as u64).into()),
         (kind, (number as u64).into()),
-        ("pairs_of_each", Cell::new(spread, counts)),
+    ];
+    if !m.class_names.is_empty() {
+        facts.push(("class_names", class_names(&m.class_names)));
+    }
+    facts.extend([
+        ("pairs_of_each", of_each(&classes, &m.class_names)),
         ("teacher", m.teacher.as_str().into()),
         ("seed", m.seed.into()),
-    ];
+    ]);
     let distribution = m.distribution.as_object().into_iter().flatten();
     facts.extend(distribution.map(|(name, value)| (name.as_str(), Cell::json(value))));
     facts.extend([
@@ -194,18 +250,7 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     for (name, value) in facts {
         rows.push([name.into(), value]);
     }
-    let text = match args.format.get() {
-        Format::Json => {
-            let facts = rows.objects();
-            let facts = facts.as_array().into_iter().flatten();
-            let object: Map<String, Value> = facts
-                .filter_map(|row| Some((row["fact"].as_str()?.to_owned(), row["value"].clone())))
-                .collect();
-            format!("{:#}\n", Value::Object(object))
-        }
-        _ => rows.render(args.format.style(context)),
-    };
-    Ok(output::print(&text)?)
+    Ok(rows)
 }
 
 fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {

@@ -194,6 +194,39 @@ fn trainings_go_on_from_others() {
         .saying(&["another codebook"]);
 }
 
+/// Tables of trajectories and of prepared images name the classes.
+fn check_named_datasets(lab: &Lab) {
+    let named = [
+        ("pairs", "pairs_of_each", [3, 2], "cats 3, dogs 2"),
+        ("pictures", "images_of_each", [6, 6], "cats 6, dogs 6"),
+    ];
+    for (stage, fact, counts, told) in named {
+        let dir = output(lab, stage).1;
+        for dataset in [format!("latest/{stage}"), dir.display().to_string()] {
+            let info = ["dataset", "info", dataset.as_str()];
+            let table = lab.retort(&info).expect(0).stdout;
+            assert!(
+                table.contains("cats, dogs") && table.contains(told),
+                "{table}"
+            );
+            let facts = lab.retort(&[&info[..], &["--json"]].concat()).expect(0);
+            let facts = facts.json();
+            assert_eq!(facts["class_names"], serde_json::json!(["cats", "dogs"]));
+            assert_eq!(
+                facts[fact],
+                serde_json::json!({"0": counts[0], "1": counts[1]})
+            );
+        }
+    }
+    let facts = lab.retort(&["dataset", "info", "latest/pictures", "--json"]);
+    let facts = facts.expect(0).json();
+    assert_eq!(facts["images"], 12, "{facts:#}");
+    // Only trajectories can be verified as such.
+    lab.retort(&["dataset", "verify", "latest/pictures"])
+        .expect(4)
+        .saying(&["is not a trajectory dataset"]);
+}
+
 #[test]
 fn classes_keep_the_names_of_their_folders() {
     let lab = pictures(
@@ -201,6 +234,7 @@ fn classes_keep_the_names_of_their_folders() {
   named: {kind: sample, count: 2, labels: [dogs, cats], grid_columns: 1, sampler: {kind: teacher, teacher: teacher}}
   turns: {kind: sample, count: 5, labels: [dogs, cats], shard_size: 2, sampler: {kind: teacher, teacher: teacher}}
   like: {kind: sample, count: 6, labels: {images: pictures}, sampler: {kind: teacher, teacher: teacher}}
+  pairs: {kind: trajectories, teacher: teacher, count: 5}
   eye: {kind: classifier, data: pictures, features: 8, train: {steps: 4, batch: 8}}
   judged: {kind: evaluate, data: pictures, classifier: eye, samples: {like: like}, tokenizers: {reconstruction: codes}}
 ",
@@ -219,6 +253,8 @@ fn classes_keep_the_names_of_their_folders() {
         .expect(0)
         .stdout;
     assert!(all.contains("cats") && all.contains("dogs"), "{all}");
+
+    check_named_datasets(&lab);
 
     let text = fs::read_to_string(output(&lab, "judged").1.join("evaluation.json")).unwrap();
     let report: Value = serde_json::from_str(&text).unwrap();

@@ -190,6 +190,7 @@ impl<'a> Inputs<'a> {
             vocabulary: shape.vocabulary,
             dim: shape.dim,
             condition: shape.condition,
+            class_names: teacher.config.classes.clone(),
             distribution: json!(o.distribution),
             solver_steps: o.solver_steps,
             teacher: input.hash.clone(),

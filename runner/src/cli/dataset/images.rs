@@ -1,0 +1,106 @@
+//! `retort dataset info` of prepared images: their shape, and how many there are of each class, from `images.json` and
+//! `manifest.jsonl`.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use retort_checkpoint::sample_shards::MANIFEST;
+use retort_checkpoint::{json, regular};
+use serde::Deserialize;
+
+use super::{class_names, of_each};
+use crate::artifact::Layout;
+use crate::cli::{Context, Error, Exit};
+use crate::table::Rows;
+
+const DESCRIPTION: &str = "images.json";
+/// Bytes of the longest description that is read.
+const LONGEST_DESCRIPTION: u64 = 64 << 20;
+/// A row for each source file.
+const SOURCES: &str = "manifest.jsonl";
+/// Bytes of its longest line that is read.
+const LONGEST_ROW: u64 = 8 << 20;
+
+/// The relevant part of the description.
+#[derive(Debug, Deserialize)]
+struct Description {
+    count: u64,
+    channels: u64,
+    height: u64,
+    width: u64,
+    classes: Vec<String>,
+    #[serde(default)]
+    damaged: u64,
+}
+
+/// The relevant part of a row; a file that was left out has no label.
+#[derive(Debug, Deserialize)]
+struct SourceRow {
+    label: Option<u32>,
+}
+
+/// The folder of prepared images that a path, a hash or RUN/STAGE names; None if it names something else.
+pub(super) fn find(reference: &str, context: &Context) -> Result<Option<PathBuf>, Error> {
+    let folder = Path::new(reference);
+    if folder.is_dir() {
+        let is_prepared = folder.join(DESCRIPTION).exists() && !folder.join(MANIFEST).exists();
+        return Ok(is_prepared.then(|| folder.to_owned()));
+    }
+    let record = super::find(reference, context)?;
+    match record.filter(|record| record.kind == "images") {
+        Some(record) => Ok(Some(Layout::new(&context.store)?.artifact(&record.hash))),
+        None => Ok(None),
+    }
+}
+
+/// What there is to say about them: a row for each fact.
+pub(super) fn facts(dir: &Path) -> Result<Rows, Error> {
+    let path = dir.join(DESCRIPTION);
+    let found: Description = regular::read(&path, LONGEST_DESCRIPTION)
+        .and_then(|text| Ok(json::parse(&text)?))
+        .map_err(|error| failed(&path, &error))?;
+    let path = dir.join(SOURCES);
+    let counts = counts(&path, found.classes.len()).map_err(|error| failed(&path, &error))?;
+    let mut rows = Rows::new(&["fact", "value"]);
+    for (name, value) in [
+        ("folder", dir.display().to_string().into()),
+        ("images", found.count.into()),
+        ("channels", found.channels.into()),
+        ("height", found.height.into()),
+        ("width", found.width.into()),
+        ("classes", (found.classes.len() as u64).into()),
+        ("class_names", class_names(&found.classes)),
+        ("images_of_each", of_each(&counts, &found.classes)),
+        ("damaged", found.damaged.into()),
+    ] {
+        rows.push([name.into(), value]);
+    }
+    Ok(rows)
+}
+
+fn failed(path: &Path, error: &io::Error) -> Error {
+    Error::new(Exit::Internal, format!("{}: {error}", path.display()))
+}
+
+/// Images of each class.
+fn counts(path: &Path, classes: usize) -> io::Result<BTreeMap<u32, u64>> {
+    let mut reader = BufReader::new(regular::open(path)?);
+    let (mut counts, mut line) = (BTreeMap::new(), Vec::new());
+    loop {
+        line.clear();
+        let mut bounded = (&mut reader).take(LONGEST_ROW);
+        if bounded.read_until(b'\n', &mut line)? == 0 {
+            return Ok(counts);
+        }
+        let row: SourceRow = json::parse(&line)?;
+        let Some(label) = row.label else {
+            continue;
+        };
+        if label as usize >= classes {
+            let message = format!("label {label}, expected labels below {classes}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        *counts.entry(label).or_default() += 1;
+    }
+}
