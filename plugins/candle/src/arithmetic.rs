@@ -164,8 +164,16 @@ fn sum_group(x: &T, first: usize, last: usize) -> Result<T> {
             widest(
                 #[inline(always)]
                 || {
-                    for (j, y) in out.iter_mut().enumerate() {
-                        *y = sum_of(&x[(i * rows + j) * count..][..count], |x| x);
+                    let x = &x[i * rows * count..][..out.len() * count];
+                    if count == 2 {
+                        // The halves of enlarged pixels: too few for lanes.
+                        for (y, [a, b]) in out.iter_mut().zip(x.as_chunks::<2>().0) {
+                            *y = a + b;
+                        }
+                        return;
+                    }
+                    for (y, x) in out.iter_mut().zip(x.chunks_exact(count)) {
+                        *y = sum_of(x, |x| x);
                     }
                 },
             );

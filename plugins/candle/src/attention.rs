@@ -166,9 +166,7 @@ pub fn attention_backward(
 /// (b, h, l, d) in memory -> (b, l, h, d)
 fn heads_last(data: Vec<f32>, problem: &Problem, l: usize) -> Result<T> {
     let y = tensor(data, &[problem.b, problem.h, l, problem.d])?;
-    y.transpose(1, 2)
-        .and_then(|y| y.contiguous())
-        .map_err(failed)
+    whole(&y.transpose(1, 2).map_err(failed)?)
 }
 
 /// Sizes and mask of one call.

@@ -9,11 +9,11 @@ use retort_engine::error::Result;
 
 use crate::activation::silu;
 use crate::plain::Plain;
-use crate::view::fits;
+use crate::view::{fits, whole};
 use crate::{Candle, T};
 use crate::{
-    activation, arithmetic, attention, convolution, flow, norm, optimiser, pooling, product,
-    softmax,
+    activation, arithmetic, attention, convolution, flow, layout, norm, optimiser, pooling,
+    product, softmax,
 };
 
 impl Tensors for Candle {
@@ -61,7 +61,7 @@ impl Tensors for Candle {
     }
 
     fn reshape(x: &T, shape: &[usize]) -> Result<T> {
-        Plain::reshape(x, shape)
+        Plain::reshape(&whole(x)?, shape)
     }
 
     fn permute(x: &T, dims: &[usize]) -> Result<T> {
@@ -73,7 +73,11 @@ impl Tensors for Candle {
     }
 
     fn cat(xs: &[&T], dim: usize) -> Result<T> {
-        Plain::cat(xs, dim)
+        if fits(xs) && beside(xs, dim) {
+            layout::cat(xs, dim)
+        } else {
+            Plain::cat(xs, dim)
+        }
     }
 
     fn expand(x: &T, shape: &[usize]) -> Result<T> {
@@ -422,6 +426,14 @@ impl Sampling for Candle {
             Plain::flow_map(logits, noise, codebook, solver)
         }
     }
+}
+
+/// Whether tensors differ only in a dimension.
+fn beside(xs: &[&T], dim: usize) -> bool {
+    let others = |x: &T| {
+        x.dims()[..dim] == xs[0].dims()[..dim] && x.dims()[dim + 1..] == xs[0].dims()[dim + 1..]
+    };
+    !xs.is_empty() && dim < xs[0].rank() && xs.iter().all(|x| x.rank() == xs[0].rank() && others(x))
 }
 
 fn same(a: &T, b: &T) -> bool {

@@ -14,6 +14,7 @@ mod convolution;
 mod cuda;
 mod direct;
 mod flow;
+mod layout;
 mod norm;
 mod optimiser;
 pub mod plain;

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor
 use retort_engine::error::{Error, Result};
 use std::sync::Mutex;
 
+use crate::layout::row_major;
 use crate::{T, failed};
 
 /// Binds tensors' names to slices of their elements for the rest of the scope. A slice starts at the first element, so a
@@ -26,6 +27,9 @@ pub fn fits(xs: &[&T]) -> bool {
 
 /// The same tensor, row-major in memory.
 pub fn whole(x: &T) -> Result<T> {
+    if fits(&[x]) && !x.is_contiguous() {
+        return row_major(x);
+    }
     x.contiguous().map_err(failed)
 }
 

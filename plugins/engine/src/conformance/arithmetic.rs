@@ -87,6 +87,11 @@ impl<B: Backend> Suite<'_, B> {
                 B::sum(&x[0], dims)
             });
         }
+        let blocks = Host::random(&[5, 3, 2, 7, 2], 7, -1.0, 1.0);
+        let want = host::sum(&blocks, &[2, 4]);
+        self.op("sum of blocks", &[blocks], &want, 4.0, &|x| {
+            B::sum(&x[0], &[2, 4])
+        });
         let wide = Host::random(&[4, 67], 8, -3.0, 3.0);
         let max = Host::build(&[4, 1], |i| {
             let row = &wide.data[i[0] * 67..][..67];
