@@ -124,7 +124,7 @@ fn gelu_argument(x: f32) -> f32 {
 
 /// Slope of [`silu`], given s(x).
 #[inline(always)]
-fn silu_slope(x: f32, s: f32) -> f32 {
+pub fn silu_slope(x: f32, s: f32) -> f32 {
     s * x.mul_add(1.0 - s, 1.0)
 }
 

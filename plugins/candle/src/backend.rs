@@ -306,10 +306,25 @@ impl Norms for Candle {
     }
 
     fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
-        if fits(&[x, w, grad]) && ends_with(x, w.dims()) && w.rank() == 1 && same(x, grad) {
-            norm::rms_norm_backward(x, w, grad, eps)
+        Self::rms_norm_backward_adding(x, w, grad, eps, None)
+    }
+
+    fn rms_norm_backward_adding(
+        x: &T,
+        w: &T,
+        grad: &T,
+        eps: f64,
+        added: Option<&T>,
+    ) -> Result<(T, T)> {
+        let fit = fits(&[x, w, grad])
+            && ends_with(x, w.dims())
+            && w.rank() == 1
+            && same(x, grad)
+            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        if fit {
+            norm::rms_norm_backward(x, w, grad, eps, added)
         } else {
-            Plain::rms_norm_backward(x, w, grad, eps)
+            Plain::rms_norm_backward_adding(x, w, grad, eps, added)
         }
     }
 
@@ -355,9 +370,29 @@ impl Norms for Candle {
 
     fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
         if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
-            norm::group_norm_backward(x, groups, w, grad, eps)
+            norm::group_norm_backward(x, groups, w, None, grad, eps, None)
         } else {
             Plain::group_norm_backward(x, groups, w, grad, eps)
+        }
+    }
+
+    fn group_norm_silu_backward(
+        x: &T,
+        groups: usize,
+        [w, bias]: [&T; 2],
+        y: &T,
+        grad: &T,
+        eps: f64,
+        added: Option<&T>,
+    ) -> Result<(T, T, T)> {
+        let fit = fits(&[x, w, bias, grad])
+            && grouped(x, groups, &[w, bias])
+            && same(x, grad)
+            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        if fit {
+            norm::group_norm_backward(x, groups, w, Some(bias), grad, eps, added)
+        } else {
+            Plain::group_norm_silu_backward(x, groups, [w, bias], y, grad, eps, added)
         }
     }
 }

@@ -142,8 +142,10 @@ mod tests {
     use crate::Candle;
 
     fn counting(shape: &[usize]) -> T {
-        let data = (0..shape.iter().product::<usize>()).map(|i| i as f32);
-        Tensor::from_vec(data.collect(), shape, &Device::Cpu).expect("a tensor")
+        let data: Vec<f32> = (0..shape.iter().product::<usize>())
+            .map(|i| i as f32)
+            .collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
     }
 
     fn elements(x: &T) -> Vec<f32> {

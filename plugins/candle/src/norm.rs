@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 use retort_engine::error::Result;
-use retort_kernels::lanes::{add_scaled, dot, sum, widest};
+use retort_kernels::lanes::{add_scaled, dot, sigmoid, sum, widest};
 
 use crate::T;
+use crate::activation::silu_slope;
 use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
@@ -35,11 +36,13 @@ pub fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
     tensor(y, &shape)
 }
 
-/// Gradients of [`rms_norm`] for x and w.
-pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
+/// Gradients of [`rms_norm`] for x and w; the one for x is added to `added`.
+pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64, added: Option<&T>) -> Result<(T, T)> {
     let (x, w, grad) = (&whole(x)?, &whole(w)?, &whole(grad)?);
-    let shape = x.dims().to_vec();
-    floats!(x, w, grad);
+    let (shape, adds) = (x.dims().to_vec(), added.is_some());
+    // Not read if there is nothing to add to.
+    let added = &whole(added.unwrap_or(grad))?;
+    floats!(x, w, grad, added);
     let d = shape[shape.len() - 1];
     let mut dx = fresh(&shape);
     let blocks = dx.len().div_ceil(BLOCK * d);
@@ -54,6 +57,9 @@ pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
                     for (i, dx) in out.chunks_exact_mut(d).enumerate() {
                         let at = (block * BLOCK + i) * d;
                         rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
+                        if adds {
+                            add_scaled(dx, 1.0, &added[at..][..d]);
+                        }
                     }
                 },
             );
@@ -192,11 +198,22 @@ pub fn group_norm(
     tensor(y, &shape)
 }
 
-/// Gradients of [`group_norm`] for x, scale and shift.
-pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+/// Gradients of [`group_norm`] for x, scale and shift; with the shift in `silu`, those of the function followed by silu. The
+/// one for x is added to `added`.
+pub fn group_norm_backward(
+    x: &T,
+    groups: usize,
+    w: &T,
+    silu: Option<&T>,
+    grad: &T,
+    eps: f64,
+    added: Option<&T>,
+) -> Result<(T, T, T)> {
     let (x, w, grad) = (&whole(x)?, &whole(w)?, &whole(grad)?);
-    let shape = x.dims().to_vec();
-    floats!(x, w, grad);
+    let (shape, is_silu, adds) = (x.dims().to_vec(), silu.is_some(), added.is_some());
+    // What is missing is not read.
+    let (bias, added) = (&whole(silu.unwrap_or(w))?, &whole(added.unwrap_or(grad))?);
+    floats!(x, w, grad, bias, added);
     let (channels, plane) = (shape[1], shape[2] * shape[3]);
     let per = channels / groups;
     let image = channels * plane;
@@ -214,15 +231,16 @@ pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> R
                     for (group, dx) in out.chunks_exact_mut(per * plane).enumerate() {
                         let at = b * image + group * per * plane;
                         let own = group * per..(group + 1) * per;
-                        group_backward(
-                            dx,
-                            &mut dw[own.clone()],
-                            &mut db[own.clone()],
-                            &x[at..][..per * plane],
-                            &w[own],
-                            &grad[at..][..per * plane],
-                            eps,
-                        );
+                        let inputs = Group {
+                            x: &x[at..][..per * plane],
+                            w: &w[own.clone()],
+                            silu: is_silu.then_some(&bias[own.clone()]),
+                            g: &grad[at..][..per * plane],
+                        };
+                        inputs.backward(dx, &mut dw[own.clone()], &mut db[own], eps);
+                        if adds {
+                            add_scaled(dx, 1.0, &added[at..][..per * plane]);
+                        }
                     }
                 },
             );
@@ -236,34 +254,51 @@ pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> R
     ))
 }
 
-#[inline(always)]
-fn group_backward(
-    dx: &mut [f32],
-    dw: &mut [f32],
-    db: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    g: &[f32],
-    eps: f64,
-) {
-    let (plane, n) = (x.len() / w.len(), x.len() as f32);
-    let (mean, r) = moments(x, eps);
-    let (mut level, mut along) = (0.0, 0.0);
-    for c in 0..w.len() {
-        let (x, g) = (&x[c * plane..][..plane], &g[c * plane..][..plane]);
-        let flat = sum(g, |g| g);
-        // sum(g y) with y = (x - mean) r
-        let weighted = (dot(g, x) - mean * flat) * r;
-        db[c] = flat;
-        dw[c] = weighted;
-        level += w[c] * flat / n;
-        along += w[c] * weighted / n;
-    }
-    for c in 0..w.len() {
-        let (x, g) = (&x[c * plane..][..plane], &g[c * plane..][..plane]);
-        for (dx, (&x, &g)) in dx[c * plane..][..plane].iter_mut().zip(x.iter().zip(g)) {
-            let y = (x - mean) * r;
-            *dx = r * y.mul_add(-along, g * w[c] - level);
+/// A group's part of the inputs.
+struct Group<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    /// The shift, if silu follows.
+    silu: Option<&'a [f32]>,
+    g: &'a [f32],
+}
+
+impl Group<'_> {
+    #[inline(always)]
+    fn backward(&self, dx: &mut [f32], dw: &mut [f32], db: &mut [f32], eps: f64) {
+        let Self { x, w, silu, g } = *self;
+        let (plane, n) = (x.len() / w.len(), x.len() as f32);
+        let (mean, r) = moments(x, eps);
+        let (mut level, mut along) = (0.0, 0.0);
+        for c in 0..w.len() {
+            let (x, g) = (&x[c * plane..][..plane], &g[c * plane..][..plane]);
+            // The gradient of the normalised values, while this plane is in the cache.
+            let dx = &mut dx[c * plane..][..plane];
+            match silu {
+                Some(bias) => {
+                    let scale = r * w[c];
+                    let shift = bias[c] - mean * scale;
+                    for (dx, (&x, &g)) in dx.iter_mut().zip(x.iter().zip(g)) {
+                        let normal = x.mul_add(scale, shift);
+                        *dx = g * silu_slope(normal, sigmoid(normal));
+                    }
+                }
+                None => dx.copy_from_slice(g),
+            }
+            let flat = sum(dx, |g| g);
+            // sum(g y) with y = (x - mean) r
+            let weighted = (dot(dx, x) - mean * flat) * r;
+            db[c] = flat;
+            dw[c] = weighted;
+            level += w[c] * flat / n;
+            along += w[c] * weighted / n;
+        }
+        for c in 0..w.len() {
+            let (x, dx) = (&x[c * plane..][..plane], &mut dx[c * plane..][..plane]);
+            for (dx, &x) in dx.iter_mut().zip(x) {
+                let y = (x - mean) * r;
+                *dx = r * y.mul_add(-along, *dx * w[c] - level);
+            }
         }
     }
 }
@@ -289,4 +324,56 @@ fn total(shares: &[f32], width: usize) -> Vec<f32> {
         add_scaled(&mut sum, 1.0, share);
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use retort_engine::backend::{Binary, Layers, Norms, Tensors, Unary};
+
+    use super::*;
+    use crate::Candle;
+
+    fn numbers(seed: u32, shape: &[usize]) -> T {
+        let mut x = seed;
+        let next = |_| {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (x >> 8) as f32 / 4_194_304.0 - 2.0
+        };
+        let data: Vec<f32> = (0..shape.iter().product::<usize>()).map(next).collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
+    }
+
+    fn bits(x: &T) -> Vec<u32> {
+        let x = Candle::to_floats(x).expect("floats");
+        x.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn one_pass_gives_the_bits_of_several() {
+        let (shape, groups, eps) = ([3, 8, 9, 7], 4, 1e-6);
+        let [x, grad, known] = [1, 2, 3].map(|seed| numbers(seed, &shape));
+        let [w, bias] = [4, 5].map(|seed| numbers(seed, &[8]));
+        let y = Candle::group_norm_silu(&x, groups, &w, &bias, eps).expect("a result");
+        let normal = Candle::group_norm(&x, groups, &w, &bias, eps).expect("a result");
+        let of_normal = Candle::unary_backward(&normal, &y, &grad, Unary::Silu).expect("a slope");
+        let (dx, dw, db) =
+            Candle::group_norm_backward(&x, groups, &w, &of_normal, eps).expect("gradients");
+        let dx = Candle::binary(&known, &dx, Binary::Add).expect("a sum");
+        let one =
+            Candle::group_norm_silu_backward(&x, groups, [&w, &bias], &y, &grad, eps, Some(&known));
+        let one = one.expect("gradients");
+        assert_eq!(bits(&one.0), bits(&dx));
+        assert_eq!(bits(&one.1), bits(&dw));
+        assert_eq!(bits(&one.2), bits(&db));
+
+        let [x, grad, known] = [6, 7, 8].map(|seed| numbers(seed, &[5, 31, 37]));
+        let w = numbers(9, &[37]);
+        let (dx, dw) = Candle::rms_norm_backward(&x, &w, &grad, eps).expect("gradients");
+        let dx = Candle::binary(&known, &dx, Binary::Add).expect("a sum");
+        let one = Candle::rms_norm_backward_adding(&x, &w, &grad, eps, Some(&known));
+        let one = one.expect("gradients");
+        assert_eq!(bits(&one.0), bits(&dx));
+        assert_eq!(bits(&one.1), bits(&dw));
+    }
 }

@@ -18,13 +18,17 @@ use crate::error::{Error, Result};
 
 pub use operations::unpack;
 
-/// Computes the gradients of a node's parents, in their order, from its own.
-type Vjp<T> = Box<dyn FnOnce(&T) -> Result<Vec<Option<T>>> + Send + Sync>;
+/// Computes the gradients of a node's parents, in their order, from its own, and from what is known of the first parent's if
+/// it adds to that ([`Node::adds`]).
+type Vjp<T> = Box<dyn FnOnce(&T, Option<&T>) -> Result<Vec<Option<T>>> + Send + Sync>;
 
 struct Node<T> {
     id: u64,
     parents: Vec<Option<Arc<Node<T>>>>,
     vjp: Option<Vjp<T>>,
+    /// Whether `vjp` adds the first parent's gradient to what other uses of that parent have given, in the same pass over
+    /// memory. Otherwise the tape adds them.
+    adds: bool,
 }
 
 /// A tensor that may want a gradient. Cheap to clone.
@@ -199,7 +203,12 @@ fn send_back<B: Backend>(
             ));
         };
         let Some(vjp) = node.vjp else { continue };
-        for (parent, gradient) in node.parents.into_iter().zip(vjp(&gradient)?) {
+        let known = match node.parents.first() {
+            Some(Some(parent)) if node.adds => open.remove(&parent.id).map(|(_, known)| known),
+            _ => None,
+        };
+        let gradients = vjp(&gradient, known.as_ref())?;
+        for (parent, gradient) in node.parents.into_iter().zip(gradients) {
             let Some(parent) = parent else { continue };
             let id = parent.id;
             if let Some(gradient) = gradient {
@@ -252,6 +261,7 @@ impl<B: Backend> Variable<B> {
                 id: next_id(),
                 parents: Vec::new(),
                 vjp: None,
+                adds: false,
             })),
         }
     }
@@ -276,7 +286,7 @@ impl<B: Backend> Variable<B> {
         // Here the activations are dropped.
         drop(node);
         let ids: Vec<u64> = parents.keys().copied().collect();
-        let vjp = move |g: &B::Tensor| {
+        let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| {
             let mut leaves = ids.iter().map(|&id| (id, None)).collect();
             if let Some(node) = part()?.node {
                 send_back::<B>(node, g.clone(), &mut leaves, None)?;
@@ -289,6 +299,7 @@ impl<B: Backend> Variable<B> {
                 id: next_id(),
                 parents: parents.into_values().map(Some).collect(),
                 vjp: Some(Box::new(vjp)),
+                adds: false,
             })),
         })
     }
@@ -362,6 +373,23 @@ impl<B: Backend> Variable<B> {
         parents: &[&Variable<B>],
         vjp: impl FnOnce(&B::Tensor) -> Result<Vec<Option<B::Tensor>>> + Send + Sync + 'static,
     ) -> Self {
+        let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| vjp(g);
+        Self::made(value, parents, Box::new(vjp), false)
+    }
+
+    /// The same; `vjp` also gets what is known of the first parent's gradient, and adds that parent's gradient to it.
+    fn from_adding_op(
+        value: B::Tensor,
+        parents: &[&Variable<B>],
+        vjp: impl FnOnce(&B::Tensor, Option<&B::Tensor>) -> Result<Vec<Option<B::Tensor>>>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        Self::made(value, parents, Box::new(vjp), true)
+    }
+
+    fn made(value: B::Tensor, parents: &[&Variable<B>], vjp: Vjp<B::Tensor>, adds: bool) -> Self {
         if parents.iter().all(|p| p.node.is_none()) {
             return Self::constant(value);
         }
@@ -371,7 +399,8 @@ impl<B: Backend> Variable<B> {
             node: Some(Arc::new(Node {
                 id: next_id(),
                 parents,
-                vjp: Some(Box::new(vjp)),
+                vjp: Some(vjp),
+                adds,
             })),
         }
     }

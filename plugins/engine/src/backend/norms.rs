@@ -1,10 +1,11 @@
 //! Normalisations, in pairs of forward and backward, composed of tensor operations.
 
+use crate::backend::layers::Layers;
 use crate::backend::tensor::{Binary, Precision, Tensors, Unary};
 use crate::error::Result;
 
 /// Root mean square, layer and group norms, with the operations that the networks do around them.
-pub trait Norms: Tensors {
+pub trait Norms: Layers {
     /// x / sqrt(mean(x^2) + eps) * w over the last dimension; w (d).
     fn rms_norm(
         x: &Self::Tensor,
@@ -47,6 +48,18 @@ pub trait Norms: Tensors {
             &Self::shape(w),
         )?;
         Ok((dx, dw))
+    }
+
+    /// The same; the gradient for x is added to what other uses of x have given so far.
+    fn rms_norm_backward_adding(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+        added: Option<&Self::Tensor>,
+    ) -> Result<(Self::Tensor, Self::Tensor)> {
+        let (dx, dw) = Self::rms_norm_backward(x, w, grad, eps)?;
+        Ok((plus::<Self>(added, dx)?, dw))
     }
 
     /// x / |x| of x (b, l, h, d) over the last dimension, times an optional length per head (h), as a [`Precision::Factor`].
@@ -168,6 +181,23 @@ pub trait Norms: Tensors {
         let dx = standardise_backward::<Self>(&y, &r, &Self::reshape(&gw, &flat)?)?;
         Ok((Self::reshape(&dx, &s)?, dw, db))
     }
+
+    /// Gradients of [`Norms::group_norm_silu`] for x, scale and shift; `y` is its result. The gradient for x is added to what
+    /// other uses of x have given so far.
+    fn group_norm_silu_backward(
+        x: &Self::Tensor,
+        groups: usize,
+        [w, bias]: [&Self::Tensor; 2],
+        y: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+        added: Option<&Self::Tensor>,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
+        let normal = Self::group_norm(x, groups, w, bias, eps)?;
+        let grad = Self::unary_backward(&normal, y, grad, Unary::Silu)?;
+        let (dx, dw, db) = Self::group_norm_backward(x, groups, w, &grad, eps)?;
+        Ok((plus::<Self>(added, dx)?, dw, db))
+    }
 }
 
 /// The scale (d) by which a root mean square norm is smaller than x / |x|, and an epsilon as small as in torch's F.normalize,
@@ -177,6 +207,14 @@ pub(crate) fn root_mean_square<B: Tensors>(x: &B::Tensor) -> Result<(B::Tensor, 
     let d = shape[shape.len() - 1];
     let scale = B::of(x).full(&[d], (d as f32).sqrt().recip())?;
     Ok((scale, 1e-24 / d as f64))
+}
+
+/// A gradient added to what is known of it.
+fn plus<B: Tensors>(known: Option<&B::Tensor>, gradient: B::Tensor) -> Result<B::Tensor> {
+    match known {
+        Some(known) => B::binary(known, &gradient, Binary::Add),
+        None => Ok(gradient),
+    }
 }
 
 /// x / |x| over the last dimension.

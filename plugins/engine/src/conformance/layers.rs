@@ -2,7 +2,7 @@
 
 use super::host::{self, Host};
 use super::{MemoryLayout, Suite};
-use crate::backend::{Backend, Precision, Unary, Window};
+use crate::backend::{Backend, Binary, Precision, Unary, Window};
 
 impl<B: Backend> Suite<'_, B> {
     pub(super) fn products(&mut self) {
@@ -367,6 +367,20 @@ impl<B: Backend> Suite<'_, B> {
                     Ok(vec![dx, dw])
                 },
             );
+            let known = Host::random(&x.shape, 36, -1.0, 1.0);
+            let inputs = [x.clone(), Host::random(&[d], 32, 0.5, 1.5), known];
+            self.pair(
+                &format!("rms_norm {d}, adding"),
+                &inputs,
+                128.0,
+                &|x| host::rms_norm(&x[0], &x[1], 1e-5),
+                &|x| B::rms_norm(&x[0], &x[1], 1e-5, Precision::Storage),
+                &|x, _, g| {
+                    let (dx, dw) = B::rms_norm_backward_adding(&x[0], &x[1], g, 1e-5, Some(&x[2]))?;
+                    let dx = B::binary(&dx, &x[2], Binary::Sub)?;
+                    Ok(vec![dx, dw])
+                },
+            );
             self.pair(
                 &format!("layer_norm {d}"),
                 &[x],
@@ -383,14 +397,31 @@ impl<B: Backend> Suite<'_, B> {
                 Host::random(&[c], 34, 0.5, 1.5),
                 Host::random(&[c], 35, -1.0, 1.0),
             ];
-            let normal = host::group_norm(&inputs[0], groups, &inputs[1], &inputs[2], 1e-6);
-            self.op(
-                &format!("group_norm_silu {shape:?} in {groups}"),
-                &inputs,
-                &host::unary(&normal, Unary::Silu),
-                128.0,
-                &|x| B::group_norm_silu(&x[0], groups, &x[1], &x[2], 1e-6),
-            );
+            let known = Host::random(&shape, 37, -1.0, 1.0);
+            for is_known in [false, true] {
+                let mut inputs = inputs.to_vec();
+                inputs.push(known.clone());
+                self.pair(
+                    &format!("group_norm_silu {shape:?} in {groups}, adding {is_known}"),
+                    &inputs,
+                    128.0,
+                    &|x| {
+                        let normal = host::group_norm(&x[0], groups, &x[1], &x[2], 1e-6);
+                        host::unary(&normal, Unary::Silu)
+                    },
+                    &|x| B::group_norm_silu(&x[0], groups, &x[1], &x[2], 1e-6),
+                    &|x, y, g| {
+                        let (affine, known) = ([&x[1], &x[2]], is_known.then_some(&x[3]));
+                        let (dx, dw, db) =
+                            B::group_norm_silu_backward(&x[0], groups, affine, y, g, 1e-6, known)?;
+                        let dx = match known {
+                            Some(known) => B::binary(&dx, known, Binary::Sub)?,
+                            None => dx,
+                        };
+                        Ok(vec![dx, dw, db])
+                    },
+                );
+            }
             self.pair(
                 &format!("group_norm {shape:?} in {groups}"),
                 &inputs,

@@ -49,6 +49,17 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("rms_norm", &[x.clone(), scale], &|p| {
             p[0].rms_norm(&p[1], 1e-5, Precision::Storage)
         });
+        let scale = Host::random(&[6], 59, 0.5, 1.5);
+        self.slope(
+            "rms_norm of what is used again",
+            &[x.clone(), scale],
+            &|p| {
+                let x = p[0].affine(1.5, 0.0)?;
+                let y = x.rms_norm(&p[1], 1e-5, Precision::Storage)?;
+                x.add(&y)?
+                    .mul(&p[0].rms_norm(&p[1], 1e-5, Precision::Storage)?)
+            },
+        );
         self.slope("layer_norm", one, &|p| p[0].layer_norm(1e-5));
         let [scale, shift] = [64, 65].map(|seed| Host::random(&[3, 1, 6], seed, 0.5, 1.5));
         self.alike(
@@ -99,6 +110,10 @@ impl<B: Backend> Suite<'_, B> {
         });
         self.slope("group_norm_silu", &inputs, &|p| {
             p[0].group_norm_silu(2, &p[1], &p[2], 1e-5)
+        });
+        self.slope("group_norm_silu of what is used again", &inputs, &|p| {
+            let x = p[0].affine(1.5, 0.0)?;
+            x.group_norm_silu(2, &p[1], &p[2], 1e-5)?.add(&x)
         });
         let window = Window {
             size: 2,

@@ -251,8 +251,8 @@ impl<B: Backend> Variable<B> {
     pub fn rms_norm(&self, w: &Self, eps: f64, precision: Precision) -> Result<Self> {
         let y = B::rms_norm(&self.value, &w.value, eps, precision)?;
         let (x, kept) = (self.value.clone(), w.value.clone());
-        Ok(Self::from_op(y, &[self, w], move |g| {
-            let (dx, dw) = B::rms_norm_backward(&x, &kept, g, eps)?;
+        Ok(Self::from_adding_op(y, &[self, w], move |g, known| {
+            let (dx, dw) = B::rms_norm_backward_adding(&x, &kept, g, eps, known)?;
             Ok(vec![Some(dx), Some(dw)])
         }))
     }
@@ -329,12 +329,16 @@ impl<B: Backend> Variable<B> {
         let y = B::group_norm_silu(&self.value, groups, &w.value, &bias.value, eps)?;
         let (x, scale, shift) = (self.value.clone(), w.value.clone(), bias.value.clone());
         let kept = y.clone();
-        Ok(Self::from_op(y, &[self, w, bias], move |g| {
-            let normal = B::group_norm(&x, groups, &scale, &shift, eps)?;
-            let g = B::unary_backward(&normal, &kept, g, Unary::Silu)?;
-            let (dx, dw, db) = B::group_norm_backward(&x, groups, &scale, &g, eps)?;
-            Ok(vec![Some(dx), Some(dw), Some(db)])
-        }))
+        Ok(Self::from_adding_op(
+            y,
+            &[self, w, bias],
+            move |g, known| {
+                let affine = [&scale, &shift];
+                let (dx, dw, db) =
+                    B::group_norm_silu_backward(&x, groups, affine, &kept, g, eps, known)?;
+                Ok(vec![Some(dx), Some(dw), Some(db)])
+            },
+        ))
     }
 
     /// Cross-correlation with a kernel (o, c, kh, kw); zero padding above and below, left and right.
