@@ -1,18 +1,23 @@
 //! Attention, forward and backward, one head at a time: the scores of a block of queries live in the cache and never
-//! in memory, masked keys are skipped, and any view of a packed projection serves as input.
+//! in memory, masked keys are skipped, and any view of a packed projection serves as input. Queries and keys may be rotated
+//! on their way into the cache.
+
+mod small_product;
 
 use rayon::prelude::*;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
 use retort_kernels::lanes::{add_scaled, dot, exp, max, sum, widest};
 
+use crate::attention::small_product::{Operand, TILE, tiles};
+use crate::layout::cat;
 use crate::rows::by_rows;
 use crate::softmax::exponentials;
 use crate::view::{floats, fresh, rows, tensor, whole};
 use crate::{T, failed};
 
-/// Width of the narrowest tile: keys and head sizes are padded to it.
-const TILE: usize = 8;
+/// Sequences from which on a task computes whole sequences; with fewer there is a task for each head.
+const MANY: usize = 8;
 
 /// Rotates interleaved pairs: x (b, l, h, d), cos and sin (l, d/2).
 pub fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
@@ -47,30 +52,51 @@ fn rotate(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// The adjoint of [`rotate`], in place: the rotation by the opposite angle.
+#[inline(always)]
+fn rotate_back(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let x = x.as_chunks_mut::<2>().0;
+    for (x, (&c, &s)) in x.iter_mut().zip(cos.iter().zip(sin)) {
+        *x = [x[0].mul_add(c, x[1] * s), x[0].mul_add(-s, x[1] * c)];
+    }
+}
+
 /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
 pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
+    attend([q, k, v], None, mask, scale)
+}
+
+/// The same of queries and keys that are rotated first, by cos and sin (l, d/2) each; d is even.
+pub fn rotated_attention(qkv: [&T; 3], tables: [&T; 2], mask: &Mask<T>, scale: f64) -> Result<T> {
+    attend(qkv, Some(tables), mask, scale)
+}
+
+fn attend([q, k, v]: [&T; 3], tables: Option<[&T; 2]>, mask: &Mask<T>, scale: f64) -> Result<T> {
     let problem = Problem::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let steps = [q, k, v].map(Strides::of);
     let (bias, bias_step) = problem.bias(mask)?;
     let shape = q.dims().to_vec();
-    floats!(q, k, v, bias);
+    let [cos, sin] = whole_tables(tables)?;
+    floats!(q, k, v, bias, cos, sin);
+    let half = problem.d / 2;
+    let turn = tables.map(|_| Turn { cos, sin, half });
     let mut y = fresh(&shape);
     let (wide, heads) = (problem.d * problem.h, problem.h);
     let one = |scratch: &mut Scratch, b: usize, h: usize, y: &mut [f32], y_row: usize| {
-        let q = steps[0].head(q, b, h);
-        let k = steps[1].head(k, b, h);
+        let q = steps[0].head(q, b, h).turned(turn);
+        let k = steps[1].head(k, b, h).turned(turn);
         let v = steps[2].head(v, b, h);
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
         widest(
             #[inline(always)]
             || match problem.lq {
-                1 => problem.single(scratch, q, k, v, bias, y),
+                1 if turn.is_none() => problem.single(scratch, q, k, v, bias, y),
                 _ => problem.forward(scratch, q, k, v, bias, y, y_row),
             },
         );
     };
-    if problem.b >= 8 {
+    if problem.b >= MANY {
         y.par_chunks_mut(problem.lq * wide)
             .enumerate()
             .with_min_len(problem.grain())
@@ -100,19 +126,124 @@ pub fn attention_backward(
     y: &T,
     grad: &T,
 ) -> Result<(T, T, T)> {
+    gradients([q, k, v], None, mask, scale, [y, grad])
+}
+
+/// Gradients of [`rotated_attention`] for queries, keys and values, beside each other: (b, l, 3 h d).
+pub fn rotated_attention_backward(
+    qkv: [&T; 3],
+    tables: [&T; 2],
+    mask: &Mask<T>,
+    scale: f64,
+    [y, grad]: [&T; 2],
+) -> Result<T> {
+    let (b, l, h, d) = qkv[0].dims4().map_err(failed)?;
+    if b >= MANY {
+        return packed_gradients(qkv, tables, mask, scale, [y, grad]);
+    }
+    let (dq, dk, dv) = gradients(qkv, Some(tables), mask, scale, [y, grad])?;
+    let flat = |x: T| x.reshape((b, l, h * d)).map_err(failed);
+    cat(&[&flat(dq)?, &flat(dk)?, &flat(dv)?], 2)
+}
+
+/// Gradients for queries, keys and values, each (b, l, h, d).
+fn gradients(
+    qkv: [&T; 3],
+    tables: Option<[&T; 2]>,
+    mask: &Mask<T>,
+    scale: f64,
+    outcome: [&T; 2],
+) -> Result<(T, T, T)> {
+    let (q_shape, k_shape) = (qkv[0].dims().to_vec(), qkv[1].dims().to_vec());
+    let (mut dq, mut dk, mut dv) = (fresh(&q_shape), fresh(&k_shape), fresh(&k_shape));
+    let problem = with_heads(qkv, tables, mask, scale, outcome, |problem, one| {
+        let (d, heads, is_many) = (problem.d, problem.h, problem.b >= MANY);
+        // Many sequences: a task per sequence; else a task per head, each writing its own block.
+        let row = if is_many { heads * d } else { d };
+        dq.par_chunks_mut(problem.lq * row)
+            .zip(
+                dk.par_chunks_mut(problem.lk * row)
+                    .zip(dv.par_chunks_mut(problem.lk * row)),
+            )
+            .enumerate()
+            .with_min_len(if is_many { problem.grain() } else { 1 })
+            .for_each_init(Scratch::default, |scratch, (i, (dq, (dk, dv)))| {
+                if is_many {
+                    for h in 0..heads {
+                        let parts = [&mut dq[h * d..], &mut dk[h * d..], &mut dv[h * d..]];
+                        one(scratch, i, h, Gradients::Apart { parts, row });
+                    }
+                } else {
+                    let parts = [dq, dk, dv];
+                    let (sequence, h) = (i / heads, i % heads);
+                    one(scratch, sequence, h, Gradients::Apart { parts, row });
+                }
+            });
+    })?;
+    if problem.b >= MANY {
+        return Ok((
+            tensor(dq, &q_shape)?,
+            tensor(dk, &k_shape)?,
+            tensor(dv, &k_shape)?,
+        ));
+    }
+    Ok((
+        heads_last(dq, &problem, problem.lq)?,
+        heads_last(dk, &problem, problem.lk)?,
+        heads_last(dv, &problem, problem.lk)?,
+    ))
+}
+
+/// Gradients for queries, keys and values of many sequences, beside each other: (b, l, 3 h d).
+fn packed_gradients(
+    qkv: [&T; 3],
+    tables: [&T; 2],
+    mask: &Mask<T>,
+    scale: f64,
+    outcome: [&T; 2],
+) -> Result<T> {
+    let (b, l, heads, d) = qkv[0].dims4().map_err(failed)?;
+    let (part, row, shape) = (heads * d, 3 * heads * d, [b, l, 3 * heads * d]);
+    let mut all = fresh(&shape);
+    with_heads(qkv, Some(tables), mask, scale, outcome, |problem, one| {
+        all.par_chunks_mut(l * row)
+            .enumerate()
+            .with_min_len(problem.grain())
+            .for_each_init(Scratch::default, |scratch, (b, all)| {
+                for h in 0..heads {
+                    let all = &mut all[h * d..];
+                    one(scratch, b, h, Gradients::Packed { all, part, row });
+                }
+            });
+    })?;
+    tensor(all, &shape)
+}
+
+/// Computes the gradients of a head of a sequence, by their numbers.
+type OneHead<'a> = &'a (dyn Fn(&mut Scratch, usize, usize, Gradients<'_>) + Sync);
+
+/// Gives `f` the function that computes one head's gradients; `outcome` are the result of attention and its gradient.
+fn with_heads(
+    [q, k, v]: [&T; 3],
+    tables: Option<[&T; 2]>,
+    mask: &Mask<T>,
+    scale: f64,
+    [y, grad]: [&T; 2],
+    f: impl FnOnce(&Problem, OneHead<'_>),
+) -> Result<Problem> {
     let problem = Problem::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let (y, grad) = (&rows(y)?, &rows(grad)?);
     let steps = [q, k, v, y, grad].map(Strides::of);
     let (bias, bias_step) = problem.bias(mask)?;
-    let (q_shape, k_shape) = (q.dims().to_vec(), k.dims().to_vec());
-    floats!(q, k, v, y, grad, bias);
-    let (mut dq, mut dk, mut dv) = (fresh(&q_shape), fresh(&k_shape), fresh(&k_shape));
-    let (wide, heads) = (problem.d * problem.h, problem.h);
-    let one = |scratch: &mut Scratch, b: usize, h: usize, out: Gradients<'_>| {
+    let [cos, sin] = whole_tables(tables)?;
+    floats!(q, k, v, y, grad, bias, cos, sin);
+    let half = problem.d / 2;
+    let turn = tables.map(|_| Turn { cos, sin, half });
+    f(&problem, &|scratch, b, h, out| {
         let heads = Heads {
-            q: steps[0].head(q, b, h),
-            k: steps[1].head(k, b, h),
+            q: steps[0].head(q, b, h).turned(turn),
+            k: steps[1].head(k, b, h).turned(turn),
             v: steps[2].head(v, b, h),
             y: steps[3].head(y, b, h),
             g: steps[4].head(grad, b, h),
@@ -122,44 +253,18 @@ pub fn attention_backward(
             #[inline(always)]
             || problem.backward(scratch, heads, bias, out),
         );
-    };
-    let (q_size, k_size) = if problem.b >= 8 {
-        (problem.lq * wide, problem.lk * wide)
-    } else {
-        (problem.lq * problem.d, problem.lk * problem.d)
-    };
-    dq.par_chunks_mut(q_size)
-        .zip(dk.par_chunks_mut(k_size).zip(dv.par_chunks_mut(k_size)))
-        .enumerate()
-        .with_min_len(if problem.b >= 8 { problem.grain() } else { 1 })
-        .for_each_init(Scratch::default, |scratch, (i, (dq, (dk, dv)))| {
-            if problem.b >= 8 {
-                for h in 0..heads {
-                    let (dq, dk, dv) = (
-                        &mut dq[h * problem.d..],
-                        &mut dk[h * problem.d..],
-                        &mut dv[h * problem.d..],
-                    );
-                    let row = wide;
-                    one(scratch, i, h, Gradients { dq, dk, dv, row });
-                }
-            } else {
-                let row = problem.d;
-                one(scratch, i / heads, i % heads, Gradients { dq, dk, dv, row });
-            }
-        });
-    if problem.b >= 8 {
-        Ok((
-            tensor(dq, &q_shape)?,
-            tensor(dk, &k_shape)?,
-            tensor(dv, &k_shape)?,
-        ))
-    } else {
-        Ok((
-            heads_last(dq, &problem, problem.lq)?,
-            heads_last(dk, &problem, problem.lk)?,
-            heads_last(dv, &problem, problem.lk)?,
-        ))
+    });
+    Ok(problem)
+}
+
+/// Tables of rotary positions, row-major; a single dummy element each without them.
+fn whole_tables(tables: Option<[&T; 2]>) -> Result<[T; 2]> {
+    match tables {
+        Some([cos, sin]) => Ok([whole(cos)?, whole(sin)?]),
+        None => {
+            let none = tensor(vec![0.0], &[1])?;
+            Ok([none.clone(), none])
+        }
     }
 }
 
@@ -181,17 +286,62 @@ struct Problem {
     scale: f32,
 }
 
-/// One head's rows: where they begin and how far apart they are.
+/// Rotary positions: tables with rows of `half` elements.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    half: usize,
+}
+
+impl<'a> Turn<'a> {
+    /// cos and sin of a position.
+    #[inline(always)]
+    fn at(self, i: usize) -> (&'a [f32], &'a [f32]) {
+        let row = i * self.half..(i + 1) * self.half;
+        (&self.cos[row.clone()], &self.sin[row])
+    }
+}
+
+/// One head's rows: where they begin and how far apart they are, and by what they are rotated before they are used.
 #[derive(Clone, Copy)]
 struct Rows<'a> {
     data: &'a [f32],
     step: usize,
+    turn: Option<Turn<'a>>,
 }
 
 impl<'a> Rows<'a> {
     #[inline(always)]
     fn at(self, i: usize, d: usize) -> &'a [f32] {
         &self.data[i * self.step..][..d]
+    }
+
+    /// The rows from a number on.
+    #[inline(always)]
+    fn from(self, first: usize) -> Self {
+        let turn = self.turn.map(|turn| Turn {
+            cos: &turn.cos[first * turn.half..],
+            sin: &turn.sin[first * turn.half..],
+            ..turn
+        });
+        Self {
+            data: &self.data[first * self.step..],
+            step: self.step,
+            turn,
+        }
+    }
+
+    /// Rows that lie next to each other.
+    #[inline(always)]
+    fn packed(data: &'a [f32], step: usize) -> Self {
+        let turn = None;
+        Self { data, step, turn }
+    }
+
+    /// The same, rotated.
+    fn turned(self, turn: Option<Turn<'a>>) -> Self {
+        Self { turn, ..self }
     }
 }
 
@@ -204,12 +354,30 @@ struct Heads<'a> {
     g: Rows<'a>,
 }
 
-/// Where one head's gradients go, rows `row` apart.
-struct Gradients<'a> {
-    dq: &'a mut [f32],
-    dk: &'a mut [f32],
-    dv: &'a mut [f32],
-    row: usize,
+/// Where one head's gradients for queries, keys and values go, rows `row` apart.
+enum Gradients<'a> {
+    Apart {
+        parts: [&'a mut [f32]; 3],
+        row: usize,
+    },
+    /// From one of the three to the next it is `part` elements.
+    Packed {
+        all: &'a mut [f32],
+        part: usize,
+        row: usize,
+    },
+}
+
+impl Gradients<'_> {
+    /// Writes row i of one of the three.
+    #[inline(always)]
+    fn put(&mut self, which: usize, i: usize, x: &[f32]) {
+        let to = match self {
+            Self::Apart { parts, row } => &mut parts[which][i * *row..],
+            Self::Packed { all, part, row } => &mut all[which * *part + i * *row..],
+        };
+        to[..x.len()].copy_from_slice(x);
+    }
 }
 
 /// Strides of a (b, l, h, d) tensor.
@@ -226,6 +394,7 @@ impl Strides {
         Rows {
             data: &data[b * self.0[0] + h * self.0[2]..],
             step: self.0[1],
+            turn: None,
         }
     }
 }
@@ -387,6 +556,11 @@ impl Problem {
         out_row: usize,
     ) {
         let (lkp, dp) = self.padded();
+        let mut k = k;
+        if k.turn.is_some() {
+            pack(&mut scratch.k, k, self.lk, self.d, dp, 1.0);
+            k = Rows::packed(&scratch.k, dp);
+        }
         pack_turned(&mut scratch.kt, k, self.lk, self.d, lkp);
         pack(&mut scratch.v, v, self.lk, self.d, dp, 1.0);
         for first in (0..self.lq).step_by(self.block()) {
@@ -407,11 +581,7 @@ impl Problem {
     #[inline(always)]
     fn weights(&self, scratch: &mut Scratch, q: Rows<'_>, bias: &[f32], first: usize, n: usize) {
         let (lkp, dp) = self.padded();
-        let block = Rows {
-            data: &q.data[first * q.step..],
-            step: q.step,
-        };
-        pack(&mut scratch.q, block, n, self.d, dp, self.scale);
+        pack(&mut scratch.q, q.from(first), n, self.d, dp, self.scale);
         let wide = self.seen(first + n - 1).next_multiple_of(TILE);
         scratch.p.resize(n * lkp, 0.0);
         let a = Operand::rows(&scratch.q, dp);
@@ -433,11 +603,18 @@ impl Problem {
     /// Gradients of one head. With p the weights: dv = p^T g, ds = p (g v^T - sum(g y)), dq = scale ds k,
     /// dk = scale ds^T q.
     #[inline(always)]
-    fn backward(&self, scratch: &mut Scratch, heads: Heads<'_>, bias: &[f32], out: Gradients<'_>) {
+    fn backward(
+        &self,
+        scratch: &mut Scratch,
+        heads: Heads<'_>,
+        bias: &[f32],
+        mut out: Gradients<'_>,
+    ) {
         let (d, (lkp, dp)) = (self.d, self.padded());
-        pack_turned(&mut scratch.kt, heads.k, self.lk, d, lkp);
-        pack_turned(&mut scratch.v, heads.v, self.lk, d, lkp);
         pack(&mut scratch.k, heads.k, self.lk, d, dp, 1.0);
+        let k = Rows::packed(&scratch.k, dp);
+        pack_turned(&mut scratch.kt, k, self.lk, d, lkp);
+        pack_turned(&mut scratch.v, heads.v, self.lk, d, lkp);
         for x in [&mut scratch.dk, &mut scratch.dv] {
             x.clear();
             x.resize(self.lk * dp, 0.0);
@@ -445,11 +622,7 @@ impl Problem {
         for first in (0..self.lq).step_by(self.block()) {
             let n = self.block().min(self.lq - first);
             self.weights(scratch, heads.q, bias, first, n);
-            let block = Rows {
-                data: &heads.g.data[first * heads.g.step..],
-                step: heads.g.step,
-            };
-            pack(&mut scratch.g, block, n, d, dp, 1.0);
+            pack(&mut scratch.g, heads.g.from(first), n, d, dp, 1.0);
             let seen = self.seen(first + n - 1);
             let wide = seen.next_multiple_of(TILE);
             scratch.ds.resize(n * lkp, 0.0);
@@ -470,33 +643,50 @@ impl Problem {
             let ds = Operand::rows(&scratch.ds, lkp);
             tiles::<false>(&mut scratch.y, dp, ds, &scratch.k, dp, (n, dp, seen));
             for i in 0..n {
-                let dq = &mut out.dq[(first + i) * out.row..][..d];
-                for (dq, &y) in dq.iter_mut().zip(&scratch.y[i * dp..]) {
-                    *dq = self.scale * y;
+                let dq = &mut scratch.y[i * dp..][..d];
+                dq.iter_mut().for_each(|dq| *dq *= self.scale);
+                if let Some(turn) = heads.q.turn {
+                    let (cos, sin) = turn.at(first + i);
+                    rotate_back(dq, cos, sin);
                 }
+                out.put(0, first + i, dq);
             }
         }
         for j in 0..self.lk {
-            out.dk[j * out.row..][..d].copy_from_slice(&scratch.dk[j * dp..][..d]);
-            out.dv[j * out.row..][..d].copy_from_slice(&scratch.dv[j * dp..][..d]);
+            let dk = &mut scratch.dk[j * dp..][..d];
+            if let Some(turn) = heads.k.turn {
+                let (cos, sin) = turn.at(j);
+                rotate_back(dk, cos, sin);
+            }
+            out.put(1, j, dk);
+            out.put(2, j, &scratch.dv[j * dp..][..d]);
         }
     }
 }
 
-/// Copies rows, scaled, padded with zeros to `width`.
+/// Copies rows, rotated and scaled, padded with zeros to `width`.
 #[inline(always)]
 fn pack(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize, scale: f32) {
     to.resize(n * width, 0.0);
     for (i, to) in to.chunks_exact_mut(width).enumerate() {
         let (to, rest) = to.split_at_mut(d);
-        for (to, &x) in to.iter_mut().zip(from.at(i, d)) {
-            *to = scale * x;
+        match from.turn {
+            Some(turn) => {
+                let (cos, sin) = turn.at(i);
+                rotate(to, from.at(i, d), cos, sin);
+                to.iter_mut().for_each(|to| *to *= scale);
+            }
+            None => {
+                for (to, &x) in to.iter_mut().zip(from.at(i, d)) {
+                    *to = scale * x;
+                }
+            }
         }
         rest.fill(0.0);
     }
 }
 
-/// Copies rows into columns: (n, d) -> (d, width), padded with zeros.
+/// Copies rows into columns, not rotated: (n, d) -> (d, width), padded with zeros.
 #[inline(always)]
 fn pack_turned(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize) {
     to.clear();
@@ -508,107 +698,47 @@ fn pack_turned(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usi
     }
 }
 
-/// The left operand of a small product: element (i, p) at i * row + p * column.
-#[derive(Clone, Copy)]
-struct Operand<'a> {
-    data: &'a [f32],
-    row: usize,
-    column: usize,
-}
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use retort_engine::backend::{Attention, Tensors, unpack};
 
-impl<'a> Operand<'a> {
-    fn rows(data: &'a [f32], width: usize) -> Self {
-        Self {
-            data,
-            row: width,
-            column: 1,
-        }
+    use super::*;
+    use crate::Candle;
+
+    fn waves(step: f32, shape: &[usize]) -> T {
+        let count: usize = shape.iter().product();
+        let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
     }
 
-    fn turned(data: &'a [f32], width: usize) -> Self {
-        Self {
-            data,
-            row: 1,
-            column: width,
-        }
+    fn numbers(x: &T) -> Vec<f32> {
+        Candle::to_floats(x).expect("floats")
     }
-}
 
-/// c (m, n) = or += a (m, k) b (k, n), n a multiple of [`TILE`]; small enough for the cache, so nothing is packed.
-#[inline(always)]
-fn tiles<const GROW: bool>(
-    c: &mut [f32],
-    c_row: usize,
-    a: Operand<'_>,
-    b: &[f32],
-    b_row: usize,
-    (m, n, k): (usize, usize, usize),
-) {
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
-    assert!(
-        n % TILE == 0
-            && (m - 1) * c_row + n <= c.len()
-            && (m - 1) * a.row + (k - 1) * a.column < a.data.len()
-            && (k - 1) * b_row + n <= b.len(),
-        "a small product beyond its operands"
-    );
-    let mut j = 0;
-    while j < n {
-        let wide = n - j >= 2 * TILE;
-        let mut i = 0;
-        while i < m {
-            let high = m - i >= 4;
-            // SAFETY: rows i.. and columns j.. of this tile lie within (m, n), which the assertion keeps inside the slices.
-            unsafe {
-                let c = c.as_mut_ptr().add(i * c_row + j);
-                let a = (a.data.as_ptr().add(i * a.row), a.row, a.column);
-                let b = b.as_ptr().add(j);
-                match (high, wide) {
-                    (true, true) => tile::<4, 16, GROW>(c, c_row, a, b, b_row, k),
-                    (true, false) => tile::<4, 8, GROW>(c, c_row, a, b, b_row, k),
-                    (false, true) => tile::<1, 16, GROW>(c, c_row, a, b, b_row, k),
-                    (false, false) => tile::<1, 8, GROW>(c, c_row, a, b, b_row, k),
-                }
-            }
-            i += if high { 4 } else { 1 };
-        }
-        j += if wide { 2 * TILE } else { TILE };
-    }
-}
+    #[test]
+    fn rotating_within_attention_gives_the_same_numbers() {
+        // Many sequences, and few.
+        for (b, l, h, d) in [(9, 19, 3, 12), (2, 33, 2, 16)] {
+            let packed = waves(0.7, &[b, l, 3 * h * d]);
+            let (cos, sin) = (waves(0.31, &[l, d / 2]), waves(0.53, &[l, d / 2]));
+            let (tables, mask, scale) = ([&cos, &sin], Mask::Causal, 0.25);
+            let (y, kept) = Candle::packed_attention(&packed, h, tables, &mask, scale).expect("y");
+            let [q, k, v] = unpack::<Candle>(&packed, h).expect("parts");
+            let [q, k] = [q, k].map(|x| rope(&x, &cos, &sin).expect("rotated"));
+            let wanted = attention(&q, &k, &v, &mask, scale).expect("y");
+            assert_eq!(numbers(&y), numbers(&wanted));
 
-/// R rows and W columns of a product, summed in registers.
-///
-/// # Safety
-/// For all r < R and p < k: `c + r c_row` is valid for reads and writes of W elements, `a + r row + p column` for a read
-/// of one and `b + p b_row` for reads of W.
-#[inline(always)]
-unsafe fn tile<const R: usize, const W: usize, const GROW: bool>(
-    c: *mut f32,
-    c_row: usize,
-    (a, row, column): (*const f32, usize, usize),
-    b: *const f32,
-    b_row: usize,
-    k: usize,
-) {
-    let mut total = [[0.0f32; W]; R];
-    for p in 0..k {
-        // SAFETY: p < k, and an array of f32 has the alignment of f32; see above.
-        let b = unsafe { &*b.add(p * b_row).cast::<[f32; W]>() };
-        for (r, total) in total.iter_mut().enumerate() {
-            // SAFETY: r < R and p < k; see above.
-            let a = unsafe { *a.add(r * row + p * column) };
-            for w in 0..W {
-                total[w] = a.mul_add(b[w], total[w]);
-            }
-        }
-    }
-    for (r, total) in total.iter().enumerate() {
-        // SAFETY: r < R; see above.
-        let c = unsafe { &mut *c.add(r * c_row).cast::<[f32; W]>() };
-        for w in 0..W {
-            c[w] = if GROW { c[w] + total[w] } else { total[w] };
+            let grad = waves(1.3, &[b, l, h, d]);
+            let kept = kept.each_ref();
+            let got = Candle::packed_attention_backward(kept, tables, &mask, scale, &y, &grad);
+            let (dq, dk, dv) =
+                attention_backward(&q, &k, &v, &mask, scale, &y, &grad).expect("gradients");
+            let back = Candle::affine(&sin, -1.0, 0.0).expect("the opposite angle");
+            let [dq, dk] = [dq, dk].map(|x| rope(&x, &cos, &back).expect("rotated"));
+            let flat = |x: &T| x.reshape((b, l, h * d)).expect("flat");
+            let wanted = Candle::cat(&[&flat(&dq), &flat(&dk), &flat(&dv)], 2).expect("a whole");
+            assert_eq!(numbers(&got.expect("a gradient")), numbers(&wanted));
         }
     }
 }

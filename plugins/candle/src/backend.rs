@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
     AdamwStep, Attention, Binary, Exchange, FlowSolver, Layers, Mask, Norms, Optimiser, Precision,
-    Sampling, Tensors, Unary, Window, upsample2,
+    Sampling, Tensors, Unary, Window, unpack, upsample2,
 };
 use retort_engine::error::Result;
 
@@ -430,6 +430,48 @@ impl Attention for Candle {
             Plain::attention_backward(q, k, v, mask, scale, y, grad)
         }
     }
+
+    fn packed_attention(
+        qkv: &T,
+        heads: usize,
+        tables: [&T; 2],
+        mask: &Mask<T>,
+        scale: f64,
+    ) -> Result<(T, [T; 3])> {
+        let parts = unpack::<Self>(qkv, heads)?;
+        if rotates(&parts[0], tables, mask) {
+            let y = attention::rotated_attention(parts.each_ref(), tables, mask, scale)?;
+            // The backward pass rotates them again.
+            Ok((y, parts))
+        } else {
+            Plain::packed_attention(qkv, heads, tables, mask, scale)
+        }
+    }
+
+    fn packed_attention_backward(
+        parts: [&T; 3],
+        tables: [&T; 2],
+        mask: &Mask<T>,
+        scale: f64,
+        y: &T,
+        grad: &T,
+    ) -> Result<T> {
+        // As in the forward pass, so that either both rotate or neither does.
+        if rotates(parts[0], tables, mask) {
+            attention::rotated_attention_backward(parts, tables, mask, scale, [y, grad])
+        } else {
+            Plain::packed_attention_backward(parts, tables, mask, scale, y, grad)
+        }
+    }
+}
+
+/// Whether the kernels of attention rotate queries (b, l, h, d) and keys themselves.
+fn rotates(q: &T, [cos, sin]: [&T; 2], mask: &Mask<T>) -> bool {
+    fits(&[q, cos, sin])
+        && masked(mask)
+        && q.dims()[3].is_multiple_of(2)
+        && cos.dims() == [q.dims()[1], q.dims()[3] / 2]
+        && same(cos, sin)
 }
 
 impl Exchange for Candle {}

@@ -15,7 +15,7 @@ mod optimiser;
 mod sampling;
 pub mod tensor;
 
-pub use attention::{Attention, Mask};
+pub use attention::{Attention, Mask, unpack};
 pub use exchange::Exchange;
 pub use layers::{Layers, Window, upsample2};
 pub use norms::Norms;

@@ -100,6 +100,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.rope();
     suite.rounded(Suite::factors);
     suite.rounded(Suite::attentions);
+    suite.rounded(Suite::packed_attentions);
     suite.rounded(Suite::repeated);
     suite.losses();
     suite.flow_maps();

@@ -16,8 +16,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::backend::{Backend, Binary, Tensors};
 use crate::error::{Error, Result};
 
-pub use operations::unpack;
-
 /// Computes the gradients of a node's parents, in their order, from its own, and from what is known of the first parent's if
 /// it adds to that ([`Node::adds`]).
 type Vjp<T> = Box<dyn FnOnce(&T, Option<&T>) -> Result<Vec<Option<T>>> + Send + Sync>;

@@ -90,6 +90,40 @@ pub trait Attention: Layers {
         Ok((back(dq)?, back(dk)?, back(dv)?))
     }
 
+    /// Self-attention from the packed projection (b, l, 3 h d), with rotary positions cos and sin, (l, d/2) each: -> (b, l, h,
+    /// d) as in [`Attention::attention`], and what the backward pass reads in place of the projection.
+    fn packed_attention(
+        qkv: &Self::Tensor,
+        heads: usize,
+        [cos, sin]: [&Self::Tensor; 2],
+        mask: &Mask<Self::Tensor>,
+        scale: f64,
+    ) -> Result<(Self::Tensor, [Self::Tensor; 3])> {
+        let [q, k, v] = unpack::<Self>(qkv, heads)?;
+        let (q, k) = (Self::rope(&q, cos, sin)?, Self::rope(&k, cos, sin)?);
+        Ok((Self::attention(&q, &k, &v, mask, scale)?, [q, k, v]))
+    }
+
+    /// Gradient of [`Attention::packed_attention`] for the projection (b, l, 3 h d), from both results and the gradient (b, l,
+    /// h, d) of the first.
+    fn packed_attention_backward(
+        [q, k, v]: [&Self::Tensor; 3],
+        [cos, sin]: [&Self::Tensor; 2],
+        mask: &Mask<Self::Tensor>,
+        scale: f64,
+        y: &Self::Tensor,
+        grad: &Self::Tensor,
+    ) -> Result<Self::Tensor> {
+        let (dq, dk, dv) = Self::attention_backward(q, k, v, mask, scale, y, grad)?;
+        // The adjoint of a rotation is the rotation by the opposite angle (and zero stays zero).
+        let back = Self::affine(sin, -1.0, 0.0)?;
+        let s = Self::shape(q);
+        let flat = |x: &Self::Tensor| Self::reshape(x, &[s[0], s[1], s[2] * s[3]]);
+        let dq = flat(&Self::rope(&dq, cos, &back)?)?;
+        let dk = flat(&Self::rope(&dk, cos, &back)?)?;
+        Self::cat(&[&dq, &dk, &flat(&dv)?], 2)
+    }
+
     /// Attention of position `at` of each sequence, q, k and v (b, 1, h, d). Rotates q and k by row `at` of cos and sin (n,
     /// d/2), writes k and v into their caches (b, n, h, d) at `at`, and attends with q to the caches up to there, with
     /// `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
@@ -114,6 +148,14 @@ pub trait Attention: Layers {
         };
         Self::attention(&q, &seen(keys)?, &seen(values)?, &mask, scale)
     }
+}
+
+/// q, k, v, each (b, l, h, d), of a packed projection (b, l, 3 h d): views, no copies.
+pub fn unpack<B: Tensors>(qkv: &B::Tensor, heads: usize) -> Result<[B::Tensor; 3]> {
+    let s = B::shape(qkv);
+    let all = B::reshape(qkv, &[s[0], s[1], 3 * heads, s[2] / (3 * heads)])?;
+    let part = |i: usize| B::narrow(&all, 2, i * heads, heads);
+    Ok([part(0)?, part(1)?, part(2)?])
 }
 
 /// (b, l, h, d) -> (b, h, l, d)

@@ -147,6 +147,47 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
+    pub(super) fn packed_attentions(&mut self) {
+        // Many sequences, and few.
+        for (b, l, h, d) in [(9, 5, 2, 4), (2, 7, 3, 6), (8, 1, 2, 4)] {
+            let angle = Host::random(&[l, d / 2], 66, -3.0, 3.0);
+            let inputs = [
+                Host::random(&[b, l, 3 * h * d], 65, -2.0, 2.0),
+                Host::build(&[l, d / 2], |i| angle.at(i).cos()),
+                Host::build(&[l, d / 2], |i| angle.at(i).sin()),
+            ];
+            let causal = Host::build(&[l, l], |i| match i[1] <= i[0] {
+                true => 0.0,
+                false => f64::NEG_INFINITY,
+            });
+            for (name, mask, bias) in [
+                ("full", Mask::Full, None),
+                ("causal", Mask::Causal, Some(&causal)),
+            ] {
+                self.pair(
+                    &format!("packed_attention {name} ({b}, {l}, {h}, {d})"),
+                    &inputs,
+                    128.0,
+                    &|x| {
+                        let part = |i: usize| {
+                            host::narrow(&x[0], 2, i * h * d, h * d).reshaped(&[b, l, h, d])
+                        };
+                        let turned = [0, 1].map(|i| host::rope(&part(i), &x[1], &x[2]));
+                        host::attention(&turned[0], &turned[1], &part(2), bias, 0.5)
+                    },
+                    &|x| Ok(B::packed_attention(&x[0], h, [&x[1], &x[2]], &mask, 0.5)?.0),
+                    &|x, y, g| {
+                        let tables = [&x[1], &x[2]];
+                        let (_, qkv) = B::packed_attention(&x[0], h, tables, &mask, 0.5)?;
+                        let qkv = qkv.each_ref();
+                        let dqkv = B::packed_attention_backward(qkv, tables, &mask, 0.5, y, g)?;
+                        Ok(vec![dqkv])
+                    },
+                );
+            }
+        }
+    }
+
     /// Positions of a generation in sequence, with identical operations, which the backend may record.
     pub(super) fn repeated(&mut self) {
         let (b, n, h, d, scale) = (2, 7, 3, 8, 0.3);

@@ -23,13 +23,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask, Precision, Unary};
+use crate::backend::{Backend, Mask, Precision, Unary, unpack};
 use crate::error::{Error, Result};
 use crate::model::decoding::Cache;
 use crate::model::dropout::{BlockDropout, Dropout};
 use crate::model::{BatchConditioning, ConditioningShape, TokenShape};
 use crate::size::Sides;
-use crate::tape::{Variable, unpack};
+use crate::tape::Variable;
 use crate::weights::{Init, InitialValue, Loader, numbered};
 
 pub use student::GptStudent;

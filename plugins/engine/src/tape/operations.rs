@@ -464,30 +464,15 @@ impl<B: Backend> Variable<B> {
         mask: &Mask<B::Tensor>,
         scale: f64,
     ) -> Result<Self> {
-        let [q, k, v] = unpack::<B>(&self.value, heads)?;
-        let (q, k) = (
-            B::rope(&q, &rope.0, &rope.1)?,
-            B::rope(&k, &rope.0, &rope.1)?,
-        );
-        let y = B::attention(&q, &k, &v, mask, scale)?;
-        let (rope, mask, kept, shape) = (rope.clone(), mask.clone(), y.clone(), self.shape());
-        let flat = [shape[0], shape[1], shape[2] / 3];
+        let tables = [&rope.0, &rope.1];
+        let (y, qkv) = B::packed_attention(&self.value, heads, tables, mask, scale)?;
+        let (rope, mask, kept, mut flat) = (rope.clone(), mask.clone(), y.clone(), self.shape());
+        flat[2] /= 3;
         Ok(Self::from_op(B::reshape(&y, &flat)?, &[self], move |g| {
-            let (dq, dk, dv) = B::attention_backward(
-                &q,
-                &k,
-                &v,
-                &mask,
-                scale,
-                &kept,
-                &B::reshape(g, &B::shape(&q))?,
-            )?;
-            // The adjoint of a rotation is the rotation by the opposite angle (and zero stays zero).
-            let back = B::affine(&rope.1, -1.0, 0.0)?;
-            let dq = B::reshape(&B::rope(&dq, &rope.0, &back)?, &flat)?;
-            let dk = B::reshape(&B::rope(&dk, &rope.0, &back)?, &flat)?;
-            let dv = B::reshape(&dv, &flat)?;
-            Ok(vec![Some(B::cat(&[&dq, &dk, &dv], 2)?)])
+            let g = B::reshape(g, &B::shape(&kept))?;
+            let (qkv, tables) = (qkv.each_ref(), [&rope.0, &rope.1]);
+            let dqkv = B::packed_attention_backward(qkv, tables, &mask, scale, &kept, &g)?;
+            Ok(vec![Some(dqkv)])
         }))
     }
 
@@ -504,14 +489,6 @@ impl<B: Backend> Variable<B> {
             Ok(vec![Some(B::cross_entropy_backward(&x, &ids, g)?)])
         }))
     }
-}
-
-/// q, k, v, each (b, l, h, d), of a packed projection (b, l, 3 h d): views, no copies.
-pub fn unpack<B: Backend>(qkv: &B::Tensor, heads: usize) -> Result<[B::Tensor; 3]> {
-    let s = B::shape(qkv);
-    let all = B::reshape(qkv, &[s[0], s[1], 3 * heads, s[2] / (3 * heads)])?;
-    let part = |i: usize| B::narrow(&all, 2, i * heads, heads);
-    Ok([part(0)?, part(1)?, part(2)?])
 }
 
 /// Sums a gradient over the dimensions along which its argument was broadcast.
