@@ -480,9 +480,34 @@ impl Optimiser for Candle {
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
         let written = [p, m, v];
         if fits(&[p, m, v, g]) && written.iter().all(|x| x.is_contiguous() && same(x, g)) {
-            optimiser::adamw_(p, m, v, g, s)
+            optimiser::adamw_(p, m, v, g, s, None)
         } else {
             Plain::adamw_(p, m, v, g, s)
+        }
+    }
+
+    fn adamw_averaged_(
+        p: &T,
+        m: &T,
+        v: &T,
+        g: &T,
+        s: &AdamwStep,
+        average: &T,
+        decay: f64,
+    ) -> Result<()> {
+        let written = [p, m, v, average];
+        if fits(&[p, m, v, g, average]) && written.iter().all(|x| x.is_contiguous() && same(x, g)) {
+            optimiser::adamw_(p, m, v, g, s, Some((average, decay)))
+        } else {
+            Plain::adamw_averaged_(p, m, v, g, s, average, decay)
+        }
+    }
+
+    fn sum_of_squares(x: &T) -> Result<T> {
+        if fits(&[x]) {
+            optimiser::sum_of_squares(x)
+        } else {
+            Plain::sum_of_squares(x)
         }
     }
 

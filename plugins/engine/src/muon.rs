@@ -10,7 +10,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Binary, Unary};
+use crate::backend::{Backend, Binary};
 use crate::error::Result;
 use crate::tape::scalar;
 
@@ -78,7 +78,7 @@ pub fn step<B: Backend>(
 fn orthogonal<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
     let shape = B::shape(x);
     let tall = shape[0] > shape[1];
-    let norm = scalar::<B>(&B::sum(&B::unary(x, Unary::Square)?, &[0, 1])?)?.sqrt();
+    let norm = scalar::<B>(&B::sum_of_squares(x)?)?.sqrt();
     let mut x = B::affine(x, 1.0 / (norm + 1e-7), 0.0)?;
     if tall {
         x = B::permute(&x, &[1, 0])?;

@@ -66,6 +66,26 @@ pub trait Optimiser: Tensors {
         Self::assign_(p, &p1)
     }
 
+    /// [`Optimiser::adamw_`], then [`Optimiser::ema_`] of the parameter.
+    fn adamw_averaged_(
+        p: &Self::Tensor,
+        m: &Self::Tensor,
+        v: &Self::Tensor,
+        g: &Self::Tensor,
+        s: &AdamwStep,
+        average: &Self::Tensor,
+        decay: f64,
+    ) -> Result<()> {
+        Self::adamw_(p, m, v, g, s)?;
+        Self::ema_(average, p, decay)
+    }
+
+    /// The sum of the squares of all elements, for the norm of a gradient: (1).
+    fn sum_of_squares(x: &Self::Tensor) -> Result<Self::Tensor> {
+        let dims: Vec<usize> = (0..Self::shape(x).len()).collect();
+        Self::reshape(&Self::sum(&Self::unary(x, Unary::Square)?, &dims)?, &[1])
+    }
+
     /// average <- decay * average + (1 - decay) * x
     fn ema_(average: &Self::Tensor, x: &Self::Tensor, decay: f64) -> Result<()> {
         let a = Self::affine(average, decay, 0.0)?;

@@ -87,6 +87,10 @@ impl<B: Backend> Suite<'_, B> {
                 B::sum(&x[0], dims)
             });
         }
+        let want = Host::build(&[1], |_| x.data.iter().map(|x| x * x).sum());
+        self.op("sum_of_squares", one, &want, 64.0, &|x| {
+            B::sum_of_squares(&x[0])
+        });
         let blocks = Host::random(&[5, 3, 2, 7, 2], 7, -1.0, 1.0);
         let want = host::sum(&blocks, &[2, 4]);
         self.op("sum of blocks", &[blocks], &want, 4.0, &|x| {
@@ -150,11 +154,13 @@ impl<B: Backend> Suite<'_, B> {
             });
             let mean = Host::build(&x.shape, |i| 0.75 * x.at(i) + 0.25 * other.at(i));
             self.compare(&format!("ema_ {layout:?}"), averaged, &mean, 4.0);
-            self.adamw(layout);
+            self.adamw(layout, false);
+            self.adamw(layout, true);
         }
     }
 
-    pub(super) fn adamw(&mut self, layout: MemoryLayout) {
+    /// AdamW alone, or with the parameter's average.
+    pub(super) fn adamw(&mut self, layout: MemoryLayout, is_averaged: bool) {
         let shape = [3, 37];
         let step = AdamwStep {
             lr: 0.1,
@@ -168,6 +174,7 @@ impl<B: Backend> Suite<'_, B> {
         };
         let [p, m, g] = [25, 26, 27].map(|seed| Host::random(&shape, seed, -1.0, 1.0));
         let v = Host::random(&shape, 28, 0.01, 1.0);
+        let average = Host::random(&shape, 29, -1.0, 1.0);
         let each = |f: &dyn Fn(usize) -> f64| Host {
             shape: shape.to_vec(),
             data: (0..p.data.len()).map(f).collect(),
@@ -179,23 +186,33 @@ impl<B: Backend> Suite<'_, B> {
             p.data[i] * (1.0 - step.lr * step.weight_decay)
                 - step.lr * m1.data[i] / step.correction1 / root
         });
+        let (name, average1) = match is_averaged {
+            true => (
+                "adamw_averaged_",
+                each(&|i| 0.75 * average.data[i] + 0.25 * p1.data[i]),
+            ),
+            false => ("adamw_", average.clone()),
+        };
         let run = || {
-            let [p, m, v] = [
-                self.put(&p, MemoryLayout::Whole)?,
-                self.put(&m, MemoryLayout::Whole)?,
-                self.put(&v, MemoryLayout::Whole)?,
-            ];
-            let seen = [p.clone(), m.clone(), v.clone()];
-            B::adamw_(&p, &m, &v, &self.put(&g, layout)?, &step)?;
+            let put = |x| self.put(x, MemoryLayout::Whole);
+            let (p, m, v, average) = (put(&p)?, put(&m)?, put(&v)?, put(&average)?);
+            let seen = [p.clone(), m.clone(), v.clone(), average.clone()];
+            let g = self.put(&g, layout)?;
+            match is_averaged {
+                true => B::adamw_averaged_(&p, &m, &v, &g, &step, &average, 0.75)?,
+                false => B::adamw_(&p, &m, &v, &g, &step)?,
+            }
             Ok::<_, crate::Error>(seen)
         };
         match run() {
-            Ok([p, m, v]) => {
-                self.compare(&format!("adamw_ p {layout:?}"), Ok(p), &p1, 16.0);
-                self.compare(&format!("adamw_ m {layout:?}"), Ok(m), &m1, 4.0);
-                self.compare(&format!("adamw_ v {layout:?}"), Ok(v), &v1, 4.0);
+            Ok([p, m, v, average]) => {
+                self.compare(&format!("{name} p {layout:?}"), Ok(p), &p1, 16.0);
+                self.compare(&format!("{name} m {layout:?}"), Ok(m), &m1, 4.0);
+                self.compare(&format!("{name} v {layout:?}"), Ok(v), &v1, 4.0);
+                let name = format!("{name} average {layout:?}");
+                self.compare(&name, Ok(average), &average1, 16.0);
             }
-            Err(error) => self.record(format!("adamw_ {layout:?}: {error}"), f64::INFINITY, 0.0),
+            Err(error) => self.record(format!("{name} {layout:?}: {error}"), f64::INFINITY, 0.0),
         }
     }
 

@@ -1,10 +1,11 @@
 //! A step: gradients of a loss, and the updates by AdamW and Muon.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::ranks::communication_figures;
 use super::{AdamwMoments, SecondOptimiser, StepDecision, StepOutput, TrainOptions, TrainingLoop};
-use crate::backend::{AdamwStep, Backend, Binary, Unary};
+use crate::backend::{AdamwStep, Backend, Binary};
 use crate::error::{Error, Result};
 use crate::model::decays;
 use crate::muon;
@@ -47,28 +48,17 @@ impl<B: Backend> TrainingLoop<'_, B> {
         }
         let numbers = adamw(o, step, norms[0]);
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
+        let owners = self.owners();
+        // Averages of what other ranks own follow when it has arrived.
+        let averages = match &owners {
+            None => self.ema.map(|averages| (averages, ema_decay)),
+            Some(_) => None,
+        };
         let all = params.iter().zip(moments).zip(&gradients);
-        for (((name, p), state), g) in all.clone().take(self.own()) {
+        for ((param, state), g) in all.clone().take(self.own()) {
             // Parameters of other ranks come from those.
             let Some(state) = state else { continue };
-            let weight_decay = match decays(name, &p.shape()) {
-                true => o.weight_decay,
-                false => 0.0,
-            };
-            match &o.muon {
-                Some(m) if muon::applies(name, &p.shape()) => {
-                    let lr = numbers.lr * m.learning_rate / o.learning_rate;
-                    let of = (name.as_str(), p.value(), &state.m);
-                    muon::step::<B>(of, g, m, lr, weight_decay, numbers.grad_scale)?;
-                }
-                _ => {
-                    let numbers = AdamwStep {
-                        weight_decay,
-                        ..numbers
-                    };
-                    B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
-                }
-            }
+            self.update(param, state, g, numbers, averages)?;
         }
         if let Some(SecondOptimiser { options, from, .. }) = &self.adversary {
             for (((name, p), state), g) in all.skip(self.own()) {
@@ -80,12 +70,12 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
             }
         }
-        if let Some(owners) = self.owners() {
-            self.spread(params, &owners)?;
-        }
-        if let Some(average) = self.ema {
-            for (name, p) in params.iter().take(self.own()) {
-                B::ema_(&average[name], p.value(), ema_decay)?;
+        if let Some(owners) = &owners {
+            self.spread(params, owners)?;
+            if let Some(averages) = self.ema {
+                for (name, p) in params.iter().take(self.own()) {
+                    B::ema_(&averages[name], p.value(), ema_decay)?;
+                }
             }
         }
         if log {
@@ -104,6 +94,43 @@ impl<B: Backend> TrainingLoop<'_, B> {
             }
         }
         Ok(None)
+    }
+
+    /// Updates a parameter by AdamW or Muon, and its average in `averages`, which decay by a number.
+    fn update(
+        &self,
+        (name, p): &(String, Variable<B>),
+        state: &AdamwMoments<B>,
+        g: &B::Tensor,
+        numbers: AdamwStep,
+        averages: Option<(&BTreeMap<String, B::Tensor>, f64)>,
+    ) -> Result<()> {
+        let (o, shape) = (self.options, p.shape());
+        let average = averages.map(|(averages, decay)| (&averages[name], decay));
+        let weight_decay = match decays(name, &shape) {
+            true => o.weight_decay,
+            false => 0.0,
+        };
+        if let Some(m) = &o.muon
+            && muon::applies(name, &shape)
+        {
+            let lr = numbers.lr * m.learning_rate / o.learning_rate;
+            let of = (name.as_str(), p.value(), &state.m);
+            muon::step::<B>(of, g, m, lr, weight_decay, numbers.grad_scale)?;
+            return match average {
+                Some((average, decay)) => B::ema_(average, p.value(), decay),
+                None => Ok(()),
+            };
+        }
+        let numbers = AdamwStep {
+            weight_decay,
+            ..numbers
+        };
+        let (p, m, v) = (p.value(), &state.m, &state.v);
+        match average {
+            Some((average, decay)) => B::adamw_averaged_(p, m, v, g, &numbers, average, decay),
+            None => B::adamw_(p, m, v, g, &numbers),
+        }
     }
 
     /// Sums the parts of a step over the ranks, with the ranks' requests.
@@ -261,10 +288,7 @@ fn norms_and_loss<B: Backend>(
 ) -> Result<([f64; 2], f64)> {
     let squares = gradients
         .iter()
-        .map(|g| {
-            let dims: Vec<usize> = (0..B::shape(g).len()).collect();
-            B::reshape(&B::sum(&B::unary(g, Unary::Square)?, &dims)?, &[1])
-        })
+        .map(B::sum_of_squares)
         .collect::<Result<Vec<_>>>()?;
     let loss = B::reshape(loss, &[1])?;
     let all: Vec<&B::Tensor> = [&loss].into_iter().chain(&squares).collect();
