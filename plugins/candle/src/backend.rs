@@ -12,8 +12,8 @@ use crate::plain::Plain;
 use crate::view::{fits, whole};
 use crate::{Candle, T};
 use crate::{
-    activation, arithmetic, attention, convolution, flow, layout, norm, optimiser, pooling,
-    product, softmax,
+    activation, arithmetic, attention, convolution, flow, layout, modulation, norm, optimiser,
+    pooling, product, softmax,
 };
 
 impl Tensors for Candle {
@@ -247,6 +247,26 @@ impl Layers for Candle {
         }
     }
 
+    fn gated_add(x: &T, y: &T, gate: &T, added: Option<&T>) -> Result<T> {
+        let fit = fits(&[x, y, gate])
+            && modulates(x, gate)
+            && same(x, y)
+            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        if fit {
+            modulation::gated_add(x, y, gate, added)
+        } else {
+            Plain::gated_add(x, y, gate, added)
+        }
+    }
+
+    fn gated_add_backward(y: &T, gate: &T, grad: &T) -> Result<(T, T)> {
+        if fits(&[y, gate, grad]) && modulates(y, gate) && same(y, grad) {
+            modulation::gated_add_backward(y, gate, grad)
+        } else {
+            Plain::gated_add_backward(y, gate, grad)
+        }
+    }
+
     fn max_pool2d(x: &T, window: Window) -> Result<T> {
         if fits(&[x]) && pooling::pooled(x, window) {
             pooling::max_pool2d(x, window)
@@ -349,6 +369,28 @@ impl Norms for Candle {
             norm::modulated_norm(x, scale, shift, eps)
         } else {
             Plain::modulated_norm(x, scale, shift, eps)
+        }
+    }
+
+    fn modulated_norm_backward(x: &T, scale: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+        Self::modulated_norm_backward_adding(x, scale, grad, eps, None)
+    }
+
+    fn modulated_norm_backward_adding(
+        x: &T,
+        scale: &T,
+        grad: &T,
+        eps: f64,
+        added: Option<&T>,
+    ) -> Result<(T, T, T)> {
+        let fit = fits(&[x, scale, grad])
+            && modulates(x, scale)
+            && same(x, grad)
+            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        if fit {
+            modulation::modulated_norm_backward(x, scale, grad, eps, added)
+        } else {
+            Plain::modulated_norm_backward_adding(x, scale, grad, eps, added)
         }
     }
 

@@ -15,6 +15,7 @@ mod cuda;
 mod direct;
 mod flow;
 mod layout;
+mod modulation;
 mod norm;
 mod optimiser;
 pub mod plain;

@@ -10,7 +10,7 @@ use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
 /// Rows whose contributions to a parameter's gradient one task sums. Fixed, so that the order of summation is fixed.
-const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 
 /// x / sqrt(mean(x^2) + eps) * w over the last dimension.
 pub fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
@@ -305,7 +305,7 @@ impl Group<'_> {
 
 /// Mean and reciprocal deviation, in two passes: the difference of two large sums would lose precision.
 #[inline(always)]
-fn moments(x: &[f32], eps: f64) -> (f32, f32) {
+pub fn moments(x: &[f32], eps: f64) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = sum(x, |x| x) / n;
     let variance = sum(x, |x| (x - mean) * (x - mean)) / n;
@@ -318,7 +318,7 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
 }
 
 /// The sum of the shares, in order.
-fn total(shares: &[f32], width: usize) -> Vec<f32> {
+pub fn total(shares: &[f32], width: usize) -> Vec<f32> {
     let mut sum = vec![0.0; width];
     for share in shares.chunks_exact(width) {
         add_scaled(&mut sum, 1.0, share);

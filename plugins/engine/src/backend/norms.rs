@@ -128,6 +128,18 @@ pub trait Norms: Layers {
         Ok((Self::layer_norm_backward(x, &grad, eps)?, dscale, dshift))
     }
 
+    /// The same; the gradient for x is added to what other uses of x have given so far.
+    fn modulated_norm_backward_adding(
+        x: &Self::Tensor,
+        scale: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+        added: Option<&Self::Tensor>,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
+        let (dx, dscale, dshift) = Self::modulated_norm_backward(x, scale, grad, eps)?;
+        Ok((plus::<Self>(added, dx)?, dscale, dshift))
+    }
+
     /// Group normalisation of (b, c, h, w) with scale and shift (c).
     fn group_norm(
         x: &Self::Tensor,

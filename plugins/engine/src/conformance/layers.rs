@@ -308,19 +308,35 @@ impl<B: Backend> Suite<'_, B> {
                 Host::random(&[3, 1, c], 71, -1.5, 1.5),
                 Host::random(&[3, 1, c], 72, -1.5, 1.5),
             ];
+            let truth = |x: &[Host]| {
+                let normal = host::layer_norm(&x[0], 1e-5);
+                Host::build(&x[0].shape, |i| {
+                    normal.at(i) * x[1].at(&[i[0], 0, i[2]]) + x[2].at(&[i[0], 0, i[2]])
+                })
+            };
             self.pair(
                 &format!("modulated_norm {c}"),
                 &inputs,
                 128.0,
-                &|x| {
-                    let normal = host::layer_norm(&x[0], 1e-5);
-                    Host::build(&x[0].shape, |i| {
-                        normal.at(i) * x[1].at(&[i[0], 0, i[2]]) + x[2].at(&[i[0], 0, i[2]])
-                    })
-                },
+                &truth,
                 &|x| B::modulated_norm(&x[0], &x[1], &x[2], 1e-5),
                 &|x, _, g| {
                     let (dx, dscale, dshift) = B::modulated_norm_backward(&x[0], &x[1], g, 1e-5)?;
+                    Ok(vec![dx, dscale, dshift])
+                },
+            );
+            let known = Host::random(&[3, 4, c], 80, -1.0, 1.0);
+            let inputs = [inputs.as_slice(), &[known]].concat();
+            self.pair(
+                &format!("modulated_norm {c}, adding"),
+                &inputs,
+                128.0,
+                &truth,
+                &|x| B::modulated_norm(&x[0], &x[1], &x[2], 1e-5),
+                &|x, _, g| {
+                    let (dx, dscale, dshift) =
+                        B::modulated_norm_backward_adding(&x[0], &x[1], g, 1e-5, Some(&x[3]))?;
+                    let dx = B::binary(&dx, &x[3], Binary::Sub)?;
                     Ok(vec![dx, dscale, dshift])
                 },
             );

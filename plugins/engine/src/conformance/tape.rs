@@ -68,6 +68,19 @@ impl<B: Backend> Suite<'_, B> {
             &|p| p[0].modulated_norm(&p[1], &p[2], 1e-5),
             &|p| p[0].layer_norm(1e-5)?.mul(&p[1])?.add(&p[2]),
         );
+        let [scale, shift] = [64, 65].map(|seed| Host::random(&[3, 1, 6], seed, 0.5, 1.5));
+        self.alike(
+            "modulated_norm of what is used again",
+            &[x.clone(), scale, shift],
+            &|p| {
+                let x = p[0].affine(1.5, 0.0)?;
+                x.modulated_norm(&p[1], &p[2], 1e-5)?.add(&x)
+            },
+            &|p| {
+                let x = p[0].affine(1.5, 0.0)?;
+                x.add(&x.layer_norm(1e-5)?.mul(&p[1])?.add(&p[2])?)
+            },
+        );
         let gate = Host::random(&[3, 1, 6], 66, 0.5, 1.5);
         let terms = [x.clone(), x.clone(), gate, x.clone()];
         self.alike(

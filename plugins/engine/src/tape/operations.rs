@@ -289,10 +289,15 @@ impl<B: Backend> Variable<B> {
     pub fn modulated_norm(&self, scale: &Self, shift: &Self, eps: f64) -> Result<Self> {
         let y = B::modulated_norm(&self.value, &scale.value, &shift.value, eps)?;
         let (x, kept) = (self.value.clone(), scale.value.clone());
-        Ok(Self::from_op(y, &[self, scale, shift], move |g| {
-            let (dx, dscale, dshift) = B::modulated_norm_backward(&x, &kept, g, eps)?;
-            Ok(vec![Some(dx), Some(dscale), Some(dshift)])
-        }))
+        Ok(Self::from_adding_op(
+            y,
+            &[self, scale, shift],
+            move |g, known| {
+                let (dx, dscale, dshift) =
+                    B::modulated_norm_backward_adding(&x, &kept, g, eps, known)?;
+                Ok(vec![Some(dx), Some(dscale), Some(dshift)])
+            },
+        ))
     }
 
     /// x + y gate (+ added): x, y and added (b, l, c), gate (b, 1, c).
