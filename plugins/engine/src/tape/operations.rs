@@ -134,7 +134,20 @@ impl<B: Backend> Variable<B> {
 
     /// Difference, broadcasting.
     pub fn sub(&self, other: &Self) -> Result<Self> {
-        self.add(&other.affine(-1.0, 0.0)?)
+        let (sa, sb) = (self.shape(), other.shape());
+        let (wa, wb) = (self.wants(), other.wants());
+        Ok(Self::from_op(
+            B::binary(&self.value, &other.value, Binary::Sub)?,
+            &[self, other],
+            move |g| {
+                let to = |shape: &[usize]| sum_to::<B>(g.clone(), shape);
+                let negative = || B::affine(&to(&sb)?, -1.0, 0.0);
+                Ok(vec![
+                    wa.then(|| to(&sa)).transpose()?,
+                    wb.then(negative).transpose()?,
+                ])
+            },
+        ))
     }
 
     /// Product, broadcasting.
