@@ -6,6 +6,7 @@
 //! dropped as soon as it has passed on its gradient, so memory is freed during the backward pass. Deliberately absent: second
 //! derivatives.
 
+mod gradient;
 mod operations;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,10 +16,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::{Backend, Binary, Tensors};
 use crate::error::{Error, Result};
+use crate::tape::gradient::{Gradient, merged, whole};
 
 /// Computes the gradients of a node's parents, in their order, from its own, and from what is known of the first parent's if
 /// it adds to that ([`Node::adds`]).
-type Vjp<T> = Box<dyn FnOnce(&T, Option<&T>) -> Result<Vec<Option<T>>> + Send + Sync>;
+type Vjp<T> = Box<dyn FnOnce(&T, Option<&T>) -> Result<Vec<Option<Gradient<T>>>> + Send + Sync>;
 
 struct Node<T> {
     id: u64,
@@ -184,8 +186,9 @@ fn send_back<B: Backend>(
     leaves: &mut Leaves<B>,
     mut watch: Option<&mut GradientHook<'_, B::Tensor>>,
 ) -> Result<()> {
-    let mut open = BTreeMap::from([(from.id, (from, gradient))]);
+    let mut open = BTreeMap::from([(from.id, (from, Gradient::Whole(gradient)))]);
     while let Some((id, (node, gradient))) = open.pop_last() {
+        let gradient = whole::<B>(gradient)?;
         if let Some(slot) = leaves.get_mut(&id) {
             match &mut watch {
                 // It has not been reported yet: it is the loss itself, or some of its uses had no gradient.
@@ -202,29 +205,26 @@ fn send_back<B: Backend>(
         };
         let Some(vjp) = node.vjp else { continue };
         let known = match node.parents.first() {
-            Some(Some(parent)) if node.adds => open.remove(&parent.id).map(|(_, known)| known),
+            Some(Some(parent)) if node.adds => open.remove(&parent.id),
             _ => None,
         };
+        let known = known.map(|(_, known)| whole::<B>(known)).transpose()?;
         let gradients = vjp(&gradient, known.as_ref())?;
         for (parent, gradient) in node.parents.into_iter().zip(gradients) {
             let Some(parent) = parent else { continue };
             let id = parent.id;
             if let Some(gradient) = gradient {
-                match open.entry(id) {
-                    std::collections::btree_map::Entry::Vacant(slot) => {
-                        slot.insert((parent, gradient));
-                    }
-                    std::collections::btree_map::Entry::Occupied(mut slot) => {
-                        let sum = B::binary(&slot.get().1, &gradient, Binary::Add)?;
-                        slot.get_mut().1 = sum;
-                    }
-                }
+                let sum = match open.remove(&id) {
+                    Some((_, known)) => merged::<B>(known, gradient)?,
+                    None => gradient,
+                };
+                open.insert(id, (parent, sum));
             }
             if let Some(watch) = &mut watch
                 && watch.is_last_use(id)
                 && let Some((_, gradient)) = open.remove(&id)
             {
-                (watch.ready)(id, gradient)?;
+                (watch.ready)(id, whole::<B>(gradient)?)?;
             }
         }
     }
@@ -285,11 +285,11 @@ impl<B: Backend> Variable<B> {
         drop(node);
         let ids: Vec<u64> = parents.keys().copied().collect();
         let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| {
-            let mut leaves = ids.iter().map(|&id| (id, None)).collect();
+            let mut leaves: Leaves<B> = ids.iter().map(|&id| (id, None)).collect();
             if let Some(node) = part()?.node {
                 send_back::<B>(node, g.clone(), &mut leaves, None)?;
             }
-            Ok(leaves.into_values().collect())
+            Ok(wholes(leaves.into_values()))
         };
         Ok(Self {
             value,
@@ -371,7 +371,7 @@ impl<B: Backend> Variable<B> {
         parents: &[&Variable<B>],
         vjp: impl FnOnce(&B::Tensor) -> Result<Vec<Option<B::Tensor>>> + Send + Sync + 'static,
     ) -> Self {
-        let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| vjp(g);
+        let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| Ok(wholes(vjp(g)?));
         Self::made(value, parents, Box::new(vjp), false)
     }
 
@@ -384,6 +384,7 @@ impl<B: Backend> Variable<B> {
         + Sync
         + 'static,
     ) -> Self {
+        let vjp = move |g: &B::Tensor, known: Option<&B::Tensor>| Ok(wholes(vjp(g, known)?));
         Self::made(value, parents, Box::new(vjp), true)
     }
 
@@ -406,6 +407,12 @@ impl<B: Backend> Variable<B> {
     fn wants(&self) -> bool {
         self.node.is_some()
     }
+}
+
+/// Gradients that are known as a whole.
+fn wholes<T>(gradients: impl IntoIterator<Item = Option<T>>) -> Vec<Option<Gradient<T>>> {
+    let gradients = gradients.into_iter();
+    gradients.map(|g| g.map(Gradient::Whole)).collect()
 }
 
 /// The value of a tensor with one element.

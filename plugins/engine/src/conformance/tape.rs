@@ -18,6 +18,21 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("reshape", one, &|p| p[0].reshape(&[6, 12]));
         self.slope("permute", one, &|p| p[0].permute(&[2, 0, 1]));
         self.slope("narrow", one, &|p| p[0].narrow(1, 1, 2));
+        self.slope("slices beside each other", one, &|p| {
+            let [a, b, c] = [0, 2, 4].map(|start| p[0].narrow(2, start, 2));
+            a?.mul(&b?)?.add(&c?)
+        });
+        self.slope("slices with gaps", one, &|p| {
+            p[0].narrow(2, 3, 1)?.mul(&p[0].narrow(2, 1, 1)?)
+        });
+        self.slope("slices that overlap, and the whole", one, &|p| {
+            let (a, b) = (p[0].narrow(2, 0, 3)?, p[0].narrow(2, 2, 3)?);
+            a.mul(&b)?.sum(&[2])?.add(&p[0])
+        });
+        self.slope("slices of two dimensions", one, &|p| {
+            let (a, b) = (p[0].narrow(1, 1, 1)?, p[0].narrow(2, 5, 1)?);
+            a.mul(&b)
+        });
         self.slope("cat", &two, &|p| Variable::cat(&[&p[0], &p[1]], 1));
         let half = || b.full(&[3, 4, 6], 0.5).map(Variable::constant);
         self.slope("cat of a constant", one, &|p| {

@@ -1,6 +1,9 @@
 //! The operations on variables: each computes its value and defines its backward function.
 
+use std::collections::BTreeMap;
+
 use super::Variable;
+use super::gradient::Gradient;
 use crate::backend::{
     Backend, Binary, Mask, Precision, Unary, Window, root_mean_square, upsample2,
 };
@@ -36,29 +39,12 @@ impl<B: Backend> Variable<B> {
         if len == before[dim] {
             return Ok(self.clone());
         }
-        Ok(Self::from_op(
-            B::narrow(&self.value, dim, start, len)?,
-            &[self],
-            move |g| {
-                let zeros = |n: usize| {
-                    let mut shape = before.clone();
-                    shape[dim] = n;
-                    let zero = B::of(g).floats(&[0.0], &vec![1; shape.len()])?;
-                    B::expand(&zero, &shape)
-                };
-                let end = before[dim] - start - len;
-                let (left, right) = (zeros(start)?, zeros(end)?);
-                let mut parts = Vec::new();
-                if start > 0 {
-                    parts.push(&left);
-                }
-                parts.push(g);
-                if end > 0 {
-                    parts.push(&right);
-                }
-                Ok(vec![Some(B::cat(&parts, dim)?)])
-            },
-        ))
+        let value = B::narrow(&self.value, dim, start, len)?;
+        let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| {
+            let (shape, slices) = (before, BTreeMap::from([(start, g.clone())]));
+            Ok(vec![Some(Gradient::Slices { shape, dim, slices })])
+        };
+        Ok(Self::made(value, &[self], Box::new(vjp), false))
     }
 
     /// Concatenates tensors along a dimension.
