@@ -319,7 +319,7 @@ impl<'a> Rows<'a> {
 
     /// The rows from a number on.
     #[inline(always)]
-    fn from(self, first: usize) -> Self {
+    fn starting_at(self, first: usize) -> Self {
         let turn = self.turn.map(|turn| Turn {
             cos: &turn.cos[first * turn.half..],
             sin: &turn.sin[first * turn.half..],
@@ -581,7 +581,14 @@ impl Problem {
     #[inline(always)]
     fn weights(&self, scratch: &mut Scratch, q: Rows<'_>, bias: &[f32], first: usize, n: usize) {
         let (lkp, dp) = self.padded();
-        pack(&mut scratch.q, q.from(first), n, self.d, dp, self.scale);
+        pack(
+            &mut scratch.q,
+            q.starting_at(first),
+            n,
+            self.d,
+            dp,
+            self.scale,
+        );
         let wide = self.seen(first + n - 1).next_multiple_of(TILE);
         scratch.p.resize(n * lkp, 0.0);
         let a = Operand::rows(&scratch.q, dp);
@@ -622,7 +629,7 @@ impl Problem {
         for first in (0..self.lq).step_by(self.block()) {
             let n = self.block().min(self.lq - first);
             self.weights(scratch, heads.q, bias, first, n);
-            pack(&mut scratch.g, heads.g.from(first), n, d, dp, 1.0);
+            pack(&mut scratch.g, heads.g.starting_at(first), n, d, dp, 1.0);
             let seen = self.seen(first + n - 1);
             let wide = seen.next_multiple_of(TILE);
             scratch.ds.resize(n * lkp, 0.0);

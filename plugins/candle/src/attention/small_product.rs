@@ -13,6 +13,7 @@ pub struct Operand<'a> {
 
 impl<'a> Operand<'a> {
     /// Rows of `width` elements.
+    #[inline(always)]
     pub fn rows(data: &'a [f32], width: usize) -> Self {
         Self {
             data,
@@ -22,6 +23,7 @@ impl<'a> Operand<'a> {
     }
 
     /// The transposed matrix.
+    #[inline(always)]
     pub fn turned(data: &'a [f32], width: usize) -> Self {
         Self {
             data,
