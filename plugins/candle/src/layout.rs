@@ -157,8 +157,8 @@ mod tests {
         let x = counting(&[3, 37, 5, 29]);
         let large = counting(&[40, 30, 50]);
         let views = [
-            x.permute([0, 2, 3, 1]),
-            x.permute([3, 1, 0, 2]),
+            x.permute((0, 2, 3, 1)),
+            x.permute((3, 1, 0, 2)),
             x.narrow(3, 4, 11),
             x.narrow(1, 30, 7).and_then(|x| x.transpose(2, 3)),
             x.narrow(0, 2, 1).and_then(|x| x.t()),

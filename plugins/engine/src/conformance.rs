@@ -106,6 +106,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.flow_maps();
     suite.choices();
     suite.tape();
+    suite.tape_of_norms();
     suite.rounded(Suite::tape_of_products);
     suite.cases
 }

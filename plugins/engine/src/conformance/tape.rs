@@ -60,6 +60,15 @@ impl<B: Backend> Suite<'_, B> {
         });
 
         self.slope("softmax", one, &|p| p[0].softmax());
+        let logits = Host::random(&[4, 9], 60, -2.0, 2.0);
+        self.slope("cross_entropy", &[logits], &|p| {
+            p[0].cross_entropy(&b.indices(&[8, 0, 3, 3], &[4])?)
+        });
+    }
+
+    pub(super) fn tape_of_norms(&mut self) {
+        let x = Host::random(&[3, 4, 6], 50, -1.0, 1.0);
+        let one = std::slice::from_ref(&x);
         let scale = Host::random(&[6], 59, 0.5, 1.5);
         self.slope("rms_norm", &[x.clone(), scale], &|p| {
             p[0].rms_norm(&p[1], 1e-5, Precision::Storage)
@@ -125,11 +134,6 @@ impl<B: Backend> Suite<'_, B> {
             &|p| p[0].activation(Unary::GeluTanh, Precision::Factor),
             &|p| p[0].unary(Unary::GeluTanh),
         );
-        let logits = Host::random(&[4, 9], 60, -2.0, 2.0);
-        self.slope("cross_entropy", &[logits], &|p| {
-            p[0].cross_entropy(&b.indices(&[8, 0, 3, 3], &[4])?)
-        });
-
         let image = Host::random(&[2, 4, 5, 5], 61, -1.0, 1.0);
         let norm = [62, 63].map(|seed| Host::random(&[4], seed, 0.5, 1.5));
         let inputs = [image.clone(), norm[0].clone(), norm[1].clone()];
