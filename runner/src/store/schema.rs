@@ -27,6 +27,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0007_cluster.sql"),
     include_str!("../../../migrations/0008_stages_in_brief.sql"),
     include_str!("../../../migrations/0009_imported.sql"),
+    include_str!("../../../migrations/0010_found_by_index.sql"),
 ];
 
 /// The schema version after which the program packs points of older stores.

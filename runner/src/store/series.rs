@@ -2,7 +2,8 @@
 //!
 //! Points are kept in blocks of up to [`append::CUT`] ([`block`]). A block with fewer than [`append::CLOSE`] is open: the
 //! next points of its series are packed together with it. That costs no more than a row per point would, because SQLite
-//! writes whole pages. Late or repeated points are merged into their blocks.
+//! writes whole pages. Late or repeated points are merged into their blocks. Each 64 blocks are summed up by a span, which goes
+//! as soon as one of them changes (a trigger).
 //!
 //! NaN and the infinities are values. SQLite keeps a NaN as null, and gets it back as one here; JSON knows neither, so
 //! they serialise as the texts "NaN", "Infinity" and "-Infinity".
@@ -18,7 +19,9 @@ use super::block::{self, BlockPoint};
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError};
 
-pub(super) use append::{OpenSeries, append_points, name_series, note_results, pack_points};
+pub(super) use append::{
+    OpenSeries, append_points, make_spans, name_series, note_results, pack_points,
+};
 
 /// Points of one series about to be appended.
 #[derive(Debug, Clone, PartialEq)]

@@ -17,6 +17,9 @@ const CUT: usize = 4096;
 /// A block with this many points is closed: it is not packed again with the next ones.
 const CLOSE: usize = 1024;
 
+/// So many neighbouring blocks make a span. The migration that made the first ones has the same number.
+const SPAN: usize = 64;
+
 /// What [`Store::record`] remembers of a series.
 #[derive(Debug)]
 pub(in crate::store) struct OpenSeries {
@@ -26,6 +29,8 @@ pub(in crate::store) struct OpenSeries {
     open: Option<Vec<BlockPoint>>,
     /// The last step of the blocks before it.
     closed: Option<i64>,
+    /// About how many of these come after the last span.
+    loose: usize,
 }
 
 impl Store {
@@ -65,6 +70,10 @@ pub(in crate::store) async fn append_points(
         changes.grow(series.key, &points, growth);
     }
     changes.write(write).await?;
+    for series in known.values_mut().filter(|series| series.loose > SPAN) {
+        make_spans(write, series.key).await?;
+        series.loose %= SPAN;
+    }
     note_new_results(write, &grown).await?;
     Ok(known)
 }
@@ -252,6 +261,7 @@ async fn append(
     while rest.len() > CUT || (late && !rest.is_empty()) {
         let (piece, after) = rest.split_at(rest.len().min(CUT));
         changes.insert(series.key, piece);
+        series.loose += 1;
         series.closed = series.closed.max(piece.last().map(|point| point.step));
         rest = after;
     }
@@ -260,6 +270,7 @@ async fn append(
         if rest.len() < CLOSE {
             series.open = Some(rest.to_vec());
         } else {
+            series.loose += 1;
             series.closed = rest.last().map(|point| point.step);
         }
     }
@@ -337,6 +348,7 @@ async fn find_or_insert(
         base: first.at,
         open: None,
         closed: None,
+        loose: 0,
     })
 }
 
@@ -352,7 +364,15 @@ async fn known(
          where b.series = ?1 order by b.first_step desc limit 2",
     )
     .bind(key)
-    .fetch_all(connection)
+    .fetch_all(&mut *connection)
+    .await?;
+    let loose: i64 = sqlx::query_scalar(
+        "select count(*) from blocks
+         where series = ?1
+           and first_step > coalesce((select last_step from spans where series = ?1 order by first_step desc limit 1), -1)",
+    )
+    .bind(key)
+    .fetch_one(connection)
     .await?;
     let last_step = |row: Option<&SqliteRow>| row.map(|row| row.try_get("last_step")).transpose();
     let open = match rows.first() {
@@ -365,7 +385,30 @@ async fn known(
         base,
         open,
         closed,
+        loose: usize::try_from(loose).unwrap_or(0),
     })
+}
+
+/// Sums up the blocks after a series' last span, so far as they make whole spans. The last block is left out: it may grow.
+pub(in crate::store) async fn make_spans(
+    connection: &mut SqliteConnection,
+    series: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into spans (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at)
+         select ?1, min(first_step), max(last_step), sum(points), sum(numbers),
+                case when count(sum) = count(*) then sum(sum) end, min(min), max(max), min(first_at), max(last_at)
+         from (select *, (row_number() over (order by first_step) - 1) / ?2 as part from blocks
+               where series = ?1
+                 and first_step > coalesce((select last_step from spans where series = ?1 order by first_step desc limit 1), -1)
+                 and first_step < (select max(first_step) from blocks where series = ?1))
+         group by part having count(*) = ?2",
+    )
+    .bind(series)
+    .bind(SPAN as i64)
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 /// Copies the summaries of an attempt's series to the results of the runs that made or reuse it.

@@ -13,6 +13,20 @@ use crate::store::{RunId, Store, StoreError};
 /// Up to this many blocks, a curve unpacks all of them.
 const FEW: i64 = 128;
 
+/// The parts of a series (?1) that begin from step ?2 to step ?3: if ?5, the spans that lie between the steps ?4 and ?3, and
+/// otherwise the blocks.
+const PARTS: &str = "with whole as materialized (
+         select * from spans where series = ?1 and first_step between ?4 and ?3 and last_step <= ?3 and ?5),
+     gaps(first, last) as (
+         select last_step + 1, coalesce(lead(first_step) over (order by first_step) - 1, ?3) from whole
+         union all
+         select ?2, coalesce((select min(first_step) - 1 from whole), ?3)),
+     parts as (
+         select first_step, last_step, points, numbers, sum, min, max, first_at, last_at from whole
+         union all
+         select b.first_step, b.last_step, b.points, b.numbers, b.sum, b.min, b.max, b.first_at, b.last_at
+         from gaps g cross join blocks b on b.series = ?1 and b.first_step between g.first and g.last)";
+
 impl Store {
     /// A series of a run as a curve: at most `query.buckets` buckets for each stage that has it, in order.
     ///
@@ -38,7 +52,7 @@ impl Store {
         query: CurveQuery,
     ) -> Result<Vec<Summary>, StoreError> {
         let (from, to) = (clamped(query.from), clamped(query.to));
-        // Whole blocks give at least half the requested buckets, or there are only few blocks.
+        // Whole blocks, or spans, give at least half the requested buckets; otherwise there are only few blocks.
         let few = i64::from(query.buckets).min(FEW.max(i64::from(query.buckets) / 2));
         let begin = self.block_of(named, from).await?;
         // Blocks do not overlap: their positions give the first and the last, and only the blocks in between are counted.
@@ -68,15 +82,17 @@ impl Store {
                 (first.max(from), last.min(to))
             }
             Axis::Time => {
-                sqlx::query_as(
-                    "select min(first_at), max(last_at) from blocks
-                     where series = ?1 and last_step >= ?2 and first_step <= ?3",
-                )
-                .bind(named.key)
-                .bind(from)
-                .bind(to)
-                .fetch_one(self.pool())
-                .await?
+                let extent = format!(
+                    "{PARTS} select min(first_at), max(last_at) from parts where last_step >= ?4"
+                );
+                sqlx::query_as(sqlx::AssertSqlSafe(extent))
+                    .bind(named.key)
+                    .bind(begin)
+                    .bind(to)
+                    .bind(from)
+                    .bind(true)
+                    .fetch_one(self.pool())
+                    .await?
             }
         };
         let mut grid = Grid::new(query, first, last);
@@ -87,7 +103,19 @@ impl Store {
                 grid.add(&points);
             }
         } else {
-            self.sum_up_blocks(named, from, to, &mut grid).await?;
+            let spans: i64 = sqlx::query_scalar(
+                "select count(*) from (
+                     select 1 from spans
+                     where series = ?1 and first_step between ?2 and ?3 and last_step <= ?3 limit ?4)",
+            )
+            .bind(named.key)
+            .bind(from)
+            .bind(to)
+            .bind(few)
+            .fetch_one(self.pool())
+            .await?;
+            self.sum_up(named, (from, to), spans >= few, &mut grid)
+                .await?;
         }
         Ok(grid.buckets.into_values().collect())
     }
@@ -105,12 +133,13 @@ impl Store {
         Ok(first.unwrap_or(step))
     }
 
-    /// With many more points than buckets, whole blocks are used, except for those that the range cuts.
-    async fn sum_up_blocks(
+    /// With many more points than buckets, whole blocks are used, except for those that a range of steps cuts. With many more
+    /// blocks than buckets, spans stand for them.
+    async fn sum_up(
         &self,
         named: &NamedSeries,
-        from: i64,
-        to: i64,
+        (from, to): (i64, i64),
+        by_spans: bool,
         grid: &mut Grid,
     ) -> Result<(), StoreError> {
         let place = match grid.axis {
@@ -118,17 +147,20 @@ impl Store {
             Axis::Time => "first_at",
         };
         let whole = format!(
-            "select min(first_step) as first_step, max(last_step) as last_step, sum(points) as points,
+            "{PARTS}
+             select min(first_step) as first_step, max(last_step) as last_step, sum(points) as points,
                     sum(numbers) as numbers, case when count(sum) = count(*) then sum(sum) end as sum,
                     min(min) as min, max(max) as max, min(first_at) as first_at, max(last_at) as last_at,
                     min({place}) as place
-             from blocks where series = ?1 and first_step between ?2 and ?3 and last_step <= ?3
-             group by cast(({place} - ?4) * ?5 as integer)"
+             from parts where first_step >= ?4 and last_step <= ?3
+             group by cast(({place} - ?6) * ?7 as integer)"
         );
         let rows = sqlx::query(sqlx::AssertSqlSafe(whole))
             .bind(named.key)
             .bind(from)
             .bind(to)
+            .bind(from)
+            .bind(by_spans)
             .bind(grid.first)
             .bind(grid.scale)
             .fetch_all(self.pool())

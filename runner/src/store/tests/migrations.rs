@@ -96,6 +96,52 @@ fn a_store_of_the_first_schema_is_taken_along() {
     });
 }
 
+/// First and last step, points, sum, least and greatest value, first and last moment.
+type Span = (i64, i64, i64, Option<f64>, f64, f64, i64, i64);
+
+#[test]
+fn long_series_of_an_older_store_get_spans() {
+    check(|dir| async move {
+        schema::migrate(&dir, &schema::MIGRATIONS[..9])
+            .await
+            .unwrap();
+        let mut old = connect(&connection::path_of(&dir)).await;
+        sqlx::raw_sql(
+            "insert into runs (key, id, recipe, recipe_path, seed, command, state, created)
+                 values (1, 'r1', 'digits', '/r.yaml', 3, '[]', 'succeeded', 5);
+             insert into stages (key, run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed,
+                 options, inputs, state) values (1, 1, 0, 'distill', 'k', 'p', '1', 'h', 'cpu', 'f32', 0, '{}', '[]', 'succeeded');
+             insert into attempts (key, stage, number, digest, worker_pid, state, started) values (1, 1, 1, 'd', 1, 'succeeded', 5);
+             insert into series (key, attempt, name, base, last_step, points)
+                 values (1, 1, 'loss', 0, 1999, 2000), (2, 1, 'short', 0, 639, 640);
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 199)
+             insert into blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, pack)
+             select s.key, i * 10, i * 10 + 9, 10, 10, iif(i = 70, null, 1), -i, i, i, i + 1, i
+             from n join series s on s.key = 1 or i < 64;",
+        )
+        .execute(&mut old)
+        .await
+        .unwrap();
+        old.close().await.unwrap();
+        let store = Store::open(&dir, Access::ReadOnly).await.unwrap();
+        let spans: Vec<Span> = sqlx::query_as(
+            "select first_step, last_step, points, sum, min, max, first_at, last_at from spans order by series, first_step",
+        )
+        .fetch_all(store.pool())
+        .await
+        .unwrap();
+        // The last block may still grow, so the short series has none.
+        assert_eq!(
+            spans,
+            [
+                (0, 639, 640, Some(64.0), -63.0, 63.0, 0, 64),
+                (640, 1279, 640, None, -127.0, 127.0, 64, 128),
+                (1280, 1919, 640, Some(64.0), -191.0, 191.0, 128, 192),
+            ]
+        );
+    });
+}
+
 #[test]
 fn many_processes_migrate_one_old_store_at_once() {
     check(|dir| async move {

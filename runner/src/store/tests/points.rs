@@ -238,6 +238,95 @@ fn a_curve_sums_up_what_is_there() {
     });
 }
 
+/// How many spans there are. Each sums up its blocks.
+async fn spans(store: &Store) -> i64 {
+    let (all, wrong): (i64, i64) = sqlx::query_as(
+        "select count(*), coalesce(sum((s.last_step, s.points, s.numbers, s.sum, s.min, s.max, s.first_at, s.last_at) is not (
+             select max(b.last_step), sum(b.points), sum(b.numbers), sum(b.sum), min(b.min), max(b.max), min(b.first_at),
+                    max(b.last_at)
+             from blocks b where b.series = s.series and b.first_step between s.first_step and s.last_step)), 0)
+         from spans s",
+    )
+    .fetch_one(store.pool())
+    .await
+    .unwrap();
+    assert_eq!(wrong, 0);
+    all
+}
+
+/// The buckets of `loss` have all points, once.
+async fn check_curve(store: &Store, run: &RunId, values: &[f64]) {
+    for axis in [Axis::Step, Axis::Time] {
+        for (from, to) in [(0, u64::MAX), (1500, 299_999)] {
+            let query = CurveQuery {
+                buckets: 3,
+                axis,
+                from,
+                to,
+            };
+            let curve = store.curve(run, "loss", query).await.unwrap();
+            assert!((2..=3).contains(&curve.len()), "{}", curve.len());
+            let mut next = from;
+            for bucket in &curve {
+                assert_eq!(bucket.first_step, next, "no gap, no overlap");
+                next = bucket.last_step + 1;
+                let inside = &values[bucket.first_step as usize..=bucket.last_step as usize];
+                assert_eq!(bucket.points, inside.len() as u64);
+                assert_eq!(bucket.max, inside.iter().copied().reduce(f64::max));
+                let mean = inside.iter().sum::<f64>() / inside.len() as f64;
+                assert!((bucket.mean.unwrap() - mean).abs() < 1e-9);
+            }
+            assert_eq!(next, to.min(values.len() as u64 - 1) + 1);
+        }
+    }
+}
+
+#[test]
+fn spans_follow_their_blocks() {
+    check(|dir| async move {
+        let mut store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d1").await;
+        let mut values: Vec<f64> = (0..320_000_u32)
+            .map(|step| f64::from(step * 7919 % 1013))
+            .collect();
+        let points: Vec<_> = (0..)
+            .zip(&values)
+            .map(|(step, &value)| a_point(step, value))
+            .collect();
+        // Blocks of the least size, so that the spans are small too.
+        for (number, points) in points.chunks(1024).enumerate() {
+            if number == 100 {
+                // What is remembered of a series is read again.
+                store.close().await;
+                store = open(&dir).await;
+            }
+            store
+                .append_metrics(attempt, &losses(points))
+                .await
+                .unwrap();
+        }
+        assert_eq!(spans(&store).await, 4);
+        check_curve(&store, &run, &values).await;
+        // A block within the second span changes; the others stay.
+        values[100_000] = 5000.0;
+        let late = losses(&[a_point(100_000, 5000.0)]);
+        store.append_metrics(attempt, &late).await.unwrap();
+        assert_eq!(spans(&store).await, 3);
+        check_curve(&store, &run, &values).await;
+
+        succeed(&store, &run).await;
+        let copy = dir.with_extension("copy");
+        export(&dir, None, &copy, false).await.unwrap();
+        let other = open(&dir.with_extension("other")).await;
+        other.import(&copy).await.unwrap();
+        assert_eq!(spans(&other).await, 4);
+        check_curve(&other, &run, &values).await;
+        other.close().await;
+        store.remove_runs(&[run]).await.unwrap();
+        assert_eq!(spans(&store).await, 0);
+    });
+}
+
 #[test]
 fn a_long_series_is_exported_piece_by_piece() {
     check(|dir| async move {

@@ -272,6 +272,7 @@ fn runs_are_removed_with_everything_that_only_they_have() {
             "attempts",
             "series",
             "blocks",
+            "spans",
             "packs",
             "logs",
             "results",

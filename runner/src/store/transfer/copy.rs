@@ -7,6 +7,7 @@ use sqlx::AssertSqlSafe;
 use sqlx::sqlite::{SqliteConnection, SqliteQueryResult};
 
 use super::Transfer;
+use crate::store::series::make_spans;
 use crate::store::{RunId, StoreError, block};
 
 /// The state of copying, kept across transactions.
@@ -389,7 +390,7 @@ run,
             let copied = self.block(key, here, step).await;
             self.or_lost(copied, run, "a block of points")?;
         }
-        Ok(())
+        Ok(make_spans(self.connection, here).await?)
     }
 
     async fn block(&mut self, key: i64, here: i64, step: i64) -> Result<(), StoreError> {
