@@ -490,12 +490,13 @@ impl Store {
         stage: &str,
     ) -> Result<Option<LastExecution>, StoreError> {
         let row = sqlx::query(
-            // From the newest run to older ones: a cross join keeps this order of tables, and the plus keeps SQLite from
-            // collecting and sorting all runs of the recipe. A recipe that never ran is looked up once.
+            // From the recipe's newest run to older ones: a cross join keeps this order of tables. Only among runs that are as
+            // old as some stage of this name: a name that no run has is looked up once.
             "select r.id, r.state as run_state, s.digest, s.components, s.state
              from runs r cross join stages s on s.run = r.key and s.name = ?2
-             where +r.recipe = ?1 and s.digest is not null
-               and r.key >= (select 0 where exists (select 1 from runs known where known.recipe = ?1))
+             where r.recipe = ?1 and s.digest is not null
+               and r.key between (select min(run) from stages where name = ?2)
+                             and (select max(run) from stages where name = ?2)
              order by r.key desc limit 1",
         )
         .bind(recipe)

@@ -211,8 +211,10 @@ impl Store {
     ) -> Result<Option<StageRecord>, StoreError> {
         let earlier: Option<String> = sqlx::query_scalar(
             "select p.id from runs r
-             join runs p on +p.recipe = r.recipe and p.key < r.key
-             join stages s on s.run = p.key and s.name = ?2
+             cross join runs p on p.recipe = r.recipe and p.key < r.key
+                 and p.key between (select min(run) from stages where name = ?2)
+                               and (select max(run) from stages where name = ?2)
+             cross join stages s on s.run = p.key and s.name = ?2
              where r.id = ?1 and s.digest is not null
              order by p.key desc limit 1",
         )

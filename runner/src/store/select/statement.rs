@@ -2,13 +2,11 @@
 
 use sqlx::{QueryBuilder, Sqlite};
 
-use super::{AGE, FieldTarget, STARTED, Type, needed, required};
+use super::way::{FIRST, Leader, Way, column_of, is_narrowed, place_of};
+use super::{AGE, FEW, FieldTarget, STARTED, Type, needed, required};
 use crate::filter::{Expr, Field, FilterError, Operator, Value};
 use crate::store::time::Time;
 use crate::store::{RunFilter, RunState, StoreError};
-
-/// Runs of which each may be looked at.
-const FEW: u32 = 1000;
 
 /// A statement under construction.
 pub(super) struct Select {
@@ -16,6 +14,8 @@ pub(super) struct Select {
     /// Joined rows of `results` and `params`, by name.
     joins: Vec<FieldTarget>,
     states: String,
+    /// The row that is read instead of a joined one.
+    instead: Option<&'static str>,
 }
 
 impl Select {
@@ -25,6 +25,7 @@ impl Select {
             sql: QueryBuilder::new(words),
             joins: Vec::new(),
             states,
+            instead: None,
         }
     }
 
@@ -33,6 +34,7 @@ impl Select {
         &mut self,
         filter: &RunFilter,
         targets: &[(&Field, FieldTarget)],
+        way: Way,
     ) -> Result<(), StoreError> {
         for (_, target) in targets {
             let row = row_of(target);
@@ -57,14 +59,25 @@ impl Select {
             .flat_map(|wanted| needed(&wanted.expr))
             .filter_map(|field| row_of(&of(field)))
             .collect();
-        let leader = match filter.sort.first() {
-            Some(sort) if of(&sort.name.field) != STARTED => {
+        let first = filter.sort.first().map(|sort| of(&sort.name.field));
+        let mut tested = filter.expr.iter().flat_map(|wanted| required(&wanted.expr));
+        let passed = match way {
+            Way::Rows(number) => tested.nth(number),
+            _ => None,
+        };
+        let leader = match (way, passed) {
+            (Way::All, _) if first.as_ref().is_some_and(|first| *first != STARTED) => {
                 let leads = |join: &FieldTarget| needed.contains(join);
-                self.joins.iter().position(leads)
+                self.joins.iter().position(leads).map(Leader::Joined)
             }
+            (Way::Rows(_), Some((field, ..))) => place_of(&of(field)).map(Leader::Indexed),
+            (Way::First, _) => first.as_ref().and_then(place_of).map(Leader::Indexed),
             _ => None,
         };
         self.tables(leader, &needed);
+        if way == Way::First {
+            self.first(filter, first.as_ref());
+        }
         if !filter.states.is_empty() {
             self.sql.push(" and ");
             self.scalar(&FieldTarget::State);
@@ -80,15 +93,31 @@ impl Select {
         if let Some(wanted) = &filter.expr {
             let in_text =
                 |error: FilterError| StoreError::Filter(Box::new(error.in_text(&wanted.text)));
+            if let Some((field, operator, value)) = passed {
+                self.sql.push(" and ");
+                self.compare_indexed(&of(field), operator, value)
+                    .map_err(in_text)?;
+            }
             if filter.sort.is_empty() && filter.limit.is_some() {
                 self.bounds(&wanted.expr, &of).map_err(in_text)?;
             }
             self.sql.push(" and ");
             self.condition(&wanted.expr, &of, false).map_err(in_text)?;
         }
+        let by_index = way == Way::First && matches!(leader, Some(Leader::Indexed(_)));
+        self.order(filter, &of, by_index)
+    }
+
+    /// The order of the runs, and the page. `by_index`: the order is that of `f`, the row that leads.
+    fn order(
+        &mut self,
+        filter: &RunFilter,
+        of: &dyn Fn(&Field) -> FieldTarget,
+        by_index: bool,
+    ) -> Result<(), StoreError> {
         let limit = filter.limit.map_or(-1, i64::from);
         self.sql.push(" order by ");
-        for sort in &filter.sort {
+        for (number, sort) in filter.sort.iter().enumerate() {
             let target = of(&sort.name.field);
             if matches!(target, FieldTarget::Any(..)) {
                 let error = FilterError::new(
@@ -108,39 +137,111 @@ impl Select {
                 self.sql.push_bind(filter.skip);
                 return Ok(());
             }
+            if by_index && number == 0 {
+                // Rows without a value are left out.
+                let column = column_of(&target);
+                self.sql.push(format_args!("f.{column}{direction}, "));
+                continue;
+            }
             self.scalar(&target);
             self.sql.push(direction);
             self.sql.push(" nulls last, ");
         }
-        self.sql.push("r.key desc limit ");
+        // Of one name, both keys have the same order.
+        let row = if by_index { "f" } else { "r" };
+        self.sql.push(format_args!("{row}.key desc limit "));
         self.sql.push_bind(limit);
         self.sql.push(" offset ");
         self.sql.push_bind(filter.skip);
         Ok(())
     }
 
+    /// The rows that pass a comparison, or the runs, from `from` on. They have an index (see [`super::way::way_by`]).
+    pub(super) fn passing(
+        &mut self,
+        target: &FieldTarget,
+        operator: Operator,
+        value: &Value,
+    ) -> Result<(), FilterError> {
+        let Some((table, name)) = place_of(target) else {
+            self.sql.push(" from runs r where ");
+            return self.compare(target, operator, value);
+        };
+        self.sql
+            .push(format_args!(" from {table} f where f.name = "));
+        self.sql.push_bind(name);
+        self.sql.push(" and ");
+        self.compare_indexed(target, operator, value)
+    }
+
+    /// A comparison of `f`, the row that leads.
+    fn compare_indexed(
+        &mut self,
+        target: &FieldTarget,
+        operator: Operator,
+        value: &Value,
+    ) -> Result<(), FilterError> {
+        self.instead = Some("f");
+        let pushed = self.compare(target, operator, value);
+        self.instead = None;
+        pushed
+    }
+
+    /// Limits a statement to the first rows in the order of the first sort, `target`, or to the newest runs. Without a filter
+    /// each row is a match: then the limit of the statement suffices.
+    fn first(&mut self, filter: &RunFilter, target: Option<&FieldTarget>) {
+        let descending = filter.sort.first().is_none_or(|sort| sort.descending);
+        let column = target.map_or("key", column_of);
+        let place = target.and_then(place_of);
+        let row = if place.is_some() { "f" } else { "r" };
+        if place.is_some() {
+            self.sql
+                .push(format_args!(" and {row}.{column} is not null"));
+        }
+        if !is_narrowed(filter) {
+            return;
+        }
+        let symbol = if descending { ">" } else { "<" };
+        let table = place.map_or("runs", |(table, _)| table);
+        self.sql.push(format_args!(
+            " and {row}.{column} {symbol} (select x.{column} from {table} x where x.{column} is not null"
+        ));
+        if let Some((_, name)) = place {
+            self.sql.push(" and x.name = ");
+            self.sql.push_bind(name);
+        }
+        let direction = if descending { " desc" } else { "" };
+        self.sql.push(format_args!(
+            " order by x.{column}{direction} limit 1 offset "
+        ));
+        let wanted = filter.limit.unwrap_or(0).saturating_add(filter.skip);
+        self.sql.push_bind(wanted.saturating_add(FIRST));
+        self.sql.push(")");
+    }
+
     /// `runs r` and its joined rows, up to `where` and the first table's conditions.
-    fn tables(&mut self, leader: Option<usize>, needed: &[FieldTarget]) {
+    fn tables(&mut self, leader: Option<Leader>, needed: &[FieldTarget]) {
         let joins: Vec<(usize, &'static str, i64, bool)> = self
             .joins
             .iter()
             .enumerate()
             .filter_map(|(number, join)| {
-                let (table, name) = match join {
-                    FieldTarget::Param(name) => ("params", *name),
-                    FieldTarget::Series(name, _) => ("results", *name),
-                    _ => return None,
-                };
+                let (table, name) = place_of(join)?;
                 // A run without the row cannot match, so no outer join is needed.
                 Some((number, table, name << 32, needed.contains(join)))
             })
             .collect();
+        // SQLite runs a cross join in the order in which it is written.
         match leader {
-            Some(number) => {
+            Some(Leader::Joined(number)) => {
                 let (_, table, ..) = joins[number];
-                // SQLite runs a cross join in the order in which it is written.
                 self.sql.push(format_args!(
                     " from {table} j{number} cross join runs r on r.key = j{number}.key & 0xffffffff"
+                ));
+            }
+            Some(Leader::Indexed((table, _))) => {
+                self.sql.push(format_args!(
+                    " from {table} f cross join runs r on r.key = f.run"
                 ));
             }
             None => {
@@ -148,7 +249,7 @@ impl Select {
             }
         }
         for (number, table, first, needed) in &joins {
-            if Some(*number) != leader {
+            if leader != Some(Leader::Joined(*number)) {
                 let join = if *needed { "cross join" } else { "left join" };
                 self.sql.push(format_args!(
                     " {join} {table} j{number} on j{number}.key = "
@@ -158,12 +259,19 @@ impl Select {
             }
         }
         self.sql.push(" where true");
-        if let Some(number) = leader {
-            let (_, _, first, _) = joins[number];
-            self.sql.push(format_args!(" and j{number}.key between "));
-            self.sql.push_bind(first);
-            self.sql.push(" and ");
-            self.sql.push_bind(first | 0xffff_ffff);
+        match leader {
+            Some(Leader::Joined(number)) => {
+                let (_, _, first, _) = joins[number];
+                self.sql.push(format_args!(" and j{number}.key between "));
+                self.sql.push_bind(first);
+                self.sql.push(" and ");
+                self.sql.push_bind(first | 0xffff_ffff);
+            }
+            Some(Leader::Indexed((_, name))) => {
+                self.sql.push(" and f.name = ");
+                self.sql.push_bind(name);
+            }
+            None => {}
         }
     }
 
@@ -491,6 +599,9 @@ impl Select {
 
     /// The name of the joined row that a field is read from.
     fn join(&self, target: &FieldTarget) -> String {
+        if let Some(row) = self.instead {
+            return row.to_owned();
+        }
         let row = row_of(target);
         let place = self
             .joins

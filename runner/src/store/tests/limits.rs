@@ -165,6 +165,209 @@ fn few_runs_are_listed_without_a_look_at_all() {
     });
 }
 
+/// Gives each run number i of a history a result `loss`, with i % 5000 as its last value, -i as its least and i as its
+/// greatest, and a parameter `stages.s.steps` with the value i. Each hundredth run has no result, another has NaN.
+async fn with_values(store: &Store) {
+    let sql = "insert into names (key, name) values (1001, 'loss'), (1002, 'stages.s.steps');
+         insert into results (key, position, points, last, min, max)
+         select 1001 << 32 | key, 0, 1, iif(key % 100 = 50, null, key % 5000), -key, key from runs where key % 100 <> 51;
+         insert into params (key, value, type, origin)
+         select 1002 << 32 | key, key, 'integer', 'default' from runs";
+    sqlx::raw_sql(sql).execute(store.pool()).await.unwrap();
+}
+
+/// Two runs that pass a filter, in an order.
+fn two(filter: &str, sort: &str) -> RunFilter {
+    let order = |sort: &str| Sort {
+        name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
+        descending: sort.starts_with('-'),
+    };
+    RunFilter {
+        limit: Some(2),
+        expr: (!filter.is_empty()).then(|| crate::filter::parse(filter).unwrap()),
+        sort: (!sort.is_empty())
+            .then(|| order(sort))
+            .into_iter()
+            .collect(),
+        ..RunFilter::default()
+    }
+}
+
+async fn ids(store: &Store, filter: &RunFilter) -> Vec<String> {
+    let found = store.list_runs(filter).await;
+    let found = found.unwrap_or_else(|error| panic!("{filter:?}: {error}"));
+    found.into_iter().map(|run| run.id.0).collect()
+}
+
+#[test]
+fn a_list_ends_with_its_page() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        long_history(&store, 10_000).await;
+        with_values(&store).await;
+        for (filter, sort, expected) in [
+            ("", "-metrics.loss.max", vec![10_000, 9999]),
+            ("", "metrics.loss.min", vec![10_000, 9999]),
+            // Of equal values the newest comes first.
+            ("", "metrics.loss.last", vec![10_000, 5000]),
+            ("", "-params.steps", vec![10_000, 9999]),
+            ("state = failed", "metrics.loss.max", vec![1, 3]),
+            ("state = failed", "started", vec![1, 3]),
+            ("recipe = digits", "", vec![10_000, 9999]),
+            ("recipe = other", "metrics.loss.max", vec![]),
+            ("tag = none", "metrics.loss.max", vec![]),
+            ("metrics.loss.max < 0", "-started", vec![]),
+            (
+                "recipe ~ digits and metrics.loss.min > 0",
+                "metrics.loss",
+                vec![],
+            ),
+            ("params.steps = 77", "", vec![77]),
+            (
+                "params.steps > 9998",
+                "metrics.loss.max",
+                vec![9999, 10_000],
+            ),
+            (
+                "metrics.loss.last < 4000 and params.steps >= 2000",
+                "metrics.loss.last",
+                vec![10_000, 5000],
+            ),
+        ] {
+            // Five steps for each of the runs would be too many.
+            limit_steps(&store, 4 * u64::from(sandbox::STEPS.unsigned_abs())).await;
+            let found = ids(&store, &two(filter, sort)).await;
+            let expected: Vec<_> = expected.iter().map(|run| format!("z{run:09}")).collect();
+            assert_eq!(found, expected, "`{filter}` by `{sort}`");
+        }
+        let digits = RunFilter {
+            recipe: Some("digits".to_owned()),
+            ..two("", "")
+        };
+        assert_eq!(ids(&store, &digits).await, ["z000010000", "z000009999"]);
+    });
+}
+
+#[test]
+fn every_way_finds_the_same_runs() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        // More than the first ones that are looked at.
+        long_history(&store, 3000).await;
+        with_values(&store).await;
+        for filter in [
+            "state = failed",
+            "metrics.loss.last < 100",
+            "metrics.loss.max > 2990 and state = failed",
+            "metrics.loss.max < 1500 and params.steps > 1495",
+            "metrics.loss.max < 1500 and params.steps > 1500",
+            "params.steps > 40 and metrics.loss.points = 1",
+            "params.steps > 'a'",
+            "not metrics.loss",
+            "metrics.loss = nan",
+            "recipe = digits and params.steps <= 60 and not state = failed",
+        ] {
+            for sort in [
+                "",
+                "started",
+                "-started",
+                "metrics.loss",
+                "-metrics.loss.min",
+                "-params.steps",
+                "seconds",
+            ] {
+                // Without a limit, and without a condition that a run must pass, all are looked at.
+                let all = RunFilter {
+                    limit: None,
+                    ..two(&format!("({filter}) or ({filter})"), sort)
+                };
+                let all = store.find_runs(&all).await.unwrap().keys;
+                for skip in [0, 3, 2900] {
+                    let page = RunFilter {
+                        limit: Some(20),
+                        skip,
+                        ..two(filter, sort)
+                    };
+                    let found = store.find_runs(&page).await.unwrap().keys;
+                    let rest = all.get(skip as usize..).unwrap_or_default();
+                    let expected = &rest[..rest.len().min(20)];
+                    assert_eq!(found, expected, "`{filter}` by `{sort}` from {skip}");
+                    let count = store.count_matching(&page).await.unwrap();
+                    assert_eq!(count, all.len() as u64, "{filter}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_stage_that_a_recipe_never_had_is_not_searched_for() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        long_history(&store, 10_000).await;
+        let (other, _, _) = begin(&store, "other", "d").await;
+        let newest = RunId("z000010000".to_owned());
+        let earlier = store.earlier_stage_record(&newest, "s").await.unwrap();
+        assert_eq!(earlier.unwrap().run.0, "z000009999");
+        let last = store.last_execution("other", "distill").await.unwrap();
+        assert_eq!(last.unwrap().run, other);
+        // One step for each of the runs would be too many.
+        limit_steps(&store, 2 * u64::from(sandbox::STEPS.unsigned_abs())).await;
+        for stage in ["new", "distill"] {
+            // Only the other recipe has one of these.
+            assert_eq!(store.last_execution("digits", stage).await.unwrap(), None);
+            let earlier = store.earlier_stage_record(&newest, stage).await.unwrap();
+            assert_eq!(earlier, None);
+        }
+    });
+}
+
+#[test]
+fn a_curve_reads_the_spans_of_a_long_series() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d").await;
+        let first = losses(&[a_point(0, 1.0)]);
+        store.append_metrics(attempt, &first).await.unwrap();
+        let blocks = "delete from blocks;
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 39999)
+             insert into blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, pack)
+             select (select key from series), i * 10, i * 10 + 9, 10, 9, 1, i, i, i * 10, i * 10 + 9, i from n";
+        sqlx::raw_sql(blocks).execute(store.pool()).await.unwrap();
+        let key: i64 = sqlx::query_scalar("select key from series")
+            .fetch_one(store.pool())
+            .await
+            .unwrap();
+        let mut connection = store.pool().acquire().await.unwrap();
+        series::make_spans(&mut connection, key).await.unwrap();
+        drop(connection);
+        for axis in [Axis::Step, Axis::Time] {
+            // Some steps for each block would be a million.
+            limit_steps(&store, 40 * u64::from(sandbox::STEPS.unsigned_abs())).await;
+            let query = CurveQuery {
+                buckets: 1000,
+                axis,
+                from: 0,
+                to: u64::MAX,
+            };
+            let curve = store.curve(&run, "loss", query).await.unwrap();
+            assert!((500..=1000).contains(&curve.len()), "{}", curve.len());
+            let points: u64 = curve.iter().map(|bucket| bucket.points).sum();
+            let nan: u64 = curve.iter().map(|bucket| bucket.nan).sum();
+            assert_eq!((points, nan), (400_000, 40_000));
+            let mut next = 0;
+            for bucket in &curve {
+                assert_eq!(bucket.first_step, next);
+                let within = (bucket.first_step / 10, bucket.last_step / 10);
+                assert_eq!(bucket.min, Some(within.0 as f64));
+                assert_eq!(bucket.max, Some(within.1 as f64));
+                next = bucket.last_step + 1;
+            }
+            assert_eq!(next, 400_000);
+        }
+    });
+}
+
 #[test]
 fn the_run_to_resume_is_found_in_one_pass() {
     check(|dir| async move {
