@@ -4,9 +4,9 @@
 //! `results` and `params`, which are stored together in the order of runs. The columns of the few matching runs are read
 //! afterwards.
 //!
-//! There are several ways through the runs ([`Way`]). A comparison with an index may leave only few. Otherwise, in an order that
-//! an index has, the first runs may already fill the page. Where they do not, all are looked at; in an order without an index,
-//! if a match requires a certain row, the rows with its name are scanned instead of the runs.
+//! There are several ways through the runs ([`Way`]). A comparison with an index may leave only few. Otherwise, in an order
+//! that an index has, the first runs may already fill the page. Where they do not, all are looked at: if a match requires a
+//! certain row, and unless the order is that of their age, the rows with its name are scanned instead of the runs.
 //!
 //! A comparison with a field that a run lacks is false, and `not` of it is true.
 

@@ -315,6 +315,7 @@ fn spans_follow_their_blocks() {
         check_curve(&store, &run, &values).await;
 
         succeed(&store, &run).await;
+        store.close().await;
         let copy = dir.with_extension("copy");
         export(&dir, None, &copy, false).await.unwrap();
         let other = open(&dir.with_extension("other")).await;
@@ -322,6 +323,7 @@ fn spans_follow_their_blocks() {
         assert_eq!(spans(&other).await, 4);
         check_curve(&other, &run, &values).await;
         other.close().await;
+        let store = open(&dir).await;
         store.remove_runs(&[run]).await.unwrap();
         assert_eq!(spans(&store).await, 0);
     });
