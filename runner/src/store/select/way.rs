@@ -51,7 +51,7 @@ pub(super) fn column_of(target: &FieldTarget) -> &'static str {
 fn is_indexed(target: &FieldTarget) -> bool {
     matches!(
         target,
-        FieldTarget::Param(_) | FieldTarget::Series(_, "last" | "min" | "max")
+        FieldTarget::Param(_) | FieldTarget::Series(_, "last")
     )
 }
 
