@@ -491,7 +491,7 @@ impl Problem {
 
     /// Queries per block: few under a causal mask, because a block computes all keys up to those of its last query.
     fn block(&self) -> usize {
-        if self.causal && self.lk <= 64 { 8 } else { 32 }
+        if self.causal && self.lk <= 128 { 8 } else { 32 }
     }
 
     /// Keys a query sees.
