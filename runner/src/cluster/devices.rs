@@ -82,10 +82,18 @@ mod tests {
         slurm: &[&str],
         device: &str,
     ) -> Result<(Vec<String>, String), Report> {
-        let text = format!(
-            "version: 1\nbackend: varied\ndevice: {device}\nstages:\n  \
-             codes: {{kind: tokenizer, data: d.csv}}\n  teacher: {{kind: pretrain, tokenizer: codes}}\n"
-        );
+        let stages = "  codes: {kind: tokenizer, data: d.csv}\n  teacher: {kind: pretrain, tokenizer: codes}\n";
+        devices_of(executor, slurm, device, stages)
+    }
+
+    /// The same for these stages.
+    fn devices_of(
+        executor: Executor,
+        slurm: &[&str],
+        device: &str,
+        stages: &str,
+    ) -> Result<(Vec<String>, String), Report> {
+        let text = format!("version: 1\nbackend: varied\ndevice: {device}\nstages:\n{stages}");
         let recipe = recipe::parse(Path::new("r.yaml"), PathBuf::from("/base"), text, &[])?;
         let root = tempfile::tempdir().unwrap();
         let given = Overrides {
@@ -111,6 +119,22 @@ mod tests {
         // This machine has different devices.
         let (found, _) = devices(Executor::Local, &["gres=gpu:1"], "auto").unwrap();
         assert_eq!(found, ["cuda:1", "cuda:1"]);
+    }
+
+    #[test]
+    fn an_added_stage_is_planned_for_the_devices_of_its_own_jobs() {
+        let stages = "  a: {kind: classifier, data: {folder: d}}\n  b: {kind: classifier, data: {folder: d}}\n";
+        for (executor, slurm, expected) in [
+            (Executor::Slurm, "classifier.gres=gpu:1", ["cpu", "cuda:0"]),
+            (Executor::Slurm, "gres=gpu:1", ["cuda:0", "cuda:0"]),
+            (Executor::Slurm, "images.gres=gpu:1", ["cpu", "cpu"]),
+            (Executor::Local, "gres=gpu:1", ["cuda:1", "cuda:1"]),
+        ] {
+            let (found, notes) = devices_of(executor, &[slurm], "auto", stages).unwrap();
+            assert_eq!(found[..2], expected, "{slurm}: {notes}");
+            assert!(notes.contains("`images-of-a` prepares"), "{slurm}: {notes}");
+            assert_eq!(found.len(), 3);
+        }
     }
 
     #[test]

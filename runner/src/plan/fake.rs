@@ -153,7 +153,10 @@ pub fn schema(kind: &str) -> Value {
             json!(["teacher", "tokenizer"]),
         ),
         "images" => (
-            json!({"data": {"$ref": "#/$defs/Pictures"}}),
+            json!({
+                "data": {"$ref": "#/$defs/Pictures"},
+                "quality": {"type": "integer", "default": 90}
+            }),
             json!(["data"]),
         ),
         "classifier" => (

@@ -55,7 +55,10 @@ pub(super) fn settle(
         .iter()
         .map(|given| given.name.as_str())
         .collect();
-    let (stages, notes) = prepared::share(stages, &given, &planner.known);
+    let known = planner.known.clone();
+    let (stages, notes) = prepared::share(stages, &given, &known, &mut |first, kind| {
+        planner.place_added(first, kind)
+    });
     planner.notes.extend(notes);
     (stages, planner.findings, planner.notes)
 }

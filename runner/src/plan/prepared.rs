@@ -11,7 +11,8 @@ use retort_abi::StageKind;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Build, Origin, PlannedStage, Reference};
+use super::{Build, Origin, PlannedStage, PluginIdentity, Reference};
+use crate::recipe::MAX_STAGES;
 use crate::schema;
 
 /// What a schema says of an option whose data a stage can prepare.
@@ -40,17 +41,26 @@ struct SharedData<'a> {
     written: Option<usize>,
 }
 
+/// Where an added stage runs.
+pub(super) struct AddedPlace {
+    pub(super) plugin: PluginIdentity,
+    pub(super) device: String,
+    pub(super) dtype: String,
+}
+
 /// Lets stages with the same data read the output of one stage, which is added if the recipe has none; also returns a note on
-/// each such stage. `given` are the names of the recipe's artifacts.
+/// each such stage. `given` are the names of the recipe's artifacts. `place` says where a stage of some kind runs that is added
+/// for another stage, if it can run anywhere. Where none can be added, the stages read their data themselves.
 pub(super) fn share(
     mut stages: Vec<PlannedStage>,
     given: &[&str],
     builds: &BTreeMap<String, Option<Rc<Build>>>,
+    place: &mut dyn FnMut(&PlannedStage, &str) -> Option<AddedPlace>,
 ) -> (Vec<PlannedStage>, Vec<String>) {
     let shared = find(&stages, builds);
     // Where each stage comes: at its own index, or just before the first stage that reads it.
     let mut places: Vec<(usize, bool)> = (0..stages.len()).map(|index| (index, true)).collect();
-    let (mut added, mut notes) = (Vec::new(), Vec::new());
+    let (mut added, mut notes) = (Vec::<PlannedStage>::new(), Vec::new());
     for shared in &shared {
         let first = shared.readers[0];
         let name = match shared.written {
@@ -59,9 +69,19 @@ pub(super) fn share(
                 stages[index].name.clone()
             }
             None => {
-                let stage = shared.stage(&stages, given);
-                let name = stage.name.clone();
-                added.push(stage);
+                // A run has no more stages than a recipe may have.
+                if stages.len() + added.len() >= MAX_STAGES {
+                    continue;
+                }
+                let Some(place) = place(&stages[first], &shared.kind.kind) else {
+                    continue;
+                };
+                let is_taken = |name: &str| {
+                    let mut others = stages.iter().chain(&added);
+                    given.contains(&name) || others.any(|stage| stage.name == name)
+                };
+                let name = shared.name(&stages[first], &is_taken);
+                added.push(shared.stage(&stages, name.clone(), place));
                 places.push((first, false));
                 name
             }
@@ -96,7 +116,13 @@ fn find<'a>(
         let kinds = build.map(|build| build.description.stages.as_slice());
         let kinds = kinds.unwrap_or_default();
         for (annotation, option, data) in data_of(stage, kinds) {
-            let Some(kind) = kinds.iter().find(|kind| kind.kind == annotation.kind) else {
+            // No stage prepares its own data.
+            let can_prepare = |kind: &&StageKind| {
+                kind.kind == annotation.kind
+                    && kind.kind != stage.kind
+                    && has_option(&kind.schema, &option)
+            };
+            let Some(kind) = kinds.iter().find(can_prepare) else {
                 continue;
             };
             let same = |known: &&mut SharedData<'_>| {
@@ -113,7 +139,10 @@ fn find<'a>(
                 let prepared = other.options.get(&option).and_then(Value::as_object);
                 other.kind == kind.kind
                     && other.plugin.name == stage.plugin.name
+                    && other.references.is_empty()
                     && prepared.is_some_and(|prepared| to_prepare(prepared, &annotation) == data)
+                    && beside(&other.options, &option)
+                        == beside(&complete(kind, &option, &data).0, &option)
             };
             all.push(SharedData {
                 plugin: stage.plugin.name.clone(),
@@ -162,6 +191,27 @@ fn to_prepare(data: &Map<String, Value>, annotation: &Annotation) -> Map<String,
     data
 }
 
+/// Whether a schema has this option.
+fn has_option(schema: &Value, option: &str) -> bool {
+    let properties = schema.get("properties");
+    properties.is_some_and(|properties| properties.get(option).is_some())
+}
+
+/// All options of a stage that prepares this data, and the pointers of those that have their default.
+fn complete(kind: &StageKind, option: &str, data: &Map<String, Value>) -> (Value, Vec<String>) {
+    let mut options = json!({});
+    options[option] = Value::Object(data.clone());
+    let filled = schema::settle(&kind.schema, &mut options);
+    (options, filled)
+}
+
+/// The other options.
+fn beside(options: &Value, option: &str) -> Map<String, Value> {
+    let mut others = options.as_object().cloned().unwrap_or_default();
+    others.remove(option);
+    others
+}
+
 /// Whether a pointer leads into the option of that name.
 fn is_inside(pointer: &str, option: &str) -> bool {
     let rest = pointer.strip_prefix('/');
@@ -177,12 +227,10 @@ fn quoted(names: &[String]) -> String {
 impl SharedData<'_> {
     /// The stage that prepares it, before any has a reference to it. It draws no random numbers, so its seed is that of no
     /// recipe: recipes in one store share its result.
-    fn stage(&self, stages: &[PlannedStage], given: &[&str]) -> PlannedStage {
+    fn stage(&self, stages: &[PlannedStage], name: String, place: AddedPlace) -> PlannedStage {
         let first = &stages[self.readers[0]];
         let names = self.names(stages);
-        let mut options = json!({});
-        options[&self.option] = Value::Object(self.data.clone());
-        let filled = schema::settle(&self.kind.schema, &mut options);
+        let (options, filled) = complete(self.kind, &self.option, &self.data);
         let mut origins = BTreeMap::from([
             ("/kind".to_owned(), Origin::Derived),
             ("/seed".to_owned(), Origin::Derived),
@@ -199,11 +247,20 @@ impl SharedData<'_> {
         for pointer in filled {
             origins.insert(format!("/options{pointer}"), Origin::Default);
         }
+        if place.device != first.device {
+            origins.insert("/device".to_owned(), Origin::Derived);
+        }
+        if place.dtype != first.dtype {
+            origins.insert("/dtype".to_owned(), Origin::Derived);
+        }
         let files = first.files.iter();
         let free = first.free.iter();
         PlannedStage {
-            name: self.name(stages, given),
+            name,
             kind: self.kind.kind.clone(),
+            plugin: place.plugin,
+            device: place.device,
+            dtype: place.dtype,
             description: Some(format!("the data of {}, prepared once", quoted(&names))),
             workers: Vec::new(),
             together: false,
@@ -235,11 +292,9 @@ impl SharedData<'_> {
         readers.map(|&reader| stages[reader].name.clone()).collect()
     }
 
-    /// A name that nothing else has.
-    fn name(&self, stages: &[PlannedStage], given: &[&str]) -> String {
-        let plain = format!("{}-of-{}", self.kind.kind, stages[self.readers[0]].name);
-        let is_taken =
-            |name: &str| given.contains(&name) || stages.iter().any(|stage| stage.name == name);
+    /// A name that nothing else has, after the first stage that reads the data.
+    fn name(&self, first: &PlannedStage, is_taken: &dyn Fn(&str) -> bool) -> String {
+        let plain = format!("{}-of-{}", self.kind.kind, first.name);
         let (mut name, mut number) = (plain.clone(), 1);
         while is_taken(&name) {
             number += 1;
@@ -319,7 +374,7 @@ mod tests {
         assert_eq!(added.kind, "images");
         assert_eq!(
             added.options,
-            json!({"data": {"folder": "d", "size": 8, "flip": false}})
+            json!({"data": {"folder": "d", "size": 8, "flip": false}, "quality": 90})
         );
         assert_eq!(added.files[0].pointer, "/data/folder");
         assert_eq!(added.files.len(), 1);
@@ -339,6 +394,42 @@ mod tests {
         let fault = plan.option_at_fault("images-of-eye", "/data/size", "too large");
         assert_eq!(fault[0].pointer, "/stages/eye/data/size");
         assert!(fault[0].position.is_some());
+    }
+
+    #[test]
+    fn a_stage_that_does_more_than_prepare_the_data_is_no_substitute() {
+        let with = |quality: u32| {
+            format!(
+                "{TWO}  z: {{kind: images, data: {{folder: d, size: 8}}, quality: {quality}}}\n"
+            )
+        };
+        // The default.
+        let written = Some("z");
+        check(
+            &with(90),
+            &[("z", None), ("eye", written), ("other", written)],
+        );
+        let added = Some("images-of-eye");
+        check(
+            &with(80),
+            &[
+                ("images-of-eye", None),
+                ("eye", added),
+                ("other", added),
+                ("z", None),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_run_has_no_more_stages_than_a_recipe_may_have() {
+        let with = |others: usize| {
+            let alone = |number| format!("  s{number}: {{kind: tokenizer, data: d.csv}}\n");
+            let others: String = (0..others).map(alone).collect();
+            plan(&format!("{TWO}{others}")).stages.len()
+        };
+        assert_eq!(with(MAX_STAGES - 3), MAX_STAGES);
+        assert_eq!(with(MAX_STAGES - 2), MAX_STAGES);
     }
 
     #[test]

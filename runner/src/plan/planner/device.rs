@@ -6,7 +6,8 @@ use retort_abi::Device;
 
 use super::{Planner, UnresolvedStage};
 use crate::diagnostic::{Cause, Finding};
-use crate::plan::{Build, PluginIdentity};
+use crate::plan::prepared::AddedPlace;
+use crate::plan::{Build, PlannedStage, PluginIdentity};
 use crate::yaml::EntryPart;
 
 /// Where a stage runs.
@@ -164,6 +165,33 @@ impl Planner<'_> {
                 None
             }
         }
+    }
+
+    /// Where a stage of this kind runs that is added for another one: on the same device, but on the CPU if jobs of the kind
+    /// have no such device. `None` if its plugin needs a GPU.
+    pub(super) fn place_added(&mut self, first: &PlannedStage, kind: &str) -> Option<AddedPlace> {
+        let has_device = |devices: Vec<Device>| {
+            let mut usable = devices.iter().filter(|device| device.unusable.is_none());
+            usable.any(|device| device.name == first.device)
+        };
+        if self.plugins.devices_elsewhere(kind).is_none_or(has_device) {
+            return Some(AddedPlace {
+                plugin: first.plugin.clone(),
+                device: first.device.clone(),
+                dtype: first.dtype.clone(),
+            });
+        }
+        let mut builds: Vec<Rc<Build>> = Vec::new();
+        builds.extend(self.known.get(&first.plugin.name).cloned().flatten());
+        builds.extend(self.variants_of(&first.plugin.name));
+        let build = builds.iter().find(|build| drives(build, "cpu"))?;
+        let dtypes = &build.description.dtypes;
+        let dtype = dtypes.iter().find(|dtype| **dtype == first.dtype);
+        Some(AddedPlace {
+            plugin: build.identity.clone(),
+            device: "cpu".to_owned(),
+            dtype: dtype.or(dtypes.first()).unwrap_or(&first.dtype).clone(),
+        })
     }
 
     /// The other builds of a plugin; one that does not answer is reported and skipped.
