@@ -3,7 +3,7 @@
 use sqlx::{QueryBuilder, Sqlite};
 
 use super::way::{FIRST, Leader, Way, column_of, is_narrowed, place_of};
-use super::{AGE, FEW, FieldTarget, STARTED, Type, needed, required};
+use super::{AGE, FEW, FieldTarget, STARTED, TRIED, Type, needed, required};
 use crate::filter::{Expr, Field, FilterError, Operator, Value};
 use crate::store::time::Time;
 use crate::store::{RunFilter, RunState, StoreError};
@@ -277,14 +277,13 @@ impl Select {
 
     /// Bounds on the keys of runs that must have begun before or after some moment. The search goes from the newest key to the
     /// oldest, and if hardly any run passes, through all of them; the index of moments knows where the few are. Where they are
-    /// many, the search soon finds the first ones.
+    /// many, the search soon finds the first ones. Only a few comparisons give bounds: SQLite limits a statement's depth.
     fn bounds(
         &mut self,
         expr: &Expr,
         of: &dyn Fn(&Field) -> FieldTarget,
     ) -> Result<(), FilterError> {
-        for (field, operator, value) in required(expr) {
-            let target = of(field);
+        let bounding = required(expr).into_iter().filter(|(field, operator, _)| {
             let ordered = matches!(
                 operator,
                 Operator::Greater
@@ -292,9 +291,10 @@ impl Select {
                     | Operator::Less
                     | Operator::LessOrEqual
             );
-            if !ordered || (target != STARTED && target != AGE) {
-                continue;
-            }
+            ordered && [STARTED, AGE].contains(&of(field))
+        });
+        for (field, operator, value) in bounding.take(TRIED) {
+            let target = of(field);
             // The plus keeps SQLite from searching for the extreme key in the order of keys.
             for (symbol, extreme, otherwise) in [(">=", "min", 0), ("<=", "max", i64::MAX)] {
                 self.sql.push(format_args!(

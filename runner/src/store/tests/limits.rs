@@ -243,6 +243,21 @@ fn a_list_ends_with_its_page() {
 }
 
 #[test]
+fn a_filter_may_have_its_most_conditions() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        long_history(&store, 20).await;
+        with_values(&store).await;
+        for condition in ["age > 1h", "params.steps > 0", "recipe = digits"] {
+            let filter = [condition; 500].join(" and ");
+            let found = store.find_runs(&two(&filter, "")).await;
+            let found = found.unwrap_or_else(|error| panic!("{condition}: {error}"));
+            assert_eq!(found.keys, [20, 19], "{condition}");
+        }
+    });
+}
+
+#[test]
 fn every_way_finds_the_same_runs() {
     check(|dir| async move {
         let store = open(&dir).await;
