@@ -3,7 +3,7 @@
 -- Why these shapes:
 -- * With a result's last value or a parameter's value in an index, a sorted list begins at the first value and ends with its
 --   page, and a filter that few runs pass reads only these. Of a run with 6 results and 21 parameters the indexes take about
---   0.6 kB. The least and greatest values have none: recording would take longer for lists that few ask for.
+--   0.5 kB. The least and greatest values have none: recording would take longer for lists that few ask for.
 -- * `runs_of_recipe` has a recipe's runs in the order of their keys; `runs_by_recipe` has them by time.
 -- * `stages_by_name` tells whether, and where, a recipe's history can have a stage of some name.
 -- * A span sums up 64 neighbouring blocks of a series, so that a curve of a thousand million points reads some thousand rows.
