@@ -1,13 +1,14 @@
 //! `retort resume`: continues a run, with its frozen plan.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use tokio::runtime::Runtime;
 
 use crate::cli::execution::{ExecutionArgs, PlannedRun, known_results, open_store};
 use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, ranks, sweep};
 use crate::executor::RecordedPlan;
-use crate::plan::{Descriptions, Plan};
+use crate::plan::{Build, DescribeError, Descriptions, Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
 use crate::store::{
     Access, DetachedJobs, RunDetail, RunId, RunState, StageState, Store, StoreError, SweepId,
@@ -179,7 +180,7 @@ fn renew_plugins(
 ) -> Result<(), Error> {
     let mut told: Vec<String> = Vec::new();
     for stage in &mut plan.stages {
-        let build = plugins.describe(&stage.plugin.name)?;
+        let build = build_for(stage, plugins)?;
         let (identity, description) = (&build.identity, &build.description);
         if identity.hash != stage.plugin.hash && !told.contains(&identity.name) {
             if !context.quiet {
@@ -209,8 +210,45 @@ fn renew_plugins(
     Ok(())
 }
 
+/// The build of a stage's plugin that drives its device.
+fn build_for(
+    stage: &PlannedStage,
+    plugins: &mut dyn Descriptions,
+) -> Result<Rc<Build>, DescribeError> {
+    let kind = stage.device.split(':').next().unwrap_or_default();
+    let drives = |build: &Rc<Build>| build.description.devices.iter().any(|known| known == kind);
+    let base = plugins.describe(&stage.plugin.name)?;
+    if drives(&base) {
+        return Ok(base);
+    }
+    let mut variants = plugins.variants(&stage.plugin.name).into_iter().flatten();
+    Ok(variants.find(drives).unwrap_or(base))
+}
+
 /// The final state of a run's stage.
 fn state_of(detail: &RunDetail, stage: &str) -> Option<StageState> {
     let stage = detail.stages.iter().find(|recorded| recorded.name == stage);
     stage.map(|stage| stage.state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fake::{self, Fake};
+
+    #[test]
+    fn a_stage_goes_on_with_the_build_for_its_device() {
+        let text =
+            "version: 1\nbackend: varied\nstages:\n  codes: {kind: tokenizer, data: d.csv}\n";
+        for (device, hash) in [("cpu", "f00d"), ("cuda:1", "beef")] {
+            let plan = fake::plan(text, &[&format!("device={device}")]).unwrap();
+            let stage = &plan.stages[0];
+            assert_eq!(
+                (stage.device.as_str(), stage.plugin.hash.as_str()),
+                (device, hash)
+            );
+            let build = build_for(stage, &mut Fake).unwrap();
+            assert_eq!(build.identity, stage.plugin);
+        }
+    }
 }
