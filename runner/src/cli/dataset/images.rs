@@ -87,20 +87,51 @@ fn failed(path: &Path, error: &io::Error) -> Error {
 fn counts(path: &Path, classes: usize) -> io::Result<BTreeMap<u32, u64>> {
     let mut reader = BufReader::new(regular::open(path)?);
     let (mut counts, mut line) = (BTreeMap::new(), Vec::new());
+    let mut number = 0_u64;
     loop {
         line.clear();
+        number += 1;
+        let invalid = |message: String| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("line {number}: {message}"),
+            )
+        };
         let mut bounded = (&mut reader).take(LONGEST_ROW);
         if bounded.read_until(b'\n', &mut line)? == 0 {
             return Ok(counts);
         }
-        let row: SourceRow = json::parse(&line)?;
+        let row: SourceRow = json::parse(&line).map_err(|error| invalid(error.to_string()))?;
         let Some(label) = row.label else {
             continue;
         };
         if label as usize >= classes {
-            let message = format!("label {label}, expected labels below {classes}");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+            return Err(invalid(format!(
+                "label {label}, expected labels below {classes}"
+            )));
         }
         *counts.entry(label).or_default() += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_of_each_class_are_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(SOURCES);
+        let good = "{\"image\": 0, \"label\": 1}\n{\"file\": \"a.png\", \"damaged\": \"cut\"}\n";
+        std::fs::write(&path, good).unwrap();
+        assert_eq!(counts(&path, 2).unwrap(), BTreeMap::from([(1, 1)]));
+        for (bad, expected) in [
+            ("{\"label\": 2}", "line 3: label 2, expected labels below 2"),
+            ("{\"label\": ", "line 3: "),
+        ] {
+            std::fs::write(&path, format!("{good}{bad}\n")).unwrap();
+            let error = counts(&path, 2).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
     }
 }
