@@ -127,7 +127,6 @@ pub fn description() -> Description {
 
 /// The schema of a kind's options. `everything` has one of each shape that schemars writes.
 pub fn schema(kind: &str) -> Value {
-    let reference = |kinds: &[&str]| json!({"type": "string", "x-retort-artifact": kinds});
     let schedule = json!({"$ref": "#/$defs/Schedule", "default": {"type": "cosine", "warmup": 100, "rate": 0.001}});
     let (properties, required) = match kind {
         "tokenizer" => (
@@ -178,77 +177,87 @@ pub fn schema(kind: &str) -> Value {
         "properties": properties,
         "required": required,
         "additionalProperties": false,
-        "$defs": {
-            "Loss": {
-                "oneOf": [
-                    {"type": "string", "const": "l1", "description": "Absolute."},
-                    {"type": "string", "const": "l2", "description": "Squared."}
-                ]
+        "$defs": definitions()
+    })
+}
+
+/// What the options refer to.
+fn definitions() -> Value {
+    json!({
+        "Loss": {
+            "oneOf": [
+                {"type": "string", "const": "l1", "description": "Absolute."},
+                {"type": "string", "const": "l2", "description": "Squared."}
+            ]
+        },
+        "Labels": {
+            "anyOf": [
+                {"oneOf": [{"type": "string", "const": "balanced"}]},
+                {"type": "array", "items": {"type": "integer"}},
+                {
+                    "type": "object",
+                    "properties": {"file": {"type": "string", "x-retort-file": "file"}},
+                    "required": ["file"],
+                    "additionalProperties": false
+                }
+            ]
+        },
+        "Codes": reference(&["tokenizer"]),
+        "Pictures": {
+            "type": "object",
+            "properties": {
+                "folder": {"type": ["string", "null"], "x-retort-file": "images"},
+                "csv": {"type": ["string", "null"], "x-retort-file": "file"},
+                "size": {"type": ["integer", "null"]},
+                "flip": {"type": "boolean", "default": false}
             },
-            "Labels": {
-                "anyOf": [
-                    {"oneOf": [{"type": "string", "const": "balanced"}]},
-                    {"type": "array", "items": {"type": "integer"}},
-                    {
-                        "type": "object",
-                        "properties": {"file": {"type": "string", "x-retort-file": "file"}},
-                        "required": ["file"],
-                        "additionalProperties": false
-                    }
-                ]
-            },
-            "Codes": reference(&["tokenizer"]),
-            "Pictures": {
-                "type": "object",
-                "properties": {
-                    "folder": {"type": ["string", "null"], "x-retort-file": "images"},
-                    "csv": {"type": ["string", "null"], "x-retort-file": "file"},
-                    "size": {"type": ["integer", "null"]},
-                    "flip": {"type": "boolean", "default": false}
+            "additionalProperties": false
+        },
+        "Schedule": {
+            "oneOf": [
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"type": "string", "const": "constant"},
+                        "rate": {"type": "number", "format": "double", "default": 0.001}
+                    },
+                    "required": ["type"],
+                    "additionalProperties": false
                 },
-                "additionalProperties": false
-            },
-            "Schedule": {
-                "oneOf": [
-                    {
-                        "type": "object",
-                        "properties": {
-                            "type": {"type": "string", "const": "constant"},
-                            "rate": {"type": "number", "format": "double", "default": 0.001}
-                        },
-                        "required": ["type"],
-                        "additionalProperties": false
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"type": "string", "const": "cosine"},
+                        "rate": {"type": "number", "format": "double", "default": 0.001},
+                        "warmup": {"type": "integer", "format": "uint64", "minimum": 0, "default": 100}
                     },
-                    {
-                        "type": "object",
-                        "properties": {
-                            "type": {"type": "string", "const": "cosine"},
-                            "rate": {"type": "number", "format": "double", "default": 0.001},
-                            "warmup": {"type": "integer", "format": "uint64", "minimum": 0, "default": 100}
-                        },
-                        "required": ["type"],
-                        "additionalProperties": false
-                    }
-                ]
-            },
-            "Source": {
-                "anyOf": [
-                    {
-                        "type": "object",
-                        "properties": {"stage": reference(&["samples"])},
-                        "required": ["stage"],
-                        "additionalProperties": false
-                    },
-                    {
-                        "type": "object",
-                        "properties": {"file": {"type": "string", "x-retort-file": "dir"}},
-                        "required": ["file"],
-                        "additionalProperties": false
-                    }
-                ]
-            }
+                    "required": ["type"],
+                    "additionalProperties": false
+                }
+            ]
+        },
+        "Source": {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {"stage": reference(&["samples"])},
+                    "required": ["stage"],
+                    "additionalProperties": false
+                },
+                {
+                    "type": "object",
+                    "properties": {"file": {"type": "string", "x-retort-file": "dir"}},
+                    "required": ["file"],
+                    "additionalProperties": false
+                }
+            ]
         }
     })
+}
+
+/// An option that names a stage with output of one of these kinds.
+fn reference(kinds: &[&str]) -> Value {
+    json!({"type": "string", "x-retort-artifact": kinds})
 }
 
 fn properties_of_everything() -> Value {
