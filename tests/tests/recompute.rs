@@ -131,6 +131,22 @@ fn a_parameter_that_is_the_loss_is_handed_on() {
     assert_eq!(told, [(0, vec![1.0])]);
 }
 
+#[test]
+fn an_empty_slice_takes_nothing_from_one_with_the_same_start() {
+    let backend = Candle::open("cpu", "f32", 1).expect("a CPU");
+    let value = backend.floats(&[3.0, 5.0, 7.0], &[3]).expect("a tensor");
+    let parameter = Variable::<Candle>::parameter(value);
+    let params = vec![("a".to_owned(), parameter.clone())];
+    let sum = || {
+        // The gradient of the longer slice is known first.
+        let (empty, rest) = (parameter.narrow(0, 1, 0)?, parameter.narrow(0, 1, 2)?);
+        Variable::cat(&[&empty, &rest], 0)?.sum(&[0])
+    };
+    let gradients = sum().and_then(|sum| backward(sum, &params));
+    let gradient = Candle::to_floats(&gradients.expect("gradients")[0]);
+    assert_eq!(gradient.expect("floats"), [0.0, 1.0, 1.0]);
+}
+
 /// The memory of activations at a published size.
 #[test]
 #[ignore = "a minute and some GB: make test-long"]

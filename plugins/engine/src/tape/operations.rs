@@ -42,7 +42,9 @@ impl<B: Backend> Variable<B> {
         let value = B::narrow(&self.value, dim, start, len)?;
         let vjp = move |g: &B::Tensor, _: Option<&B::Tensor>| {
             let (shape, slices) = (before, BTreeMap::from([(start, g.clone())]));
-            Ok(vec![Some(Gradient::Slices { shape, dim, slices })])
+            let gradient = Gradient::Slices { shape, dim, slices };
+            // An empty slice has none, and would replace a longer one with the same start.
+            Ok(vec![(len > 0).then_some(gradient)])
         };
         Ok(Self::made(value, &[self], Box::new(vjp), false))
     }
