@@ -123,13 +123,7 @@ impl<B: Backend> Suite<'_, B> {
                 if !some.is_empty() && !some.contains(&name) {
                     continue;
                 }
-                let mask = || -> Result<Mask<B::Tensor>> {
-                    Ok(match (name, bias) {
-                        (_, None) => Mask::Full,
-                        ("causal", _) => Mask::Causal,
-                        (_, Some(bias)) => Mask::Bias(backend.floats(&bias.to_f32(), &bias.shape)?),
-                    })
-                };
+                let mask = || mask(backend, name, bias);
                 let scale = (d as f64).sqrt().recip();
                 self.pair(
                     &format!("attention {name} ({b}, {lq}, {lk}, {h}, {d})"),
@@ -160,10 +154,20 @@ impl<B: Backend> Suite<'_, B> {
                 true => 0.0,
                 false => f64::NEG_INFINITY,
             });
-            for (name, mask, bias) in [
-                ("full", Mask::Full, None),
-                ("causal", Mask::Causal, Some(&causal)),
+            // Padding in front, of another length in each sequence; a padded position sees itself.
+            let padded = Host::build(&[b, 1, l, l], |i| {
+                match i[3] == i[2] || (i[3] < i[2] && i[3] >= i[0] % l) {
+                    true => 0.0,
+                    false => f64::NEG_INFINITY,
+                }
+            });
+            let backend = self.b;
+            for (name, bias) in [
+                ("full", None),
+                ("causal", Some(&causal)),
+                ("bias of sequences", Some(&padded)),
             ] {
+                let mask = || mask(backend, name, bias);
                 self.pair(
                     &format!("packed_attention {name} ({b}, {l}, {h}, {d})"),
                     &inputs,
@@ -175,9 +179,9 @@ impl<B: Backend> Suite<'_, B> {
                         let turned = [0, 1].map(|i| host::rope(&part(i), &x[1], &x[2]));
                         host::attention(&turned[0], &turned[1], &part(2), bias, 0.5)
                     },
-                    &|x| Ok(B::packed_attention(&x[0], h, [&x[1], &x[2]], &mask, 0.5)?.0),
+                    &|x| Ok(B::packed_attention(&x[0], h, [&x[1], &x[2]], &mask()?, 0.5)?.0),
                     &|x, y, g| {
-                        let tables = [&x[1], &x[2]];
+                        let (tables, mask) = ([&x[1], &x[2]], mask()?);
                         let (_, qkv) = B::packed_attention(&x[0], h, tables, &mask, 0.5)?;
                         let qkv = qkv.each_ref();
                         let dqkv = B::packed_attention_backward(qkv, tables, &mask, 0.5, y, g)?;
@@ -242,4 +246,13 @@ impl<B: Backend> Suite<'_, B> {
             }
         }
     }
+}
+
+/// The mask of a case: all but two kinds are a bias.
+fn mask<B: Backend>(backend: &B, name: &str, bias: Option<&Host>) -> Result<Mask<B::Tensor>> {
+    Ok(match (name, bias) {
+        (_, None) => Mask::Full,
+        ("causal", _) => Mask::Causal,
+        (_, Some(bias)) => Mask::Bias(backend.floats(&bias.to_f32(), &bias.shape)?),
+    })
 }
