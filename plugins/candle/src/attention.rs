@@ -80,18 +80,18 @@ fn attend([q, k, v]: [&T; 3], tables: Option<[&T; 2]>, mask: &Mask<T>, scale: f6
     let [cos, sin] = whole_tables(tables)?;
     floats!(q, k, v, bias, cos, sin);
     let half = problem.d / 2;
-    let turn = tables.map(|_| Turn { cos, sin, half });
+    let rotation = tables.map(|_| Rotation { cos, sin, half });
     let mut y = fresh(&shape);
     let (wide, heads) = (problem.d * problem.h, problem.h);
     let one = |scratch: &mut Scratch, b: usize, h: usize, y: &mut [f32], y_row: usize| {
-        let q = steps[0].head(q, b, h).turned(turn);
-        let k = steps[1].head(k, b, h).turned(turn);
+        let q = steps[0].head(q, b, h).rotated(rotation);
+        let k = steps[1].head(k, b, h).rotated(rotation);
         let v = steps[2].head(v, b, h);
         let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
         widest(
             #[inline(always)]
             || match problem.lq {
-                1 if turn.is_none() => problem.single(scratch, q, k, v, bias, y),
+                1 if rotation.is_none() => problem.single(scratch, q, k, v, bias, y),
                 _ => problem.forward(scratch, q, k, v, bias, y, y_row),
             },
         );
@@ -239,11 +239,11 @@ fn with_heads(
     let [cos, sin] = whole_tables(tables)?;
     floats!(q, k, v, y, grad, bias, cos, sin);
     let half = problem.d / 2;
-    let turn = tables.map(|_| Turn { cos, sin, half });
+    let rotation = tables.map(|_| Rotation { cos, sin, half });
     f(&problem, &|scratch, b, h, out| {
         let heads = Heads {
-            q: steps[0].head(q, b, h).turned(turn),
-            k: steps[1].head(k, b, h).turned(turn),
+            q: steps[0].head(q, b, h).rotated(rotation),
+            k: steps[1].head(k, b, h).rotated(rotation),
             v: steps[2].head(v, b, h),
             y: steps[3].head(y, b, h),
             g: steps[4].head(grad, b, h),
@@ -288,13 +288,13 @@ struct Problem {
 
 /// Rotary positions: tables with rows of `half` elements.
 #[derive(Clone, Copy)]
-struct Turn<'a> {
+struct Rotation<'a> {
     cos: &'a [f32],
     sin: &'a [f32],
     half: usize,
 }
 
-impl<'a> Turn<'a> {
+impl<'a> Rotation<'a> {
     /// cos and sin of a position.
     #[inline(always)]
     fn at(self, i: usize) -> (&'a [f32], &'a [f32]) {
@@ -308,7 +308,7 @@ impl<'a> Turn<'a> {
 struct Rows<'a> {
     data: &'a [f32],
     step: usize,
-    turn: Option<Turn<'a>>,
+    rotation: Option<Rotation<'a>>,
 }
 
 impl<'a> Rows<'a> {
@@ -320,28 +320,32 @@ impl<'a> Rows<'a> {
     /// The rows from a number on.
     #[inline(always)]
     fn starting_at(self, first: usize) -> Self {
-        let turn = self.turn.map(|turn| Turn {
-            cos: &turn.cos[first * turn.half..],
-            sin: &turn.sin[first * turn.half..],
-            ..turn
+        let rotation = self.rotation.map(|rotation| Rotation {
+            cos: &rotation.cos[first * rotation.half..],
+            sin: &rotation.sin[first * rotation.half..],
+            ..rotation
         });
         Self {
             data: &self.data[first * self.step..],
             step: self.step,
-            turn,
+            rotation,
         }
     }
 
     /// Rows that lie next to each other.
     #[inline(always)]
     fn packed(data: &'a [f32], step: usize) -> Self {
-        let turn = None;
-        Self { data, step, turn }
+        let rotation = None;
+        Self {
+            data,
+            step,
+            rotation,
+        }
     }
 
     /// The same, rotated.
-    fn turned(self, turn: Option<Turn<'a>>) -> Self {
-        Self { turn, ..self }
+    fn rotated(self, rotation: Option<Rotation<'a>>) -> Self {
+        Self { rotation, ..self }
     }
 }
 
@@ -394,7 +398,7 @@ impl Strides {
         Rows {
             data: &data[b * self.0[0] + h * self.0[2]..],
             step: self.0[1],
-            turn: None,
+            rotation: None,
         }
     }
 }
@@ -557,11 +561,11 @@ impl Problem {
     ) {
         let (lkp, dp) = self.padded();
         let mut k = k;
-        if k.turn.is_some() {
+        if k.rotation.is_some() {
             pack(&mut scratch.k, k, self.lk, self.d, dp, 1.0);
             k = Rows::packed(&scratch.k, dp);
         }
-        pack_turned(&mut scratch.kt, k, self.lk, self.d, lkp);
+        pack_transposed(&mut scratch.kt, k, self.lk, self.d, lkp);
         pack(&mut scratch.v, v, self.lk, self.d, dp, 1.0);
         for first in (0..self.lq).step_by(self.block()) {
             let n = self.block().min(self.lq - first);
@@ -620,8 +624,8 @@ impl Problem {
         let (d, (lkp, dp)) = (self.d, self.padded());
         pack(&mut scratch.k, heads.k, self.lk, d, dp, 1.0);
         let k = Rows::packed(&scratch.k, dp);
-        pack_turned(&mut scratch.kt, k, self.lk, d, lkp);
-        pack_turned(&mut scratch.v, heads.v, self.lk, d, lkp);
+        pack_transposed(&mut scratch.kt, k, self.lk, d, lkp);
+        pack_transposed(&mut scratch.v, heads.v, self.lk, d, lkp);
         for x in [&mut scratch.dk, &mut scratch.dv] {
             x.clear();
             x.resize(self.lk * dp, 0.0);
@@ -642,9 +646,9 @@ impl Problem {
                     *ds = p * (*ds - along);
                 }
             }
-            let p = Operand::turned(&scratch.p, lkp);
+            let p = Operand::transposed(&scratch.p, lkp);
             tiles::<true>(&mut scratch.dv, dp, p, &scratch.g, dp, (seen, dp, n));
-            let ds = Operand::turned(&scratch.ds, lkp);
+            let ds = Operand::transposed(&scratch.ds, lkp);
             tiles::<true>(&mut scratch.dk, dp, ds, &scratch.q, dp, (seen, dp, n));
             scratch.y.resize(n * dp, 0.0);
             let ds = Operand::rows(&scratch.ds, lkp);
@@ -652,8 +656,8 @@ impl Problem {
             for i in 0..n {
                 let dq = &mut scratch.y[i * dp..][..d];
                 dq.iter_mut().for_each(|dq| *dq *= self.scale);
-                if let Some(turn) = heads.q.turn {
-                    let (cos, sin) = turn.at(first + i);
+                if let Some(rotation) = heads.q.rotation {
+                    let (cos, sin) = rotation.at(first + i);
                     rotate_back(dq, cos, sin);
                 }
                 out.put(0, first + i, dq);
@@ -661,8 +665,8 @@ impl Problem {
         }
         for j in 0..self.lk {
             let dk = &mut scratch.dk[j * dp..][..d];
-            if let Some(turn) = heads.k.turn {
-                let (cos, sin) = turn.at(j);
+            if let Some(rotation) = heads.k.rotation {
+                let (cos, sin) = rotation.at(j);
                 rotate_back(dk, cos, sin);
             }
             out.put(1, j, dk);
@@ -677,9 +681,9 @@ fn pack(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize, sca
     to.resize(n * width, 0.0);
     for (i, to) in to.chunks_exact_mut(width).enumerate() {
         let (to, rest) = to.split_at_mut(d);
-        match from.turn {
-            Some(turn) => {
-                let (cos, sin) = turn.at(i);
+        match from.rotation {
+            Some(rotation) => {
+                let (cos, sin) = rotation.at(i);
                 rotate(to, from.at(i, d), cos, sin);
                 to.iter_mut().for_each(|to| *to *= scale);
             }
@@ -695,7 +699,7 @@ fn pack(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize, sca
 
 /// Copies rows into columns, not rotated: (n, d) -> (d, width), padded with zeros.
 #[inline(always)]
-fn pack_turned(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize) {
+fn pack_transposed(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width: usize) {
     to.clear();
     to.resize(d * width, 0.0);
     for i in 0..n {

@@ -24,7 +24,7 @@ impl<'a> Operand<'a> {
 
     /// The transposed matrix.
     #[inline(always)]
-    pub fn turned(data: &'a [f32], width: usize) -> Self {
+    pub fn transposed(data: &'a [f32], width: usize) -> Self {
         Self {
             data,
             row: 1,
