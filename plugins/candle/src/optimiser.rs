@@ -12,7 +12,7 @@ use crate::view::{floats, tensor, whole, write};
 /// Elements of a task; a constant, so that no result depends on the number of threads.
 const BLOCK: usize = 8 * 1024;
 
-/// One AdamW step on a parameter and its moments, then, if it has one, on the parameter's average, which decays by a number.
+/// One AdamW step of a parameter and its moments; then, if given with its decay, the parameter's average follows.
 pub fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep, average: Option<(&T, f64)>) -> Result<()> {
     let g = &whole(g)?;
     floats!(g);

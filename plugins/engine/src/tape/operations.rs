@@ -462,7 +462,7 @@ impl<B: Backend> Variable<B> {
 
     /// Self-attention from the packed projection (b, l, 3 h d), with rotary positions (cos, sin each (l, d/2)).
     ///
-    /// One node instead of seven: the gradient is assembled once instead of being padded three times.
+    /// One node instead of seven, so that a backend can rotate and attend in one pass over memory, forward and backward.
     pub fn packed_attention(
         &self,
         heads: usize,

@@ -96,7 +96,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(None)
     }
 
-    /// Updates a parameter by AdamW or Muon, and its average in `averages`, which decay by a number.
+    /// Updates a parameter by AdamW or Muon, then its average; `averages` holds those of all parameters, and their decay.
     fn update(
         &self,
         (name, p): &(String, Variable<B>),
