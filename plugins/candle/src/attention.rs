@@ -711,17 +711,10 @@ fn pack_transposed(to: &mut Vec<f32>, from: Rows<'_>, n: usize, d: usize, width:
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
     use retort_engine::backend::{Attention, Tensors, unpack};
 
     use super::*;
-    use crate::Candle;
-
-    fn waves(step: f32, shape: &[usize]) -> T {
-        let count: usize = shape.iter().product();
-        let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
-        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
-    }
+    use crate::{Candle, waves};
 
     fn numbers(x: &T) -> Vec<f32> {
         Candle::to_floats(x).expect("floats")

@@ -102,3 +102,11 @@ fn failed(error: candle_core::Error) -> Error {
 
 /// The tensors of this backend.
 type T = Tensor;
+
+/// Numbers for tests, of both signs.
+#[cfg(test)]
+fn waves(step: f32, shape: &[usize]) -> T {
+    let count: usize = shape.iter().product();
+    let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
+}

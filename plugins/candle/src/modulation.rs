@@ -163,18 +163,11 @@ fn by_sequences(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
     use retort_engine::backend::{Layers, Norms, Tensors};
 
     use super::*;
-    use crate::Candle;
     use crate::plain::Plain;
-
-    fn waves(step: f32, shape: &[usize]) -> T {
-        let count: usize = shape.iter().product();
-        let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
-        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
-    }
+    use crate::{Candle, waves};
 
     fn alike(got: &T, want: &T) {
         assert_eq!(got.dims(), want.dims());

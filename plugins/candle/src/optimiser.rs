@@ -120,22 +120,18 @@ pub fn sum_of_squares(x: &T) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
     use retort_engine::backend::{Optimiser, Tensors, Unary};
 
     use super::*;
-    use crate::Candle;
-
-    fn waves(step: f32, count: usize) -> T {
-        let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
-        Tensor::from_vec(data, count, &Device::Cpu).expect("a tensor")
-    }
+    use crate::{Candle, waves};
 
     #[test]
     fn squares_of_several_tasks_are_summed() {
         for count in [1, BLOCK, 5 * BLOCK + 77] {
             // Cut out of the middle of its memory.
-            let x = waves(0.7, count + 20).narrow(0, 9, count).expect("a view");
+            let x = waves(0.7, &[count + 20])
+                .narrow(0, 9, count)
+                .expect("a view");
             let values = Candle::to_floats(&x).expect("floats");
             let want: f64 = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let got = Candle::to_floats(&Candle::sum_of_squares(&x).expect("a sum"));
@@ -158,9 +154,9 @@ mod tests {
             grad_scale: 0.5,
         };
         let run = |is_fused: bool| {
-            let [p, m, average] = [0.3, 0.5, 0.7].map(|step| waves(step, count));
-            let v = Candle::unary(&waves(0.9, count), Unary::Square);
-            let (v, g) = (v.expect("squares"), waves(1.1, count));
+            let [p, m, average] = [0.3, 0.5, 0.7].map(|step| waves(step, &[count]));
+            let v = Candle::unary(&waves(0.9, &[count]), Unary::Square);
+            let (v, g) = (v.expect("squares"), waves(1.1, &[count]));
             if is_fused {
                 Candle::adamw_averaged_(&p, &m, &v, &g, &numbers, &average, 0.9).expect("a step");
             } else {
