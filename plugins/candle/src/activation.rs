@@ -5,8 +5,9 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::{exp, greater, normal, sigmoid};
 
 use crate::T;
+use crate::layout::whole;
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor};
 
 /// sqrt(2/pi) and the cubic's share, of GELU's tanh form: tanh(ROOT (x + CUBE x^3)).
 const ROOT: f32 = 0.797_884_6;

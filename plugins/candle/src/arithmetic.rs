@@ -6,8 +6,9 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::{greater, sum as sum_of, widest};
 
 use crate::T;
+use crate::layout::whole;
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor};
 
 /// A function of pairs, if one argument has the result's shape and the other repeats regularly; otherwise None.
 pub fn binary(a: &T, b: &T, f: Binary) -> Option<Result<T>> {

@@ -10,10 +10,10 @@ use retort_engine::error::{Error, Result};
 use retort_kernels::lanes::{add_scaled, dot, exp, max, sum, widest};
 
 use crate::attention::small_product::{Operand, TILE, tiles};
-use crate::layout::cat;
+use crate::layout::{cat, rows, whole};
 use crate::rows::by_rows;
 use crate::softmax::exponentials;
-use crate::view::{floats, fresh, rows, tensor, whole};
+use crate::view::{floats, fresh, tensor};
 use crate::{T, failed};
 
 /// Sequences from which on a task computes whole sequences; with fewer there is a task for each head.

@@ -8,8 +8,9 @@ use retort_engine::backend::{
 use retort_engine::error::Result;
 
 use crate::activation::silu;
+use crate::layout::whole;
 use crate::plain::Plain;
-use crate::view::{fits, whole};
+use crate::view::fits;
 use crate::{Candle, T};
 use crate::{
     activation, arithmetic, attention, convolution, flow, layout, modulation, norm, optimiser,

@@ -7,8 +7,9 @@ use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
 use crate::direct::Direct;
+use crate::layout::whole;
 use crate::product::{Matrix, Product};
-use crate::view::{floats, fresh, tensor, whole, zeros};
+use crate::view::{floats, fresh, tensor, zeros};
 use crate::winograd::Convolution;
 use crate::{T, failed};
 

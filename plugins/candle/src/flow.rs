@@ -5,7 +5,8 @@ use retort_engine::backend::FlowSolver;
 use retort_engine::error::{Error, Result};
 use retort_kernels::{Rayon, flow};
 
-use crate::view::{floats, whole};
+use crate::layout::whole;
+use crate::view::floats;
 use crate::{T, failed};
 
 /// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n).

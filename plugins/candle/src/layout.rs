@@ -1,16 +1,32 @@
-//! Row-major copies of views, and concatenations, by all threads: candle copies a view element by element on one.
+//! Row-major copies of views, and concatenations, by all threads: candle copies a view element by element on one thread.
 
 use retort_engine::error::Result;
 
-use crate::T;
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{fits, floats, fresh, tensor};
+use crate::{T, failed};
 
 /// Rows and columns that are copied together, so that each cache line of a transposed view is read once.
 const TILE: usize = 8;
 
+/// The same tensor, row-major in memory.
+pub fn whole(x: &T) -> Result<T> {
+    if fits(&[x]) && !x.is_contiguous() {
+        return row_major(x);
+    }
+    x.contiguous().map_err(failed)
+}
+
+/// The same tensor, with adjacent elements in its last dimension and any strides before.
+pub fn rows(x: &T) -> Result<T> {
+    match x.stride().last() {
+        Some(1) => Ok(x.clone()),
+        _ => whole(x),
+    }
+}
+
 /// A copy of a view in row-major order.
-pub fn row_major(x: &T) -> Result<T> {
+fn row_major(x: &T) -> Result<T> {
     let (view, shape) = (View::of(x), x.dims().to_vec());
     floats!(x);
     let mut y = fresh(&shape);

@@ -6,9 +6,10 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::{add_scaled, dot, sum, widest};
 
 use crate::T;
+use crate::layout::whole;
 use crate::norm::{BLOCK, moments, total};
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor};
 
 /// x + y gate (+ added): x, y and added (b, l, c), gate (b, 1, c).
 pub fn gated_add(x: &T, y: &T, gate: &T, added: Option<&T>) -> Result<T> {

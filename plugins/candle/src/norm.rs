@@ -6,8 +6,9 @@ use retort_kernels::lanes::{add_scaled, dot, sigmoid, sum, widest};
 
 use crate::T;
 use crate::activation::silu_slope;
+use crate::layout::whole;
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor};
 
 /// Rows whose contributions to a parameter's gradient one task sums. Fixed, so that the order of summation is fixed.
 pub const BLOCK: usize = 64;

@@ -6,8 +6,9 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::{sum, widest};
 
 use crate::T;
+use crate::layout::whole;
 use crate::rows::by_rows;
-use crate::view::{floats, tensor, whole, write};
+use crate::view::{floats, tensor, write};
 
 /// Elements of a task; a constant, so that no result depends on the number of threads.
 const BLOCK: usize = 8 * 1024;

@@ -6,7 +6,8 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::greater;
 
 use crate::T;
-use crate::view::{floats, fresh, tensor, whole, zeros};
+use crate::layout::whole;
+use crate::view::{floats, fresh, tensor, zeros};
 
 /// (b, c, h, w) -> (b, c, h', w')
 pub fn max_pool2d(x: &T, window: Window) -> Result<T> {

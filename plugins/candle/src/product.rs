@@ -8,7 +8,8 @@ use retort_kernels::Rayon;
 use retort_kernels::skinny::{self, FEW, STRETCH};
 
 use crate::T;
-use crate::view::{floats, fresh, rows, tensor, whole};
+use crate::layout::{rows, whole};
+use crate::view::{floats, fresh, tensor};
 
 /// A matrix in memory: its elements from the first on, and the steps to the next row and column.
 #[derive(Clone, Copy)]

@@ -5,8 +5,9 @@ use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 use retort_kernels::lanes::{dot, exp, max, sum, widest};
 
+use crate::layout::whole;
 use crate::rows::by_rows;
-use crate::view::{floats, fresh, ids as host_ids, tensor, whole};
+use crate::view::{floats, fresh, ids as host_ids, tensor};
 use crate::{T, failed};
 
 /// Softmax over the last dimension.

@@ -4,7 +4,6 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor
 use retort_engine::error::{Error, Result};
 use std::sync::Mutex;
 
-use crate::layout::row_major;
 use crate::{T, failed};
 
 /// Binds tensors' names to slices of their elements for the rest of the scope. A slice starts at the first element, so a
@@ -23,22 +22,6 @@ pub(crate) use floats;
 pub fn fits(xs: &[&T]) -> bool {
     xs.iter()
         .all(|x| x.dtype() == DType::F32 && x.device().is_cpu() && x.elem_count() > 0)
-}
-
-/// The same tensor, row-major in memory.
-pub fn whole(x: &T) -> Result<T> {
-    if fits(&[x]) && !x.is_contiguous() {
-        return row_major(x);
-    }
-    x.contiguous().map_err(failed)
-}
-
-/// The same tensor, with adjacent elements in its last dimension and any strides before.
-pub fn rows(x: &T) -> Result<T> {
-    match x.stride().last() {
-        Some(1) => Ok(x.clone()),
-        _ => whole(x),
-    }
 }
 
 /// Elements that a kernel is about to overwrite completely. Their initial values are unspecified: clearing them would take a
