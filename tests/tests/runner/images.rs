@@ -193,7 +193,7 @@ fn stages_with_the_same_data_decode_it_once() {
     }
     let prepared = output(&lab, "images-of-codes").1;
     assert!(prepared.join("images.json").exists());
-    assert_eq!(lab.outcomes(&["--force", "images-of-codes"]), all("ran"));
+    assert_eq!(lab.outcomes(&["--force=images-of-codes"]), all("ran"));
 
     // A file that cannot be read is found before any network is trained.
     fs::write(lab.dir.path().join("mix/cats/cut.png"), "").unwrap();
