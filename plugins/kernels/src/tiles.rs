@@ -111,6 +111,7 @@ macro_rules! tiles {
                 let mut first = 0;
                 while first < rows {
                     let block = block(rows - first);
+                    // SAFETY: the blocks before this one have `first` rows.
                     let w = unsafe { w.as_ptr().add(first * offsets.len()) };
                     let mut at = 0;
                     while at < block {
