@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 use retort_kernels::tiles::{self, GRADIENTS, ROWS, STEP, Slots};
 
+use crate::rows::in_bands;
 use crate::view::fresh;
 
 /// Elements of a band: 1 MiB, the second-level cache of the target processors.
@@ -105,14 +106,8 @@ impl Direct {
         // A kernel may be the beginning of a larger tensor.
         let kernel = tiles::packed(&w[..self.o * offsets.len()], self.o);
         let mut y = fresh(&[b, self.o, high * broad]);
-        // A band's output consists of one part per channel.
         let bands = high.div_ceil(rows);
-        let mut parts: Vec<Vec<&mut [f32]>> = (0..b * bands).map(|_| Vec::new()).collect();
-        for (i, plane) in y.chunks_exact_mut(high * broad).enumerate() {
-            for (band, part) in plane.chunks_mut(rows * broad).enumerate() {
-                parts[i / self.o * bands + band].push(part);
-            }
-        }
+        let parts = in_bands(&mut y, self.o, high * broad, rows * broad);
         parts.into_par_iter().enumerate().for_each_init(
             || {
                 let sums = self.o.next_multiple_of(ROWS) * self.positions(rows);

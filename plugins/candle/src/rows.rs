@@ -26,3 +26,16 @@ pub fn by_rows(out: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) +
             )
         });
 }
+
+/// The planes of a result (b, channels, plane) in bands of `part` elements: for each image and band one piece per channel, so
+/// that a task can fill the same rows of all channels.
+pub fn in_bands(y: &mut [f32], channels: usize, plane: usize, part: usize) -> Vec<Vec<&mut [f32]>> {
+    let (images, bands) = (y.len() / (channels * plane), plane.div_ceil(part));
+    let mut pieces: Vec<Vec<&mut [f32]>> = (0..images * bands).map(|_| Vec::new()).collect();
+    for (i, plane) in y.chunks_exact_mut(plane).enumerate() {
+        for (band, piece) in plane.chunks_mut(part).enumerate() {
+            pieces[i / channels * bands + band].push(piece);
+        }
+    }
+    pieces
+}

@@ -12,6 +12,7 @@
 use rayon::prelude::*;
 
 use crate::product::{Matrix, Product};
+use crate::rows::in_bands;
 use crate::view::fresh;
 use retort_kernels::wide::{self, Wide};
 
@@ -65,14 +66,8 @@ impl Convolution {
         let row = broad.next_multiple_of(8);
         let rows = (TILES / row).clamp(1, high);
         let mut y = fresh(&[b, o, h * width]);
-        // Bands of rows of one image: a task's output consists of one piece per channel.
         let bands = high.div_ceil(rows);
-        let mut pieces: Vec<Vec<&mut [f32]>> = (0..b * bands).map(|_| Vec::new()).collect();
-        for (i, plane) in y.chunks_exact_mut(h * width).enumerate() {
-            for (band, piece) in plane.chunks_mut(4 * rows * width).enumerate() {
-                pieces[i / o * bands + band].push(piece);
-            }
-        }
+        let pieces = in_bands(&mut y, o, h * width, 4 * rows * width);
         pieces.into_par_iter().enumerate().for_each_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(lines, from, to), (i, mut pieces)| {

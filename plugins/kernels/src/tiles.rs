@@ -329,13 +329,8 @@ mod tests {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn numbers(seed: u32, n: usize) -> Vec<f32> {
-        let mut x = seed;
-        let next = |_| {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (x >> 8) as f32 / 16_777_216.0 - 0.5
-        };
-        (0..n).map(next).collect()
+    fn numbers(seed: u64, n: usize) -> Vec<f32> {
+        retort_engine::random::noise(seed, 0, 1, n)
     }
 
     #[cfg(target_arch = "x86_64")]
