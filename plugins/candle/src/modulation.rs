@@ -1,14 +1,13 @@
 //! Layers whose parameters differ from sequence to sequence, as those of adaptive norms do: one pass over the rows each, in
 //! which the gradients of the parameters are summed too.
 
-use rayon::prelude::*;
 use retort_engine::error::Result;
-use retort_kernels::lanes::{add_scaled, dot, sum, widest};
+use retort_kernels::lanes::{add_scaled, dot, sum};
 
 use crate::T;
 use crate::layout::whole;
-use crate::norm::{BLOCK, moments, total};
-use crate::rows::by_rows;
+use crate::norm::moments;
+use crate::rows::{by_rows, by_sequences};
 use crate::view::{floats, fresh, tensor};
 
 /// x + y gate (+ added): x, y and added (b, l, c), gate (b, 1, c).
@@ -133,41 +132,13 @@ pub fn modulated_norm_backward(
     ))
 }
 
-/// Fills `out`, sequences of l rows of c elements, and returns `width` sums for each sequence: `body` gets the number of its
-/// first row, rows of one sequence, and zeros to add their shares to. The order of summation is fixed.
-#[inline(always)]
-fn by_sequences(
-    out: &mut [f32],
-    (l, c): (usize, usize),
-    width: usize,
-    body: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
-) -> Vec<f32> {
-    let own = l.div_ceil(BLOCK) * width;
-    let mut shares = vec![0.0; out.len() / (l * c) * own];
-    out.par_chunks_mut(l * c)
-        .zip(shares.par_chunks_mut(own))
-        .enumerate()
-        .for_each(|(b, (out, shares))| {
-            out.par_chunks_mut(BLOCK * c)
-                .zip(shares.par_chunks_mut(width))
-                .enumerate()
-                .for_each(|(block, (out, share))| {
-                    widest(
-                        #[inline(always)]
-                        || body(b * l + block * BLOCK, out, share),
-                    );
-                });
-        });
-    let sums = shares.chunks_exact(own).map(|own| total(own, width));
-    sums.collect::<Vec<_>>().concat()
-}
-
 #[cfg(test)]
 mod tests {
     use retort_engine::backend::{Layers, Norms, Tensors};
 
     use super::*;
     use crate::plain::Plain;
+    use crate::rows::BLOCK;
     use crate::{Candle, waves};
 
     fn alike(got: &T, want: &T) {

@@ -7,11 +7,8 @@ use retort_kernels::lanes::{add_scaled, dot, sigmoid, sum, widest};
 use crate::T;
 use crate::activation::silu_slope;
 use crate::layout::whole;
-use crate::rows::by_rows;
+use crate::rows::{by_rows, by_sequences, total};
 use crate::view::{floats, fresh, tensor};
-
-/// Rows whose contributions to a parameter's gradient one task sums. Fixed, so that the order of summation is fixed.
-pub const BLOCK: usize = 64;
 
 /// x / sqrt(mean(x^2) + eps) * w over the last dimension.
 pub fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
@@ -46,26 +43,24 @@ pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64, added: Option<&T>) ->
     floats!(x, w, grad, added);
     let d = shape[shape.len() - 1];
     let mut dx = fresh(&shape);
-    let blocks = dx.len().div_ceil(BLOCK * d);
-    let mut shares = vec![0.0; blocks * d];
-    dx.par_chunks_mut(BLOCK * d)
-        .zip(shares.par_chunks_mut(d))
-        .enumerate()
-        .for_each(|(block, (out, share))| {
-            widest(
-                #[inline(always)]
-                || {
-                    for (i, dx) in out.chunks_exact_mut(d).enumerate() {
-                        let at = (block * BLOCK + i) * d;
-                        rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
-                        if adds {
-                            add_scaled(dx, 1.0, &added[at..][..d]);
-                        }
-                    }
-                },
-            );
-        });
-    Ok((tensor(dx, &shape)?, tensor(total(&shares, d), &[d])?))
+    // All rows have the same parameters, like those of one sequence.
+    let rows = dx.len() / d;
+    let dw = by_sequences(
+        &mut dx,
+        (rows, d),
+        d,
+        #[inline(always)]
+        |first, dx, share| {
+            for (i, dx) in dx.chunks_exact_mut(d).enumerate() {
+                let at = (first + i) * d;
+                rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
+                if adds {
+                    add_scaled(dx, 1.0, &added[at..][..d]);
+                }
+            }
+        },
+    );
+    Ok((tensor(dx, &shape)?, tensor(dw, &[d])?))
 }
 
 /// With r = 1/rms: dx = r (g w - x r^2 mean(g w x)); the share of dw grows by g x r.
@@ -316,15 +311,6 @@ pub fn moments(x: &[f32], eps: f64) -> (f32, f32) {
 #[inline(always)]
 fn inverse_root(mean_square: f32, eps: f64) -> f32 {
     1.0 / (mean_square + eps as f32).sqrt()
-}
-
-/// The sum of the shares, in order.
-pub fn total(shares: &[f32], width: usize) -> Vec<f32> {
-    let mut sum = vec![0.0; width];
-    for share in shares.chunks_exact(width) {
-        add_scaled(&mut sum, 1.0, share);
-    }
-    sum
 }
 
 #[cfg(test)]
