@@ -2,11 +2,11 @@
 //! which the gradients of the parameters are summed too.
 
 use retort_engine::error::Result;
-use retort_kernels::lanes::{add_scaled, dot, sum};
+use retort_kernels::lanes::add_scaled;
 
 use crate::T;
 use crate::layout::whole;
-use crate::norm::moments;
+use crate::norm::{standardise_row, standardise_row_backward};
 use crate::rows::{by_rows, by_sequences};
 use crate::view::{floats, fresh, tensor};
 
@@ -97,11 +97,8 @@ pub fn modulated_norm_backward(
             for (i, dx) in dx.chunks_exact_mut(c).enumerate() {
                 let at = (first + i) * c;
                 let (x, g) = (&x[at..][..c], &grad[at..][..c]);
-                let (mean, r) = moments(x, eps);
                 // The normalised row y first.
-                for (dx, &x) in dx.iter_mut().zip(x) {
-                    *dx = (x - mean) * r;
-                }
+                let r = standardise_row(dx, x, eps);
                 for (dscale, (&g, &y)) in dscale.iter_mut().zip(g.iter().zip(&*dx)) {
                     *dscale = g.mul_add(y, *dscale);
                 }
@@ -109,11 +106,7 @@ pub fn modulated_norm_backward(
                 for (inner, (&g, &scale)) in inner.iter_mut().zip(g.iter().zip(scale)) {
                     *inner = g * scale;
                 }
-                let level = sum(&inner, |g| g) / c as f32;
-                let along = dot(&inner, dx) / c as f32;
-                for (dx, &g) in dx.iter_mut().zip(&inner) {
-                    *dx = r * (*dx).mul_add(-along, g - level);
-                }
+                standardise_row_backward(dx, &inner, r);
                 if adds {
                     add_scaled(dx, 1.0, &added[at..][..c]);
                 }

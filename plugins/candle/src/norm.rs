@@ -112,10 +112,7 @@ fn standardised(x: &T, eps: f64, then: impl Fn(usize, &mut [f32]) + Sync) -> Res
         |first, out| {
             for (i, out) in out.chunks_exact_mut(d).enumerate() {
                 let x = &x[(first + i) * d..][..d];
-                let (mean, r) = moments(x, eps);
-                for (y, &x) in out.iter_mut().zip(x) {
-                    *y = (x - mean) * r;
-                }
+                standardise_row(out, x, eps);
                 then(first + i, out);
             }
         },
@@ -138,20 +135,33 @@ pub fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
             for (i, dx) in out.chunks_exact_mut(d).enumerate() {
                 let at = (first + i) * d;
                 let (x, g) = (&x[at..][..d], &grad[at..][..d]);
-                let (mean, r) = moments(x, eps);
-                // With y the result: dx = r (g - mean(g) - y mean(g y)); dx holds y first.
-                for (dx, &x) in dx.iter_mut().zip(x) {
-                    *dx = (x - mean) * r;
-                }
-                let level = sum(g, |g| g) / d as f32;
-                let along = dot(g, dx) / d as f32;
-                for (dx, &g) in dx.iter_mut().zip(g) {
-                    *dx = r * (*dx).mul_add(-along, g - level);
-                }
+                let r = standardise_row(dx, x, eps);
+                standardise_row_backward(dx, g, r);
             }
         },
     );
     tensor(dx, &shape)
+}
+
+/// y = (x - mean) r of a row; returns r, its reciprocal deviation.
+#[inline(always)]
+pub fn standardise_row(y: &mut [f32], x: &[f32], eps: f64) -> f32 {
+    let (mean, r) = moments(x, eps);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = (x - mean) * r;
+    }
+    r
+}
+
+/// dx = r (g - mean(g) - y mean(g y)) with y and r of [`standardise_row`]; `dx` holds y first.
+#[inline(always)]
+pub fn standardise_row_backward(dx: &mut [f32], g: &[f32], r: f32) {
+    let n = g.len() as f32;
+    let level = sum(g, |g| g) / n;
+    let along = dot(g, dx) / n;
+    for (dx, &g) in dx.iter_mut().zip(g) {
+        *dx = r * (*dx).mul_add(-along, g - level);
+    }
 }
 
 /// Group normalisation of (b, c, h, w) with scale and shift (c), then a function of each element.
@@ -301,7 +311,7 @@ impl Group<'_> {
 
 /// Mean and reciprocal deviation, in two passes: the difference of two large sums would lose precision.
 #[inline(always)]
-pub fn moments(x: &[f32], eps: f64) -> (f32, f32) {
+fn moments(x: &[f32], eps: f64) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = sum(x, |x| x) / n;
     let variance = sum(x, |x| (x - mean) * (x - mean)) / n;
