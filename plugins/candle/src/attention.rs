@@ -7,7 +7,7 @@ mod small_product;
 use rayon::prelude::*;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
-use retort_kernels::lanes::{add_scaled, dot, exp, max, sum, widest};
+use retort_kernels::lanes::{add_scaled, dot, widest};
 
 use crate::attention::small_product::{Operand, TILE, tiles};
 use crate::layout::{cat, rows, whole};
@@ -603,9 +603,7 @@ impl Problem {
             if self.biased {
                 add_scaled(p, 1.0, &bias[(first + i) * self.lk..][..seen]);
             }
-            let top = max(p);
-            p.iter_mut().for_each(|p| *p = exp(*p - top));
-            let scale = 1.0 / sum(p, |p| p);
+            let scale = 1.0 / exponentials(p);
             p.iter_mut().for_each(|p| *p *= scale);
             rest.fill(0.0);
         }
