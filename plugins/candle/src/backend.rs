@@ -249,10 +249,7 @@ impl Layers for Candle {
     }
 
     fn gated_add(x: &T, y: &T, gate: &T, added: Option<&T>) -> Result<T> {
-        let fit = fits(&[x, y, gate])
-            && modulates(x, gate)
-            && same(x, y)
-            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        let fit = fits(&[x, y, gate]) && modulates(x, gate) && same(x, y) && joins(added, x);
         if fit {
             modulation::gated_add(x, y, gate, added)
         } else {
@@ -341,7 +338,7 @@ impl Norms for Candle {
             && ends_with(x, w.dims())
             && w.rank() == 1
             && same(x, grad)
-            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+            && joins(added, x);
         if fit {
             norm::rms_norm_backward(x, w, grad, eps, added)
         } else {
@@ -384,10 +381,8 @@ impl Norms for Candle {
         eps: f64,
         added: Option<&T>,
     ) -> Result<(T, T, T)> {
-        let fit = fits(&[x, scale, grad])
-            && modulates(x, scale)
-            && same(x, grad)
-            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+        let fit =
+            fits(&[x, scale, grad]) && modulates(x, scale) && same(x, grad) && joins(added, x);
         if fit {
             modulation::modulated_norm_backward(x, scale, grad, eps, added)
         } else {
@@ -431,7 +426,7 @@ impl Norms for Candle {
         let fit = fits(&[x, w, bias, grad])
             && grouped(x, groups, &[w, bias])
             && same(x, grad)
-            && added.is_none_or(|added| fits(&[added]) && same(x, added));
+            && joins(added, x);
         if fit {
             norm::group_norm_backward(x, groups, w, Some(bias), grad, eps, added)
         } else {
@@ -583,6 +578,11 @@ fn beside(xs: &[&T], dim: usize) -> bool {
 
 fn same(a: &T, b: &T) -> bool {
     a.dims() == b.dims()
+}
+
+/// Whether a kernel may add this, if anything, to a result of x's shape.
+fn joins(added: Option<&T>, x: &T) -> bool {
+    added.is_none_or(|added| fits(&[added]) && same(x, added))
 }
 
 fn ends_with(x: &T, end: &[usize]) -> bool {
