@@ -76,11 +76,16 @@ pub fn windows_1252(byte: u8) -> char {
 
 /// Decodes all references as Python's `html.unescape`, those without `;` too.
 pub fn unescape(text: &str) -> String {
+    decoded_by(text, reference)
+}
+
+/// Decodes the references that `reference` finds: it gets what follows `&` and returns the characters and their bytes.
+pub fn decoded_by(text: &str, reference: fn(&str) -> Option<(String, usize)>) -> String {
     let (mut out, mut left) = (String::with_capacity(text.len()), text);
     while let Some(at) = left.find('&') {
         out.push_str(&left[..at]);
         left = &left[at + 1..];
-        match decoded(left) {
+        match reference(left) {
             Some((characters, bytes)) => {
                 out.push_str(&characters);
                 left = &left[bytes..];
@@ -93,7 +98,7 @@ pub fn unescape(text: &str) -> String {
 }
 
 /// The characters of the reference after `&`, and its bytes.
-fn decoded(rest: &str) -> Option<(String, usize)> {
+fn reference(rest: &str) -> Option<(String, usize)> {
     if let Some(digits) = rest.strip_prefix('#') {
         let (number, bytes) = number(digits)?;
         let semicolon = usize::from(digits[bytes..].starts_with(';'));

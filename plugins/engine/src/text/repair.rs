@@ -38,7 +38,7 @@ pub fn repaired(text: &str) -> String {
 fn repaired_once(line: &str, decodes: bool) -> String {
     let mut plain = String::with_capacity(line.len());
     match decodes {
-        true => push_all(&decoded(line), &mut plain),
+        true => push_all(&entities::decoded_by(line, references), &mut plain),
         false => push_all(line, &mut plain),
     }
     let lines = plain.replace("\r\n", "\n");
@@ -49,32 +49,20 @@ fn repaired_once(line: &str, decodes: bool) -> String {
     composed.normalize(&visible).into_owned()
 }
 
-/// Decodes the references that end in `;`.
-fn decoded(text: &str) -> String {
-    let (mut out, mut left) = (String::with_capacity(text.len()), text);
-    while let Some(at) = left.find('&') {
-        out.push_str(&left[..at]);
-        left = &left[at + 1..];
-        match reference(left) {
-            Some((characters, bytes)) => {
-                out.push_str(&characters);
-                left = &left[bytes..];
-                // `&amp;amp;` at once, or else each level would take a pass.
-                while characters == "&"
-                    && let Some((next, bytes)) = reference(left)
-                    && next == "&"
-                {
-                    left = &left[bytes..];
-                }
-            }
-            None => out.push('&'),
-        }
+/// The characters of the reference after `&`, which ends in `;`, and its bytes. `&amp;amp;` counts as one, or else each level
+/// would take a pass.
+fn references(rest: &str) -> Option<(String, usize)> {
+    let (characters, mut bytes) = reference(rest)?;
+    while characters == "&"
+        && let Some((next, more)) = reference(&rest[bytes..])
+        && next == "&"
+    {
+        bytes += more;
     }
-    out.push_str(left);
-    out
+    Some((characters, bytes))
 }
 
-/// The characters of the reference after `&`, and its bytes.
+/// The same of one level.
 fn reference(rest: &str) -> Option<(String, usize)> {
     if let Some(digits) = rest.strip_prefix('#') {
         let (number, bytes) = entities::number(digits)?;
