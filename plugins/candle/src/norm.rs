@@ -325,21 +325,10 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
     use retort_engine::backend::{Binary, Layers, Norms, Tensors, Unary};
 
     use super::*;
-    use crate::Candle;
-
-    fn numbers(seed: u32, shape: &[usize]) -> T {
-        let mut x = seed;
-        let next = |_| {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (x >> 8) as f32 / 4_194_304.0 - 2.0
-        };
-        let data: Vec<f32> = (0..shape.iter().product::<usize>()).map(next).collect();
-        Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
-    }
+    use crate::{Candle, waves};
 
     fn bits(x: &T) -> Vec<u32> {
         let x = Candle::to_floats(x).expect("floats");
@@ -349,8 +338,8 @@ mod tests {
     #[test]
     fn one_pass_gives_the_bits_of_several() {
         let (shape, groups, eps) = ([3, 8, 9, 7], 4, 1e-6);
-        let [x, grad, known] = [1, 2, 3].map(|seed| numbers(seed, &shape));
-        let [w, bias] = [4, 5].map(|seed| numbers(seed, &[8]));
+        let [x, grad, known] = [0.7, 0.9, 1.1].map(|step| waves(step, &shape));
+        let [w, bias] = [1.3, 1.7].map(|step| waves(step, &[8]));
         let y = Candle::group_norm_silu(&x, groups, &w, &bias, eps).expect("a result");
         let normal = Candle::group_norm(&x, groups, &w, &bias, eps).expect("a result");
         let of_normal = Candle::unary_backward(&normal, &y, &grad, Unary::Silu).expect("a slope");
@@ -364,8 +353,8 @@ mod tests {
         assert_eq!(bits(&one.1), bits(&dw));
         assert_eq!(bits(&one.2), bits(&db));
 
-        let [x, grad, known] = [6, 7, 8].map(|seed| numbers(seed, &[5, 31, 37]));
-        let w = numbers(9, &[37]);
+        let [x, grad, known] = [0.7, 0.9, 1.1].map(|step| waves(step, &[5, 31, 37]));
+        let w = waves(1.3, &[37]);
         let (dx, dw) = Candle::rms_norm_backward(&x, &w, &grad, eps).expect("gradients");
         let dx = Candle::binary(&known, &dx, Binary::Add).expect("a sum");
         let one = Candle::rms_norm_backward_adding(&x, &w, &grad, eps, Some(&known));
