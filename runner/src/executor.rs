@@ -21,7 +21,6 @@ use crate::store::{AttemptState, HashTrust, RunId, RunState, Store, StoreError};
 
 pub mod attempt;
 pub mod control;
-mod dependencies;
 mod describe;
 pub mod end;
 mod error;

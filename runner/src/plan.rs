@@ -24,6 +24,7 @@ use crate::yaml::{EntryPart, escape, odd_space};
 
 mod build;
 pub mod decision;
+mod dependencies;
 mod digest;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -36,6 +37,7 @@ mod tests;
 pub use build::Build;
 pub use digest::{Digest, digest};
 
+pub(crate) use dependencies::Dependencies;
 pub(crate) use sources::{Sources, StageSources};
 
 /// How long archives are checked before they are hashed: most faults are found by then, and a longer check, as on a slow

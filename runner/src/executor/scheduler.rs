@@ -12,7 +12,6 @@ use tokio::task::JoinSet;
 use crate::artifact::{ArtifactError, WorkDir};
 use crate::executor::attempt::{self, AttemptOutcome};
 use crate::executor::control::Follower;
-use crate::executor::dependencies::Dependencies;
 use crate::executor::describe::new_stage;
 use crate::executor::end::End;
 use crate::executor::error::ExecutorError;
@@ -22,7 +21,7 @@ use crate::executor::report::{Outcome, StageReport};
 use crate::executor::source::SourceFile;
 use crate::executor::spec::{AttemptSpec, RunContext, Stop};
 use crate::plan::decision::Role;
-use crate::plan::{self, Digest, Plan, PlannedStage};
+use crate::plan::{self, Dependencies, Digest, Plan, PlannedStage};
 use crate::store::{ArtifactRecord, ReusableAttempt, RunId, StageId, StoreError};
 
 /// How often to check whether everything has been submitted, so that the runner can exit.

@@ -9,7 +9,7 @@ use std::error::Error as StdError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Digest, Plan, PlannedStage, Reference, digest};
+use super::{Dependencies, Digest, Plan, PlannedStage, digest};
 use crate::schema;
 
 /// The role of each stage in a run.
@@ -108,39 +108,27 @@ pub fn select(
     until: Option<&str>,
     force: &[String],
 ) -> Result<Vec<Role>, SelectError> {
+    let dependencies = Dependencies::of(plan);
     let index = |flag: &'static str, name: &str| {
-        plan.stages
-            .iter()
-            .position(|stage| stage.name == name)
+        dependencies
+            .position(name)
             .ok_or_else(|| SelectError::NoSuchStage {
                 flag,
                 stage: name.to_owned(),
                 hint: schema::suggest(name, plan.stages.iter().map(|stage| stage.name.as_str())),
             })
     };
-    let needs = |stage: &PlannedStage, input: usize| {
-        stage
-            .references
-            .iter()
-            .any(|reference| reference.stage == plan.stages[input].name)
-    };
     let count = plan.stages.len();
     let mut wanted = vec![true; count];
     if let Some(name) = from {
-        let first = index("--from", name)?;
-        let mut after = vec![false; count];
-        after[first] = true;
-        for stage in first + 1..count {
-            after[stage] =
-                (0..stage).any(|input| after[input] && needs(&plan.stages[stage], input));
-        }
+        let after = dependencies.after(index("--from", name)?);
         wanted
             .iter_mut()
             .zip(after)
             .for_each(|(wanted, after)| *wanted &= after);
     }
     if let Some(name) = until {
-        let before = with_inputs(plan, &[index("--until", name)?], |_| true);
+        let before = dependencies.before(&[index("--until", name)?]);
         wanted
             .iter_mut()
             .zip(before)
@@ -154,7 +142,7 @@ pub fn select(
         });
     }
     // A stage whose result is in the store needs no data.
-    let needed = with_inputs(plan, &chosen, |reference| !reference.prepared);
+    let needed = Dependencies::by(plan, |reference| !reference.prepared).before(&chosen);
     let mut roles: Vec<Role> = (0..count)
         .map(|stage| match (wanted[stage], needed[stage]) {
             (true, _) => Role::Wanted,
@@ -162,7 +150,7 @@ pub fn select(
             (false, false) => Role::Skipped,
         })
         .collect();
-    prepare_data(plan, &mut roles);
+    prepare_data(plan, &dependencies, &mut roles);
     for name in force {
         let forced = if name == "*" {
             chosen.clone()
@@ -179,42 +167,18 @@ pub fn select(
 }
 
 /// Lets the stages run that prepare data of stages that run, also outside `--from`.
-fn prepare_data(plan: &Plan, roles: &mut [Role]) {
+fn prepare_data(plan: &Plan, dependencies: &Dependencies<'_>, roles: &mut [Role]) {
     for reader in 0..roles.len() {
         if roles[reader] != Role::Wanted {
             continue;
         }
         for name in plan.stages[reader].prepared().values() {
-            let input = plan.stages.iter().position(|stage| stage.name == *name);
+            let input = dependencies.position(name);
             if let Some(input) = input.filter(|&input| roles[input] == Role::Skipped) {
                 roles[input] = Role::Wanted;
             }
         }
     }
-}
-
-/// The stages and all their dependencies by these references.
-fn with_inputs(plan: &Plan, stages: &[usize], counts: fn(&Reference) -> bool) -> Vec<bool> {
-    let mut found = vec![false; plan.stages.len()];
-    for &stage in stages {
-        found[stage] = true;
-    }
-    // The plan's order puts inputs first, so one backward pass suffices.
-    for stage in (0..plan.stages.len()).rev() {
-        if found[stage] {
-            let references = plan.stages[stage].references.iter();
-            for reference in references.filter(|one| counts(one)) {
-                if let Some(input) = plan
-                    .stages
-                    .iter()
-                    .position(|other| other.name == reference.stage)
-                {
-                    found[input] = true;
-                }
-            }
-        }
-    }
-    found
 }
 
 /// Decides for every stage of the plan, in its order. `roles` come from [`select`].

@@ -2,23 +2,29 @@
 
 use std::collections::HashMap;
 
-use crate::plan::Plan;
+use super::{Plan, Reference};
 
 /// The references between a plan's stages, looked up once: a stage comes after all that it refers to.
-pub(super) struct Dependencies<'p> {
+pub(crate) struct Dependencies<'p> {
     positions: HashMap<&'p str, usize>,
     /// For each stage the positions of those that it refers to.
     inputs: Vec<Vec<usize>>,
 }
 
 impl<'p> Dependencies<'p> {
-    pub(super) fn of(plan: &'p Plan) -> Self {
+    /// By all references.
+    pub(crate) fn of(plan: &'p Plan) -> Self {
+        Self::by(plan, |_| true)
+    }
+
+    /// Only by these references.
+    pub(crate) fn by(plan: &'p Plan, counts: fn(&Reference) -> bool) -> Self {
         let names = plan.stages.iter().map(|stage| stage.name.as_str());
         let positions: HashMap<&str, usize> = names.zip(0..).collect();
         let inputs = plan.stages.iter().map(|stage| {
-            let names = stage.references.iter().map(|input| input.stage.as_str());
-            names
-                .filter_map(|name| positions.get(name).copied())
+            let references = stage.references.iter().filter(|one| counts(one));
+            references
+                .filter_map(|reference| positions.get(reference.stage.as_str()).copied())
                 .collect()
         });
         Self {
@@ -28,28 +34,40 @@ impl<'p> Dependencies<'p> {
     }
 
     /// The position of the stage with this name.
-    pub(super) fn position(&self, name: &str) -> Option<usize> {
+    pub(crate) fn position(&self, name: &str) -> Option<usize> {
         self.positions.get(name).copied()
     }
 
-    /// For each stage whether it can never run beside this one: it is needed by it or needs it, directly or indirectly, or is
-    /// the stage itself. One look at every reference, because inputs come first.
-    pub(super) fn related(&self, stage: usize) -> Vec<bool> {
+    /// For each stage whether it is one of these or needed by one of them, directly or indirectly. One look at every reference,
+    /// because inputs come first.
+    pub(crate) fn before(&self, stages: &[usize]) -> Vec<bool> {
         let mut before = vec![false; self.inputs.len()];
-        let mut after = before.clone();
-        before[stage] = true;
-        after[stage] = true;
-        for earlier in (0..=stage).rev() {
-            if before[earlier] {
-                for &input in &self.inputs[earlier] {
+        for &stage in stages {
+            before[stage] = true;
+        }
+        for later in (0..before.len()).rev() {
+            if before[later] {
+                for &input in &self.inputs[later] {
                     before[input] = true;
                 }
             }
         }
-        for later in stage + 1..self.inputs.len() {
+        before
+    }
+
+    /// For each stage whether it is this one or needs it, directly or indirectly. Also one look at every reference.
+    pub(crate) fn after(&self, stage: usize) -> Vec<bool> {
+        let mut after = vec![false; self.inputs.len()];
+        after[stage] = true;
+        for later in stage + 1..after.len() {
             after[later] = self.inputs[later].iter().any(|&input| after[input]);
         }
-        let both = before.into_iter().zip(after);
+        after
+    }
+
+    /// For each stage whether it can never run beside this one: it is needed by it or needs it, or is the stage itself.
+    pub(crate) fn related(&self, stage: usize) -> Vec<bool> {
+        let both = self.before(&[stage]).into_iter().zip(self.after(stage));
         both.map(|(before, after)| before || after).collect()
     }
 }
