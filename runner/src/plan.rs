@@ -132,6 +132,11 @@ pub struct PlannedStage {
 }
 
 impl PlannedStage {
+    /// The kind of its device: `cuda` for `cuda:1`.
+    pub(crate) fn device_kind(&self) -> &str {
+        self.device.split(':').next().unwrap_or_default()
+    }
+
     /// The stages that prepare data of its options, by the pointers of these options.
     pub fn prepared(&self) -> BTreeMap<String, String> {
         let references = self.references.iter();

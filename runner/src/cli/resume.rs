@@ -215,8 +215,7 @@ fn build_for(
     stage: &PlannedStage,
     plugins: &mut dyn Descriptions,
 ) -> Result<Rc<Build>, DescribeError> {
-    let kind = stage.device.split(':').next().unwrap_or_default();
-    let drives = |build: &Rc<Build>| build.description.devices.iter().any(|known| known == kind);
+    let drives = |build: &Rc<Build>| build.drives(stage.device_kind());
     let base = plugins.describe(&stage.plugin.name)?;
     if drives(&base) {
         return Ok(base);

@@ -30,6 +30,11 @@ impl Build {
         })
     }
 
+    /// Whether it runs stages on devices of this kind: `cpu`, `cuda`.
+    pub(crate) fn drives(&self, kind: &str) -> bool {
+        self.description.devices.iter().any(|known| known == kind)
+    }
+
     /// The compiled schema of one of its kinds.
     pub(super) fn checker(&self, kind: &StageKind) -> Rc<Checker> {
         let mut checkers = self.checkers.borrow_mut();

@@ -41,9 +41,8 @@ pub fn digest(
             options.remove(key);
         }
     }
-    let device_kind = stage.device.split(':').next().unwrap_or_default();
     let components = sorted(json!({
-        "device": device_kind,
+        "device": stage.device_kind(),
         "dtype": stage.dtype,
         "kind": {"name": stage.kind, "revision": stage.revision},
         "options": options,

@@ -84,10 +84,6 @@ impl<'a> DeviceRequest<'a> {
     }
 }
 
-fn drives(build: &Build, kind: &str) -> bool {
-    build.description.devices.iter().any(|known| known == kind)
-}
-
 impl Planner<'_> {
     /// Chooses the build of the plugin and the device for a stage.
     pub(super) fn place(
@@ -101,12 +97,12 @@ impl Planner<'_> {
         // The schema has reported invalid devices.
         let wanted = DeviceRequest::parse(written)?;
         let pointer = self.setting(unresolved, "device", own.is_some());
-        if wanted == DeviceRequest::Cpu && drives(base, "cpu") {
+        if wanted == DeviceRequest::Cpu && base.drives("cpu") {
             return Some(DevicePlacement::on(base, "cpu", false));
         }
         let mut builds = vec![Rc::clone(base)];
         builds.extend(self.variants_of(&base.identity.name));
-        let driving = |kind: &str| builds.iter().find(|build| drives(build, kind));
+        let driving = |kind: &str| builds.iter().find(|build| build.drives(kind));
         let build = match (driving(wanted.kind()), wanted) {
             (Some(build), DeviceRequest::Cpu) => {
                 return Some(DevicePlacement::on(build, "cpu", false));
@@ -184,7 +180,7 @@ impl Planner<'_> {
         let mut builds: Vec<Rc<Build>> = Vec::new();
         builds.extend(self.known.get(&first.plugin.name).cloned().flatten());
         builds.extend(self.variants_of(&first.plugin.name));
-        let build = builds.iter().find(|build| drives(build, "cpu"))?;
+        let build = builds.iter().find(|build| build.drives("cpu"))?;
         let dtypes = &build.description.dtypes;
         let dtype = dtypes.iter().find(|dtype| **dtype == first.dtype);
         Some(AddedPlace {
