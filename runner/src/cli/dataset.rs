@@ -99,7 +99,15 @@ impl OpenedDataset {
                 format!("{reference} has no {MANIFEST}: it is not a trajectory dataset"),
             ));
         }
-        let record = find(reference, context)?;
+        Self::recorded(reference, find(reference, context)?, context)
+    }
+
+    /// The dataset of the artifact that was found for a reference.
+    fn recorded(
+        reference: &str,
+        record: Option<ArtifactRecord>,
+        context: &Context,
+    ) -> Result<Self, Error> {
         let Some(record) = record.filter(|record| record.kind == "trajectories") else {
             let message = format!("{reference} is not a trajectory dataset");
             return Err(Error::new(Exit::NothingMatches, message)
@@ -136,9 +144,17 @@ fn shown(ranges: &[Range<u64>]) -> String {
 }
 
 fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
-    let rows = match images::find(&args.dataset, context)? {
-        Some(dir) => images::facts(&dir)?,
-        None => facts(&OpenedDataset::of(&args.dataset, context)?)?,
+    let (reference, folder) = (args.dataset.as_str(), Path::new(&args.dataset));
+    let rows = if images::are_in(folder) {
+        images::facts(folder)?
+    } else if folder.is_dir() {
+        facts(&OpenedDataset::of(reference, context)?)?
+    } else {
+        let record = find(reference, context)?;
+        match record.as_ref().filter(|record| record.kind == "images") {
+            Some(record) => images::facts(&Layout::new(&context.store)?.artifact(&record.hash))?,
+            None => facts(&OpenedDataset::recorded(reference, record, context)?)?,
+        }
     };
     let text = match args.format.get() {
         Format::Json => {

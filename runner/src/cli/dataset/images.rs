@@ -3,15 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use retort_checkpoint::sample_shards::MANIFEST;
 use retort_checkpoint::{json, regular};
 use serde::Deserialize;
 
 use super::{class_names, of_each};
-use crate::artifact::Layout;
-use crate::cli::{Context, Error, Exit};
+use crate::cli::{Error, Exit};
 use crate::table::Rows;
 
 const DESCRIPTION: &str = "images.json";
@@ -40,18 +39,9 @@ struct SourceRow {
     label: Option<u32>,
 }
 
-/// The folder of prepared images that a path, a hash or RUN/STAGE names; None if it names something else.
-pub(super) fn find(reference: &str, context: &Context) -> Result<Option<PathBuf>, Error> {
-    let folder = Path::new(reference);
-    if folder.is_dir() {
-        let is_prepared = folder.join(DESCRIPTION).exists() && !folder.join(MANIFEST).exists();
-        return Ok(is_prepared.then(|| folder.to_owned()));
-    }
-    let record = super::find(reference, context)?;
-    match record.filter(|record| record.kind == "images") {
-        Some(record) => Ok(Some(Layout::new(&context.store)?.artifact(&record.hash))),
-        None => Ok(None),
-    }
+/// Whether a folder has prepared images.
+pub(super) fn are_in(folder: &Path) -> bool {
+    folder.is_dir() && folder.join(DESCRIPTION).exists() && !folder.join(MANIFEST).exists()
 }
 
 /// What there is to say about them: a row for each fact.
