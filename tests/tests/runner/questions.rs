@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use retort_tests::memory;
+
 use crate::lab::{CommandOutput, Lab, Running, ended, signal_process};
 
 /// A store with two runs.
@@ -80,12 +82,7 @@ fn an_endless_answer_takes_little_memory_and_ends_when_told() {
             line.clear();
             assert!(lines.read_line(&mut line).unwrap() > 0);
         }
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .unwrap();
-        let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+        let peak = memory::peak_of(child.id()).unwrap();
         assert!(peak < 150_000, "{peak} kB");
         signal_process(child.id(), 2);
         std::io::copy(&mut lines, &mut std::io::sink()).unwrap();

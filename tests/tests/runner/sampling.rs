@@ -7,6 +7,7 @@ use std::process::Stdio;
 
 use retort_engine::samples::Samples;
 use retort_engine::weights::CheckpointWeights;
+use retort_tests::memory;
 
 use crate::lab::{Lab, Running, signal_process, wait_until_gone};
 use crate::training::{killed_among_shards, lab, output, shards};
@@ -178,12 +179,8 @@ fn peak(lab: &Lab, count: usize) -> u64 {
 /// A worker's peak memory, in kB, until it ended or the check was over.
 fn peak_while(worker: u32, mut looks: impl FnMut() -> bool) -> u64 {
     let mut peak = 0;
-    while let Ok(status) = std::fs::read_to_string(format!("/proc/{worker}/status")) {
-        let line = status.lines().find(|line| line.starts_with("VmHWM"));
-        let Some(kb) = line.and_then(|line| line.split_whitespace().nth(1)) else {
-            break; // it has ended
-        };
-        peak = kb.parse().unwrap();
+    while let Some(kib) = memory::peak_of(worker) {
+        peak = kib as u64;
         if !looks() {
             break;
         }

@@ -19,6 +19,7 @@ use retort::store::{ArtifactRecord, Usage};
 use retort::worker::death::ExitStatus;
 use retort_abi::StageResult;
 
+use retort_tests::memory;
 use retort_tests::process::ProcessStat;
 use retort_tests::program::script;
 
@@ -426,11 +427,8 @@ fn cpu_seconds(pid: u32) -> f64 {
 
 /// A process's peak memory in bytes.
 fn most_memory(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.map_or(0, |line| {
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-    })
+    let kib = memory::peak_of(pid).unwrap_or_default();
+    (kib as u64) << 10
 }
 
 #[test]
