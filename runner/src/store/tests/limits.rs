@@ -96,6 +96,29 @@ async fn limit_steps(store: &Store, steps: u64) {
     }
 }
 
+/// Two runs that pass a filter, in an order.
+fn two(filter: &str, sort: &str) -> RunFilter {
+    let order = |sort: &str| Sort {
+        name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
+        descending: sort.starts_with('-'),
+    };
+    RunFilter {
+        limit: Some(2),
+        expr: (!filter.is_empty()).then(|| crate::filter::parse(filter).unwrap()),
+        sort: (!sort.is_empty())
+            .then(|| order(sort))
+            .into_iter()
+            .collect(),
+        ..RunFilter::default()
+    }
+}
+
+async fn ids(store: &Store, filter: &RunFilter) -> Vec<String> {
+    let found = store.list_runs(filter).await;
+    let found = found.unwrap_or_else(|error| panic!("{filter:?}: {error}"));
+    found.into_iter().map(|run| run.id.0).collect()
+}
+
 #[test]
 fn the_newest_execution_is_found_without_the_whole_history() {
     check(|dir| async move {
@@ -130,7 +153,7 @@ fn few_runs_are_listed_without_a_look_at_all() {
         limit_steps(&store, 4 * u64::from(sandbox::STEPS.unsigned_abs())).await;
         for (filter, sort, expected) in [
             ("age < 1h", "", vec!["z000000005"]),
-            ("age < 1h", "started", vec!["z000000005"]),
+            ("age < 1h", "-started", vec!["z000000005"]),
             ("age < 1h and state = succeeded", "", vec![]),
             ("started > 2020-01-01", "", vec!["z000000005"]),
             ("started < 1970-01-01", "", vec!["z000000006"]),
@@ -138,29 +161,14 @@ fn few_runs_are_listed_without_a_look_at_all() {
             ("tag = best and age < 1h", "", vec![]),
             ("tag = worst", "", vec![]),
         ] {
-            let sort = (!sort.is_empty()).then(|| Sort {
-                name: crate::filter::parse_name(sort).unwrap(),
-                descending: true,
-            });
             let wanted = RunFilter {
                 limit: Some(20),
-                expr: Some(crate::filter::parse(filter).unwrap()),
-                sort: sort.into_iter().collect(),
-                ..RunFilter::default()
+                ..two(filter, sort)
             };
-            let found = store.list_runs(&wanted).await;
-            let found = found.unwrap_or_else(|error| panic!("{filter}: {error}"));
-            let found: Vec<&str> = found.iter().map(|run| run.id.0.as_str()).collect();
-            assert_eq!(found, expected, "{filter}");
+            assert_eq!(ids(&store, &wanted).await, expected, "{filter}");
         }
         // Where there are many, the newest are found as before.
-        let wanted = RunFilter {
-            limit: Some(2),
-            expr: Some(crate::filter::parse("age > 1h").unwrap()),
-            ..RunFilter::default()
-        };
-        let found = store.list_runs(&wanted).await.unwrap();
-        let found: Vec<&str> = found.iter().map(|run| run.id.0.as_str()).collect();
+        let found = ids(&store, &two("age > 1h", "")).await;
         assert_eq!(found, ["z000010000", "z000009999"]);
     });
 }
@@ -174,29 +182,6 @@ async fn with_values(store: &Store) {
          insert into params (key, value, type, origin)
          select 1002 << 32 | key, key, 'integer', 'default' from runs";
     sqlx::raw_sql(sql).execute(store.pool()).await.unwrap();
-}
-
-/// Two runs that pass a filter, in an order.
-fn two(filter: &str, sort: &str) -> RunFilter {
-    let order = |sort: &str| Sort {
-        name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
-        descending: sort.starts_with('-'),
-    };
-    RunFilter {
-        limit: Some(2),
-        expr: (!filter.is_empty()).then(|| crate::filter::parse(filter).unwrap()),
-        sort: (!sort.is_empty())
-            .then(|| order(sort))
-            .into_iter()
-            .collect(),
-        ..RunFilter::default()
-    }
-}
-
-async fn ids(store: &Store, filter: &RunFilter) -> Vec<String> {
-    let found = store.list_runs(filter).await;
-    let found = found.unwrap_or_else(|error| panic!("{filter:?}: {error}"));
-    found.into_iter().map(|run| run.id.0).collect()
 }
 
 #[test]
