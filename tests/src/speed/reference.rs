@@ -73,6 +73,7 @@ impl Phase {
 }
 
 /// A family at its published size, and the batch.
+#[derive(Clone)]
 pub struct Reference {
     /// The family.
     pub family: Family,

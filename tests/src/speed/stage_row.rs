@@ -464,18 +464,12 @@ fn distill(r: Reference, depth: usize, second: usize) -> StageRow {
 
 /// The same networks with another depth.
 fn with_depth(r: &Reference, depth: usize) -> Reference {
-    let mut network = r.network.clone();
-    match &mut network {
+    let mut other = r.clone();
+    match &mut other.network {
         NetworkConfig::Llamagen(c) => c.depth = depth,
         NetworkConfig::Var(c) => c.depth = depth,
     }
-    Reference {
-        family: r.family,
-        name: r.name,
-        batch: r.batch,
-        tokenizer: r.tokenizer.clone(),
-        network,
-    }
+    other
 }
 
 /// That of a training step, teacher-forced or a student's: a pass over all tokens, its gradients, the optimiser.
@@ -509,7 +503,7 @@ fn loading() -> StageRow {
 pub(super) fn sampling(r: Reference) -> StageRow {
     let all = Reference {
         batch: SAMPLED,
-        ..with_depth(&r, r.network.size().0)
+        ..r.clone()
     };
     let seen: Cost = classifier(r.tokenizer.image(), FEATURES);
     let (passes, bytes) = all.work(Phase::Student);
