@@ -180,7 +180,7 @@ pub struct Reference {
     /// Kinds of artifact the option accepts; empty: any.
     pub kinds: Vec<String>,
     /// Whether the option holds the data itself, which that stage prepares: no part of the digest.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prepared: bool,
 }
 
@@ -573,10 +573,6 @@ impl Threads {
 
 fn is_zero(count: &usize) -> bool {
     *count == 0
-}
-
-fn is_false(value: &bool) -> bool {
-    !*value
 }
 
 /// Durations as seconds in JSON.

@@ -248,19 +248,21 @@ fn planned(recipe: &Path, store: &Path) -> f64 {
 
 fn planned_once(recipe: &Path, store: &Path) -> f64 {
     let clock = Clock::of_children();
-    let status = Command::new(binary())
-        .arg("plan")
-        .arg(recipe)
-        .arg("--store")
-        .arg(store)
-        .arg("--plugin-dir")
-        .arg(plugins())
+    let status = plan_command(recipe, store)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status();
     assert!(status.expect("the binary").success(), "a plan");
     1e3 * clock.stop().cpu
+}
+
+fn plan_command(recipe: &Path, store: &Path) -> Command {
+    let mut command = Command::new(binary());
+    command.arg("plan").arg(recipe);
+    command.arg("--store").arg(store);
+    command.arg("--plugin-dir").arg(plugins());
+    command
 }
 
 /// Points of one long series, and a short one beside it.
@@ -416,13 +418,7 @@ fn files(wanted: &Wanted) {
             .points
             .push((size, planned_once(&recipe, store.path())));
         known.points.push((size, planned(&recipe, store.path())));
-        let mut command = Command::new(binary());
-        command
-            .arg("plan")
-            .arg(&recipe)
-            .arg("--store")
-            .arg(store.path());
-        command.arg("--plugin-dir").arg(plugins());
+        let command = plan_command(&recipe, store.path());
         peak.points.push((size, peak_of(command)));
     }
     wanted.show(&[fresh, known, peak]);
