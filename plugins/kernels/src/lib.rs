@@ -4,6 +4,7 @@
 //! caller's library, so that a process has one set of threads. No result depends on their number.
 
 pub mod flow;
+pub mod half;
 pub mod lanes;
 mod pool;
 pub mod skinny;

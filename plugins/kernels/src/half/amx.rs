@@ -1,0 +1,131 @@
+//! The matrix units. Their instructions are spelled out: the compiler's functions for them are not stable, and it uses no tile
+//! itself.
+
+use std::arch::asm;
+use std::sync::OnceLock;
+
+use super::{Line, Rows};
+
+/// Whether the processor has them and Linux lets this process use them.
+pub fn permitted() -> bool {
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        const REQUEST: libc::c_long = 0x1023;
+        const TILES: libc::c_long = 18;
+        let leaf = std::arch::x86_64::__cpuid_count(7, 0);
+        // Tiles, and products of bf16 in them.
+        let has = leaf.edx & (1 << 24) != 0 && leaf.edx & (1 << 22) != 0;
+        // SAFETY: the call only asks for a permission.
+        has && cfg!(target_os = "linux")
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) } == 0
+    })
+}
+
+/// Tiles of 16 lines on this thread, for as long as this value lives.
+pub struct Tiles;
+
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start: u8,
+    reserved: [u8; 14],
+    bytes: [u16; 16],
+    lines: [u8; 16],
+}
+
+static SHAPES: Shapes = {
+    let (mut bytes, mut lines, mut i) = ([0; 16], [0; 16], 0);
+    while i < 8 {
+        bytes[i] = 64;
+        lines[i] = 16;
+        i += 1;
+    }
+    Shapes {
+        palette: 1,
+        start: 0,
+        reserved: [0; 14],
+        bytes,
+        lines,
+    }
+};
+
+impl Tiles {
+    pub fn new() -> Self {
+        assert!(permitted());
+        // SAFETY: the processor has tiles.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, preserves_flags))
+        }
+        Self
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+    }
+}
+
+/// A block of the result in four tiles.
+///
+/// # Safety
+/// As of `pairs`, and tiles are configured.
+pub unsafe fn block(
+    a: [*const Line; 2],
+    b: [*const Line; 2],
+    steps: usize,
+    from: Option<Rows<*const f32>>,
+    (to, row): Rows<*mut f32>,
+) {
+    // SAFETY: rows and columns are those of a block.
+    unsafe {
+        match from {
+            None => asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, preserves_flags)
+            ),
+            Some((from, row)) => {
+                let below = from.add(16 * row);
+                asm!(
+                    "tileloadd tmm0, [{above} + {row}]",
+                    "tileloadd tmm1, [{above} + {row} + 64]",
+                    "tileloadd tmm2, [{below} + {row}]",
+                    "tileloadd tmm3, [{below} + {row} + 64]",
+                    above = in(reg) from, below = in(reg) below, row = in(reg) 4 * row,
+                    options(nostack, preserves_flags)
+                );
+            }
+        }
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{a0} + {line}]",
+            "tileloadd tmm6, [{b0} + {line}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {line}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {line}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            "dec {steps}",
+            "jnz 2b",
+            a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
+            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+            steps = inout(reg) steps => _, line = in(reg) 64usize,
+            options(nostack)
+        );
+        let below = to.add(16 * row);
+        asm!(
+            "tilestored [{above} + {row}], tmm0",
+            "tilestored [{above} + {row} + 64], tmm1",
+            "tilestored [{below} + {row}], tmm2",
+            "tilestored [{below} + {row} + 64], tmm3",
+            above = in(reg) to, below = in(reg) below, row = in(reg) 4 * row,
+            options(nostack, preserves_flags)
+        );
+    }
+}
