@@ -1,6 +1,5 @@
 //! `Candle` as the engine's backend: for each operation the fused kernel where one fits, else the plain form.
 
-use candle_core::{DType, Tensor};
 use retort_engine::backend::{
     AdamwStep, Attention, Binary, Exchange, FlowSolver, Layers, Mask, Norms, Optimiser, Precision,
     Sampling, Tensors, Unary, Window, unpack, upsample2,
@@ -10,43 +9,45 @@ use retort_engine::error::Result;
 use crate::activation::silu;
 use crate::layout::whole;
 use crate::plain::Plain;
+use crate::tensor::{Raw, Tensor};
 use crate::view::fits;
-use crate::{Candle, T};
 use crate::{
-    activation, arithmetic, attention, convolution, flow, layout, modulation, norm, optimiser,
-    pooling, product, softmax,
+    Candle, activation, arithmetic, attention, convolution, flow, layout, modulation, norm,
+    optimiser, pooling, product, softmax,
 };
+
+type T = Tensor;
+
+impl Candle {
+    fn put(&self, raw: Result<Raw>) -> Result<T> {
+        Ok(Tensor {
+            raw: raw?,
+            half: self.half,
+        })
+    }
+}
 
 impl Tensors for Candle {
     type Tensor = Tensor;
 
     fn of(x: &T) -> Self {
-        Self {
-            device: x.device().clone(),
-            dtype: match x.dtype() {
-                float if float.is_float() => float,
-                _ => DType::F32,
-            },
-        }
+        Self { half: x.half }
     }
 
     fn exact(&self) -> Self {
-        Self {
-            dtype: DType::F32,
-            ..self.clone()
-        }
+        Self { half: false }
     }
 
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
-        Plain(self.clone()).floats(data, shape)
+        self.put(Plain.floats(data, shape))
     }
 
     fn indices(&self, data: &[u32], shape: &[usize]) -> Result<T> {
-        Plain(self.clone()).indices(data, shape)
+        self.put(Plain.indices(data, shape))
     }
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
-        Plain(self.clone()).full(shape, value)
+        self.put(Plain.full(shape, value))
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
@@ -62,101 +63,100 @@ impl Tensors for Candle {
     }
 
     fn reshape(x: &T, shape: &[usize]) -> Result<T> {
-        Plain::reshape(&whole(x)?, shape)
+        x.with(Plain::reshape(&whole(x)?, shape))
     }
 
     fn permute(x: &T, dims: &[usize]) -> Result<T> {
-        Plain::permute(x, dims)
+        x.with(Plain::permute(x, dims))
     }
 
     fn narrow(x: &T, dim: usize, start: usize, len: usize) -> Result<T> {
-        Plain::narrow(x, dim, start, len)
+        x.with(Plain::narrow(x, dim, start, len))
     }
 
     fn cat(xs: &[&T], dim: usize) -> Result<T> {
-        if fits(xs) && beside(xs, dim) {
-            layout::cat(xs, dim)
+        let raws: Vec<&Raw> = xs.iter().copied().map(raw).collect();
+        let made = if fits(&raws) && beside(&raws, dim) {
+            layout::cat(&raws, dim)
         } else {
-            Plain::cat(xs, dim)
-        }
+            Plain::cat(&raws, dim)
+        };
+        let half = xs.first().is_some_and(|x| x.half);
+        Ok(Tensor { raw: made?, half })
     }
 
     fn expand(x: &T, shape: &[usize]) -> Result<T> {
-        Plain::expand(x, shape)
+        x.with(Plain::expand(x, shape))
     }
 
     fn unary(x: &T, f: Unary) -> Result<T> {
-        fits(&[x])
-            .then(|| activation::unary(x, f))
-            .flatten()
-            .unwrap_or_else(|| Plain::unary(x, f))
+        let fused = fits(&[x]).then(|| activation::unary(x, f)).flatten();
+        x.with(fused.unwrap_or_else(|| Plain::unary(x, f)))
     }
 
     fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
-        fits(&[a, b])
-            .then(|| arithmetic::binary(a, b, f))
-            .flatten()
-            .unwrap_or_else(|| Plain::binary(a, b, f))
+        let fused = fits(&[a, b]).then(|| arithmetic::binary(a, b, f)).flatten();
+        a.with(fused.unwrap_or_else(|| Plain::binary(a, b, f)))
     }
 
     fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             arithmetic::affine(x, mul, add)
         } else {
             Plain::affine(x, mul, add)
-        }
+        })
     }
 
     fn sum(x: &T, dims: &[usize]) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             arithmetic::sum(x, dims)
         } else {
             Plain::sum(x, dims)
-        }
+        })
     }
 
     fn max_last(x: &T) -> Result<T> {
-        Plain::max_last(x)
+        x.with(Plain::max_last(x))
     }
 
     fn argmax_last(x: &T) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             softmax::argmax_last(x)
         } else {
             Plain::argmax_last(x)
-        }
+        })
     }
 
     fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
-        if fits(&[a, b]) && a.rank() >= 2 {
+        a.with(if fits(&[a, b]) && a.rank() >= 2 {
             product::matmul(a, b, ta, tb)
         } else {
             Plain::matmul(a, b, ta, tb)
-        }
+        })
     }
 
     fn rows(table: &T, ids: &T) -> Result<T> {
-        Plain::rows(table, ids)
+        table.with(Plain::rows(table, ids))
     }
 
     fn rows_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
-        Plain::rows_adjoint(grad, ids, k)
+        grad.with(Plain::rows_adjoint(grad, ids, k))
     }
 
     fn pick(x: &T, ids: &T) -> Result<T> {
-        Plain::pick(x, ids)
+        x.with(Plain::pick(x, ids))
     }
 
     fn pick_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
-        Plain::pick_adjoint(grad, ids, k)
+        grad.with(Plain::pick_adjoint(grad, ids, k))
     }
 
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
-        if fits(&[x, w]) {
+        x.with(if fits(&[x, w]) {
             convolution::conv2d(x, w, None, None, stride, padding)
         } else {
             Plain::conv2d(x, w, stride, padding)
-        }
+        })
     }
 
     fn conv2d_backward(
@@ -167,11 +167,12 @@ impl Tensors for Candle {
         padding: [usize; 2],
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
-        if fits(&[x, w, grad]) {
-            convolution::conv2d_backward(x, w, grad, stride, padding, want)
+        let (dx, dw) = if fits(&[x, w, grad]) {
+            convolution::conv2d_backward(x, w, grad, stride, padding, want)?
         } else {
-            Plain::conv2d_backward(x, w, grad, stride, padding, want)
-        }
+            Plain::conv2d_backward(x, w, grad, stride, padding, want)?
+        };
+        Ok((dx.map(|dx| x.like(dx)), dw.map(|dw| w.like(dw))))
     }
 
     fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
@@ -195,11 +196,11 @@ impl Layers for Candle {
         let fit = fits(&[x, w, bias])
             && bias.elem_count() == w.dims()[0]
             && residual.is_none_or(|residual| fits(&[residual]));
-        if fit {
-            convolution::conv2d(x, w, Some(bias), residual, stride, padding)
+        x.with(if fit {
+            convolution::conv2d(x, w, Some(bias), residual.map(raw), stride, padding)
         } else {
-            Plain::conv2d_bias(x, w, bias, residual, stride, padding)
-        }
+            Plain::conv2d_bias(x, w, bias, residual.map(raw), stride, padding)
+        })
     }
 
     fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
@@ -208,16 +209,16 @@ impl Layers for Candle {
             false => None,
         };
         match fused {
-            Some(y) => Ok(y),
+            Some(y) => Ok(x.like(y)),
             None => Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding),
         }
     }
 
     fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
-        (fits(&[x, y, grad]) && same(x, y) && same(x, grad))
+        let fused = (fits(&[x, y, grad]) && same(x, y) && same(x, grad))
             .then(|| activation::unary_backward(x, y, grad, f))
-            .flatten()
-            .unwrap_or_else(|| Plain::unary_backward(x, y, grad, f))
+            .flatten();
+        x.with(fused.unwrap_or_else(|| Plain::unary_backward(x, y, grad, f)))
     }
 
     fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
@@ -225,102 +226,125 @@ impl Layers for Candle {
             && bias.is_none_or(|b| fits(&[b]) && b.dims() == &w.dims()[..1])
             && w.rank() == 2
             && ends_with(x, &w.dims()[1..]);
-        if fit {
-            product::linear(x, w, bias)
+        x.with(if fit {
+            product::linear(x, w, bias.map(raw))
         } else {
-            Plain::linear(x, w, bias)
-        }
+            Plain::linear(x, w, bias.map(raw))
+        })
+    }
+
+    fn linear_backward(x: Option<&T>, w: Option<&T>, grad: &T) -> Result<(Option<T>, Option<T>)> {
+        let flat = |x: &T| {
+            let last = x.dims()[x.rank() - 1];
+            Self::reshape(x, &[x.elem_count() / last.max(1), last])
+        };
+        let g = flat(grad)?;
+        let dx = |w: &T| {
+            let mut shape = Self::shape(grad);
+            *shape.last_mut().expect("linear: rank >= 1") = w.dims()[1];
+            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
+        };
+        let dw = |x: &T| Self::matmul(&g, &flat(x)?, true, false);
+        Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))
     }
 
     fn softmax(x: &T) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             softmax::softmax(x)
         } else {
             Plain::softmax(x)
-        }
+        })
     }
 
     fn softmax_backward(y: &T, grad: &T) -> Result<T> {
-        if fits(&[y, grad]) && same(y, grad) {
+        y.with(if fits(&[y, grad]) && same(y, grad) {
             softmax::softmax_backward(y, grad)
         } else {
             Plain::softmax_backward(y, grad)
-        }
+        })
     }
 
     fn gated_add(x: &T, y: &T, gate: &T, added: Option<&T>) -> Result<T> {
         let fit = fits(&[x, y, gate]) && modulates(x, gate) && same(x, y) && joins(added, x);
-        if fit {
-            modulation::gated_add(x, y, gate, added)
+        x.with(if fit {
+            modulation::gated_add(x, y, gate, added.map(raw))
         } else {
-            Plain::gated_add(x, y, gate, added)
-        }
+            Plain::gated_add(x, y, gate, added.map(raw))
+        })
     }
 
     fn gated_add_backward(y: &T, gate: &T, grad: &T) -> Result<(T, T)> {
-        if fits(&[y, gate, grad]) && modulates(y, gate) && same(y, grad) {
-            modulation::gated_add_backward(y, gate, grad)
-        } else {
-            Plain::gated_add_backward(y, gate, grad)
-        }
+        y.with_two(
+            if fits(&[y, gate, grad]) && modulates(y, gate) && same(y, grad) {
+                modulation::gated_add_backward(y, gate, grad)
+            } else {
+                Plain::gated_add_backward(y, gate, grad)
+            },
+        )
     }
 
     fn max_pool2d(x: &T, window: Window) -> Result<T> {
-        if fits(&[x]) && pooling::pooled(x, window) {
+        x.with(if fits(&[x]) && pooling::pooled(x, window) {
             pooling::max_pool2d(x, window)
         } else {
             Plain::max_pool2d(x, window)
-        }
+        })
     }
 
     fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
-        if fits(&[x, grad]) && pooling::pooled(x, window) {
+        x.with(if fits(&[x, grad]) && pooling::pooled(x, window) {
             pooling::max_pool2d_backward(x, grad, window)
         } else {
             Plain::max_pool2d_backward(x, grad, window)
-        }
+        })
     }
 
     fn swiglu(x: &T) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             activation::swiglu(x)
         } else {
             Plain::swiglu(x)
-        }
+        })
     }
 
     fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
-        if fits(&[x, grad]) && 2 * grad.elem_count() == x.elem_count() {
-            activation::swiglu_backward(x, grad)
-        } else {
-            Plain::swiglu_backward(x, grad)
-        }
+        x.with(
+            if fits(&[x, grad]) && 2 * grad.elem_count() == x.elem_count() {
+                activation::swiglu_backward(x, grad)
+            } else {
+                Plain::swiglu_backward(x, grad)
+            },
+        )
     }
 
     fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
-        if fits(&[logits]) {
+        logits.with(if fits(&[logits]) {
             softmax::cross_entropy(logits, ids)
         } else {
             Plain::cross_entropy(logits, ids)
-        }
+        })
     }
 
     fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
-        if fits(&[logits, grad]) && grad.elem_count() == ids.elem_count() {
-            softmax::cross_entropy_backward(logits, ids, grad)
-        } else {
-            Plain::cross_entropy_backward(logits, ids, grad)
-        }
+        logits.with(
+            if fits(&[logits, grad]) && grad.elem_count() == ids.elem_count() {
+                softmax::cross_entropy_backward(logits, ids, grad)
+            } else {
+                Plain::cross_entropy_backward(logits, ids, grad)
+            },
+        )
     }
 }
 
 impl Norms for Candle {
     fn rms_norm(x: &T, w: &T, eps: f64, precision: Precision) -> Result<T> {
-        if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
-            norm::rms_norm(x, w, eps)
-        } else {
-            Plain::rms_norm(x, w, eps, precision)
-        }
+        x.with(
+            if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
+                norm::rms_norm(x, w, eps)
+            } else {
+                Plain::rms_norm(x, w, eps, precision)
+            },
+        )
     }
 
     fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
@@ -339,35 +363,37 @@ impl Norms for Candle {
             && w.rank() == 1
             && same(x, grad)
             && joins(added, x);
-        if fit {
-            norm::rms_norm_backward(x, w, grad, eps, added)
+        x.with_two(if fit {
+            norm::rms_norm_backward(x, w, grad, eps, added.map(raw))
         } else {
-            Plain::rms_norm_backward_adding(x, w, grad, eps, added)
-        }
+            Plain::rms_norm_backward_adding(x, w, grad, eps, added.map(raw))
+        })
     }
 
     fn layer_norm(x: &T, eps: f64) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             norm::layer_norm(x, eps)
         } else {
             Plain::layer_norm(x, eps)
-        }
+        })
     }
 
     fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
-        if fits(&[x, grad]) && same(x, grad) {
+        x.with(if fits(&[x, grad]) && same(x, grad) {
             norm::layer_norm_backward(x, grad, eps)
         } else {
             Plain::layer_norm_backward(x, grad, eps)
-        }
+        })
     }
 
     fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
-        if fits(&[x, scale, shift]) && modulates(x, scale) && modulates(x, shift) {
-            norm::modulated_norm(x, scale, shift, eps)
-        } else {
-            Plain::modulated_norm(x, scale, shift, eps)
-        }
+        x.with(
+            if fits(&[x, scale, shift]) && modulates(x, scale) && modulates(x, shift) {
+                norm::modulated_norm(x, scale, shift, eps)
+            } else {
+                Plain::modulated_norm(x, scale, shift, eps)
+            },
+        )
     }
 
     fn modulated_norm_backward(x: &T, scale: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
@@ -383,35 +409,37 @@ impl Norms for Candle {
     ) -> Result<(T, T, T)> {
         let fit =
             fits(&[x, scale, grad]) && modulates(x, scale) && same(x, grad) && joins(added, x);
-        if fit {
-            modulation::modulated_norm_backward(x, scale, grad, eps, added)
+        x.with_three(if fit {
+            modulation::modulated_norm_backward(x, scale, grad, eps, added.map(raw))
         } else {
-            Plain::modulated_norm_backward_adding(x, scale, grad, eps, added)
-        }
+            Plain::modulated_norm_backward_adding(x, scale, grad, eps, added.map(raw))
+        })
     }
 
     fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
-        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+        x.with(if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
             norm::group_norm(x, groups, w, bias, eps, |y| y)
         } else {
             Plain::group_norm(x, groups, w, bias, eps)
-        }
+        })
     }
 
     fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
-        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+        x.with(if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
             norm::group_norm(x, groups, w, bias, eps, silu)
         } else {
             Plain::group_norm_silu(x, groups, w, bias, eps)
-        }
+        })
     }
 
     fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
-        if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
-            norm::group_norm_backward(x, groups, w, None, grad, eps, None)
-        } else {
-            Plain::group_norm_backward(x, groups, w, grad, eps)
-        }
+        x.with_three(
+            if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
+                norm::group_norm_backward(x, groups, w, None, grad, eps, None)
+            } else {
+                Plain::group_norm_backward(x, groups, w, grad, eps)
+            },
+        )
     }
 
     fn group_norm_silu_backward(
@@ -427,30 +455,30 @@ impl Norms for Candle {
             && grouped(x, groups, &[w, bias])
             && same(x, grad)
             && joins(added, x);
-        if fit {
-            norm::group_norm_backward(x, groups, w, Some(bias), grad, eps, added)
+        x.with_three(if fit {
+            norm::group_norm_backward(x, groups, w, Some(bias), grad, eps, added.map(raw))
         } else {
-            Plain::group_norm_silu_backward(x, groups, [w, bias], y, grad, eps, added)
-        }
+            Plain::group_norm_silu_backward(x, groups, [w, bias], y, grad, eps, added.map(raw))
+        })
     }
 }
 
 impl Attention for Candle {
     fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
         let tables = |x: &T| cos.dims() == [x.dims()[1], x.dims()[3] / 2] && same(cos, sin);
-        if fits(&[x, cos, sin]) && x.rank() == 4 && tables(x) {
+        x.with(if fits(&[x, cos, sin]) && x.rank() == 4 && tables(x) {
             attention::rope(x, cos, sin)
         } else {
             Plain::rope(x, cos, sin)
-        }
+        })
     }
 
     fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
-        if fits(&[q, k, v]) && masked(mask) {
-            attention::attention(q, k, v, mask, scale)
+        q.with(if fits(&[q, k, v]) && masked(mask) {
+            attention::attention(q, k, v, &raw_mask(mask), scale)
         } else {
-            Plain::attention(q, k, v, mask, scale)
-        }
+            Plain::attention(q, k, v, &raw_mask(mask), scale)
+        })
     }
 
     fn attention_backward(
@@ -462,11 +490,13 @@ impl Attention for Candle {
         y: &T,
         grad: &T,
     ) -> Result<(T, T, T)> {
-        if fits(&[q, k, v, y, grad]) && masked(mask) && same(q, y) && same(q, grad) {
-            attention::attention_backward(q, k, v, mask, scale, y, grad)
-        } else {
-            Plain::attention_backward(q, k, v, mask, scale, y, grad)
-        }
+        q.with_three(
+            if fits(&[q, k, v, y, grad]) && masked(mask) && same(q, y) && same(q, grad) {
+                attention::attention_backward(q, k, v, &raw_mask(mask), scale, y, grad)
+            } else {
+                Plain::attention_backward(q, k, v, &raw_mask(mask), scale, y, grad)
+            },
+        )
     }
 
     fn packed_attention(
@@ -477,12 +507,15 @@ impl Attention for Candle {
         scale: f64,
     ) -> Result<(T, [T; 3])> {
         let parts = unpack::<Self>(qkv, heads)?;
-        if rotates(&parts[0], tables, mask) {
-            let y = attention::rotated_attention(parts.each_ref(), tables, mask, scale)?;
+        let rotating = rotates(&parts[0], tables, mask);
+        let (tables, mask) = (tables.map(raw), &raw_mask(mask));
+        if rotating {
+            let y = attention::rotated_attention(parts.each_ref().map(raw), tables, mask, scale)?;
             // The backward pass rotates them again.
-            Ok((y, parts))
+            Ok((qkv.like(y), parts))
         } else {
-            Plain::packed_attention(qkv, heads, tables, mask, scale)
+            let (y, parts) = Plain::packed_attention(qkv, heads, tables, mask, scale)?;
+            Ok((qkv.like(y), parts.map(|part| qkv.like(part))))
         }
     }
 
@@ -495,11 +528,13 @@ impl Attention for Candle {
         grad: &T,
     ) -> Result<T> {
         // As in the forward pass, so that either both rotate or neither does.
-        if rotates(parts[0], tables, mask) {
-            attention::rotated_attention_backward(parts, tables, mask, scale, [y, grad])
+        let rotating = rotates(parts[0], tables, mask);
+        let (raws, tables, mask) = (parts.map(raw), tables.map(raw), &raw_mask(mask));
+        parts[0].with(if rotating {
+            attention::rotated_attention_backward(raws, tables, mask, scale, [y, grad])
         } else {
-            Plain::packed_attention_backward(parts, tables, mask, scale, y, grad)
-        }
+            Plain::packed_attention_backward(raws, tables, mask, scale, y, grad)
+        })
     }
 }
 
@@ -542,11 +577,11 @@ impl Optimiser for Candle {
     }
 
     fn sum_of_squares(x: &T) -> Result<T> {
-        if fits(&[x]) {
+        x.with(if fits(&[x]) {
             optimiser::sum_of_squares(x)
         } else {
             Plain::sum_of_squares(x)
-        }
+        })
     }
 
     fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
@@ -560,17 +595,30 @@ impl Optimiser for Candle {
 
 impl Sampling for Candle {
     fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
-        if fits(&[logits, noise, codebook]) {
+        logits.with(if fits(&[logits, noise, codebook]) {
             flow::flow_map(logits, noise, codebook, solver)
         } else {
             Plain::flow_map(logits, noise, codebook, solver)
-        }
+        })
+    }
+}
+
+/// What the kernels compute with.
+fn raw(x: &T) -> &Raw {
+    &x.raw
+}
+
+fn raw_mask(mask: &Mask<T>) -> Mask<Raw> {
+    match mask {
+        Mask::Full => Mask::Full,
+        Mask::Causal => Mask::Causal,
+        Mask::Bias(bias) => Mask::Bias(bias.raw.clone()),
     }
 }
 
 /// Whether tensors differ only in a dimension.
-fn beside(xs: &[&T], dim: usize) -> bool {
-    let others = |x: &T| {
+fn beside(xs: &[&Raw], dim: usize) -> bool {
+    let others = |x: &Raw| {
         x.dims()[..dim] == xs[0].dims()[..dim] && x.dims()[dim + 1..] == xs[0].dims()[dim + 1..]
     };
     !xs.is_empty() && dim < xs[0].rank() && xs.iter().all(|x| x.rank() == xs[0].rank() && others(x))

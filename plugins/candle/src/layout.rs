@@ -197,7 +197,8 @@ mod tests {
     fn pieces_of_any_layout_make_a_row_major_whole() {
         let turned = counting(&[5, 4, 3]).transpose(0, 2).expect("a view");
         let zeros = counting(&[1, 1, 1]).broadcast_as((3, 2, 5));
-        let (zeros, plain) = (zeros.expect("a view"), counting(&[3, 4, 5]));
+        let views = [turned, zeros.expect("a view"), counting(&[3, 4, 5])];
+        let [turned, zeros, plain] = views.map(crate::tensor::Tensor::from);
         for (pieces, dim) in [
             (vec![&turned, &zeros, &plain], 1),
             (vec![&turned, &plain], 0),
@@ -206,10 +207,11 @@ mod tests {
         ] {
             let got = Candle::cat(pieces.as_slice(), dim).expect("a whole");
             assert!(got.is_contiguous(), "along {dim}");
-            let want = Tensor::cat(pieces.as_slice(), dim).expect("candle's own");
+            let raws: Vec<&T> = pieces.iter().map(|x| &x.raw).collect();
+            let want = Tensor::cat(&raws, dim).expect("candle's own");
             assert_eq!(got.dims(), want.dims());
             assert_eq!(elements(&got), elements(&want), "along {dim}");
         }
-        assert!(Candle::cat(&[&plain, &counting(&[3, 4, 6])], 1).is_err());
+        assert!(Candle::cat(&[&plain, &counting(&[3, 4, 6]).into()], 1).is_err());
     }
 }

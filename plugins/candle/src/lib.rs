@@ -1,8 +1,9 @@
 //! candle as a backend of retort.
 //!
-//! [`Candle`] is what the engine runs on. [`plain::Plain`] implements every operation with candle's own, on any device and
-//! type. `Candle` uses a fused CPU kernel where one applies (f32 in host memory) and otherwise falls back to `Plain`, that is
-//! to the engine's composed definitions. candle's own differentiation is never used: the engine's tape asks only for values.
+//! [`Candle`] is what the engine runs on. [`plain::Plain`] implements every operation with candle's own. `Candle` uses a fused
+//! CPU kernel where one applies and otherwise falls back to `Plain`, that is to the engine's composed definitions. Both hold
+//! f32 in host memory; a tensor of `Candle` also knows the precision of its products. candle's own differentiation is never
+//! used: the engine's tape asks only for values.
 //! With the feature `cuda` this is another plugin of the same name, the variant for NVIDIA GPUs.
 
 mod activation;
@@ -25,38 +26,34 @@ mod pooling;
 mod product;
 mod rows;
 mod softmax;
+mod tensor;
 mod view;
 mod winograd;
 
-use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};
 
 #[cfg(feature = "cuda")]
 pub use cuda::{Cuda, Nccl, meet};
 
-/// The backend: where tensors live and which type of float they hold.
+/// The backend: the host, and how precisely products are computed on it.
 #[derive(Debug, Clone)]
 pub struct Candle {
-    device: Device,
-    dtype: DType,
+    half: bool,
 }
 
 impl Candle {
-    /// Opens a device, `cpu`; `dtype` is `f32`, `f16` or `bf16`; `threads` is the size of the pool all kernels share (0: as
-    /// many as there are cores). The pool is made once per process, so a second call's `threads` has no effect.
+    /// Opens a device, `cpu`; `dtype` is `f32` or `bf16`; `threads` is the size of the pool all kernels share (0: as many as
+    /// there are cores). The pool is made once per process, so a second call's `threads` has no effect.
     pub fn open(device: &str, dtype: &str, threads: usize) -> Result<Self> {
         if !matches!(device, "cpu" | "cpu:0") {
             return Err(Error::option("/device", format!("{device}: expected cpu")));
         }
-        let dtype = match dtype {
-            "f32" => DType::F32,
-            "f16" => DType::F16,
-            "bf16" => DType::BF16,
+        let half = match dtype {
+            "f32" => false,
+            "bf16" => true,
             _ => {
-                return Err(Error::option(
-                    "/dtype",
-                    format!("{dtype}: expected f32, f16 or bf16"),
-                ));
+                let message = format!("{dtype}: expected f32 or bf16");
+                return Err(Error::option("/dtype", message));
             }
         };
         // An error here means that the pool exists already; whoever made it chose its size.
@@ -64,10 +61,7 @@ impl Candle {
             .num_threads(threads)
             .build_global();
         keep_memory();
-        Ok(Self {
-            device: Device::Cpu,
-            dtype,
-        })
+        Ok(Self { half })
     }
 }
 
@@ -100,13 +94,13 @@ fn failed(error: candle_core::Error) -> Error {
     }
 }
 
-/// The tensors of this backend.
-type T = Tensor;
+/// The tensors of the kernels.
+type T = tensor::Raw;
 
 /// Numbers for tests, of both signs.
 #[cfg(test)]
-fn waves(step: f32, shape: &[usize]) -> T {
+fn waves(step: f32, shape: &[usize]) -> tensor::Tensor {
     let count: usize = shape.iter().product();
     let data: Vec<f32> = (0..count).map(|i| (i as f32 * step).sin()).collect();
-    Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
+    view::tensor(data, shape).expect("a tensor").into()
 }

@@ -327,10 +327,10 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
 mod tests {
     use retort_engine::backend::{Binary, Layers, Norms, Tensors, Unary};
 
-    use super::*;
+    use crate::tensor::Tensor;
     use crate::{Candle, waves};
 
-    fn bits(x: &T) -> Vec<u32> {
+    fn bits(x: &Tensor) -> Vec<u32> {
         let x = Candle::to_floats(x).expect("floats");
         x.into_iter().map(f32::to_bits).collect()
     }

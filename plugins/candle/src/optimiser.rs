@@ -130,9 +130,7 @@ mod tests {
     fn squares_of_several_tasks_are_summed() {
         for count in [1, BLOCK, 5 * BLOCK + 77] {
             // Cut out of the middle of its memory.
-            let x = waves(0.7, &[count + 20])
-                .narrow(0, 9, count)
-                .expect("a view");
+            let x = Candle::narrow(&waves(0.7, &[count + 20]), 0, 9, count).expect("a view");
             let values = Candle::to_floats(&x).expect("floats");
             let want: f64 = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let got = Candle::to_floats(&Candle::sum_of_squares(&x).expect("a sum"));

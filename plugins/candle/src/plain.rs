@@ -1,52 +1,48 @@
-//! The required operations in candle's own terms, for any device and float type.
+//! The required operations in candle's own terms, on tensors of f32 in host memory.
 //!
-//! The fused operations keep the engine's composed definitions here, so [`Plain`] serves devices and types without a kernel,
-//! and is the reference for the kernels.
+//! The fused operations keep the engine's composed definitions here, so [`Plain`] serves shapes without a kernel, and is the
+//! reference for the kernels.
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 use retort_engine::backend::{
     Attention, Binary, Exchange, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
 };
 use retort_engine::error::{Error, Result};
 
-use crate::{Candle, T, failed};
+use crate::{T, failed};
 
 /// Every operation as plain candle calls, nothing fused.
 #[derive(Debug, Clone)]
-pub struct Plain(pub Candle);
+pub struct Plain;
 
 impl Tensors for Plain {
     type Tensor = Tensor;
 
-    fn of(x: &T) -> Self {
-        Self(Candle::of(x))
+    fn of(_: &T) -> Self {
+        Self
     }
 
     fn exact(&self) -> Self {
-        Self(self.0.exact())
+        Self
     }
 
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
-        let x = Tensor::from_slice(data, shape, &self.0.device).map_err(failed)?;
-        x.to_dtype(self.0.dtype).map_err(failed)
+        Tensor::from_slice(data, shape, &Device::Cpu).map_err(failed)
     }
 
     fn indices(&self, data: &[u32], shape: &[usize]) -> Result<T> {
-        Tensor::from_slice(data, shape, &self.0.device).map_err(failed)
+        Tensor::from_slice(data, shape, &Device::Cpu).map_err(failed)
     }
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
-        let x = Tensor::full(value, shape, &self.0.device).map_err(failed)?;
         // Candle broadcasts one element; a tensor that is written in place needs its own memory.
-        x.to_dtype(self.0.dtype)
+        Tensor::full(value, shape, &Device::Cpu)
             .and_then(|x| x.contiguous())
             .map_err(failed)
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
-        x.to_dtype(DType::F32)
-            .and_then(|x| x.flatten_all()?.to_vec1())
-            .map_err(failed)
+        x.flatten_all().and_then(|x| x.to_vec1()).map_err(failed)
     }
 
     fn to_indices(x: &T) -> Result<Vec<u32>> {

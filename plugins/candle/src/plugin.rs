@@ -11,7 +11,7 @@ const ABOUT: PluginInfo = PluginInfo {
     summary: "all stages in pure Rust, on candle with fused CPU kernels",
     license: env!("CARGO_PKG_LICENSE"),
     devices: &["cpu"],
-    dtypes: &["f32"],
+    dtypes: &["f32", "bf16"],
     libraries: &[],
 };
 

@@ -1,0 +1,84 @@
+//! Tensors on the host: candle's, with the precision of the products that they take part in.
+
+use std::ops::Deref;
+
+use retort_engine::error::Result;
+
+/// A tensor of candle: f32, or indices.
+pub type Raw = candle_core::Tensor;
+
+/// A tensor on the host. Kernels, which never look at the precision, take it as candle's.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// Elements.
+    pub(crate) raw: Raw,
+    /// Whether products take their operands in bf16.
+    pub(crate) half: bool,
+}
+
+impl Tensor {
+    /// A new tensor with the same product precision as this one.
+    pub fn like(&self, raw: Raw) -> Self {
+        Self {
+            raw,
+            half: self.half,
+        }
+    }
+
+    /// The same for a result.
+    pub fn with(&self, raw: Result<Raw>) -> Result<Self> {
+        Ok(self.like(raw?))
+    }
+
+    /// The same for two results.
+    pub fn with_two(&self, raw: Result<(Raw, Raw)>) -> Result<(Self, Self)> {
+        let (a, b) = raw?;
+        Ok((self.like(a), self.like(b)))
+    }
+
+    /// The same for three results.
+    pub fn with_three(&self, raw: Result<(Raw, Raw, Raw)>) -> Result<(Self, Self, Self)> {
+        let (a, b, c) = raw?;
+        Ok((self.like(a), self.like(b), self.like(c)))
+    }
+}
+
+impl Deref for Tensor {
+    type Target = Raw;
+
+    fn deref(&self) -> &Raw {
+        &self.raw
+    }
+}
+
+impl From<Raw> for Tensor {
+    /// A tensor whose products are in f32.
+    fn from(raw: Raw) -> Self {
+        Self { raw, half: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_engine::backend::{Binary, Layers, Tensors};
+
+    use crate::Candle;
+
+    #[test]
+    fn results_take_the_precision_of_their_first_operand() {
+        let open = |dtype| Candle::open("cpu", dtype, 1).expect("the CPU opens");
+        let single = open("f32").full(&[2, 2], 1.0).expect("a tensor");
+        let half = open("bf16").full(&[2, 2], 1.0).expect("a tensor");
+        assert!(half.half && !single.half);
+        for (a, b) in [(&half, &single), (&single, &half)] {
+            let sum = Candle::binary(a, b, Binary::Add).expect("a sum");
+            let whole = Candle::cat(&[a, b], 0).expect("a whole");
+            let y = Candle::linear(a, b, None).expect("a product");
+            assert_eq!([sum.half, whole.half, y.half], [a.half; 3]);
+        }
+        let of = Candle::of(&half);
+        assert!(of.full(&[1], 1.0).expect("a tensor").half);
+        assert!(!of.exact().full(&[1], 1.0).expect("a tensor").half);
+        assert!(Candle::open("cpu", "f16", 1).is_err());
+    }
+}
