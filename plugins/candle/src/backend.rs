@@ -5,6 +5,7 @@ use retort_engine::backend::{
     Sampling, Tensors, Unary, Window, unpack, upsample2,
 };
 use retort_engine::error::Result;
+use retort_kernels::half::Unit;
 
 use crate::activation::silu;
 use crate::layout::whole;
@@ -12,7 +13,7 @@ use crate::plain::Plain;
 use crate::tensor::{Raw, Tensor};
 use crate::view::fits;
 use crate::{
-    Candle, activation, arithmetic, attention, convolution, flow, layout, modulation, norm,
+    Candle, activation, arithmetic, attention, convolution, flow, half, layout, modulation, norm,
     optimiser, pooling, product, softmax,
 };
 
@@ -23,6 +24,7 @@ impl Candle {
         Ok(Tensor {
             raw: raw?,
             half: self.half,
+            tiles: None,
         })
     }
 }
@@ -38,6 +40,10 @@ impl Tensors for Candle {
         Self { half: false }
     }
 
+    fn factor(x: &T) -> Result<T> {
+        half::factor(x)
+    }
+
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
         self.put(Plain.floats(data, shape))
     }
@@ -51,7 +57,7 @@ impl Tensors for Candle {
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
-        Plain::to_floats(x)
+        Plain::to_floats(&x.single()?)
     }
 
     fn to_indices(x: &T) -> Result<Vec<u32>> {
@@ -82,7 +88,7 @@ impl Tensors for Candle {
             Plain::cat(&raws, dim)
         };
         let half = xs.first().is_some_and(|x| x.half);
-        Ok(Tensor { raw: made?, half })
+        Candle { half }.put(made)
     }
 
     fn expand(x: &T, shape: &[usize]) -> Result<T> {
@@ -136,7 +142,8 @@ impl Tensors for Candle {
     }
 
     fn rows(table: &T, ids: &T) -> Result<T> {
-        table.with(Plain::rows(table, ids))
+        let found = table.with(Plain::rows(table, ids))?;
+        found.with(found.single())
     }
 
     fn rows_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
@@ -222,18 +229,25 @@ impl Layers for Candle {
     }
 
     fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
-        let fit = fits(&[x, w])
+        let fit = fits(&[x])
+            && (w.tiles.is_some() || fits(&[w]))
             && bias.is_none_or(|b| fits(&[b]) && b.dims() == &w.dims()[..1])
             && w.rank() == 2
             && ends_with(x, &w.dims()[1..]);
-        x.with(if fit {
-            product::linear(x, w, bias.map(raw))
-        } else {
-            Plain::linear(x, w, bias.map(raw))
+        let bias = bias.map(raw);
+        x.with(match Unit::best().filter(|_| x.half && fit) {
+            Some(unit) => half::linear(unit, x, w, bias),
+            None if fit => product::linear(x, &w.single()?, bias),
+            None => Plain::linear(x, &w.single()?, bias),
         })
     }
 
     fn linear_backward(x: Option<&T>, w: Option<&T>, grad: &T) -> Result<(Option<T>, Option<T>)> {
+        let fit = fits(&[grad]) && [x, w].into_iter().flatten().all(|x| fits(&[x]));
+        if let Some(unit) = Unit::best().filter(|_| grad.half && fit) {
+            let (dx, dw) = half::linear_backward(unit, x.map(raw), w.map(raw), grad)?;
+            return Ok((dx.map(|dx| grad.like(dx)), dw.map(|dw| grad.like(dw))));
+        }
         let flat = |x: &T| {
             let last = x.dims()[x.rank() - 1];
             Self::reshape(x, &[x.elem_count() / last.max(1), last])
@@ -242,7 +256,8 @@ impl Layers for Candle {
         let dx = |w: &T| {
             let mut shape = Self::shape(grad);
             *shape.last_mut().expect("linear: rank >= 1") = w.dims()[1];
-            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
+            let w = w.with(w.single())?;
+            Self::reshape(&Self::matmul(&g, &w, false, false)?, &shape)
         };
         let dw = |x: &T| Self::matmul(&g, &flat(x)?, true, false);
         Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))

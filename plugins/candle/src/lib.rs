@@ -15,6 +15,7 @@ mod convolution;
 mod cuda;
 mod direct;
 mod flow;
+mod half;
 mod layout;
 mod modulation;
 mod norm;

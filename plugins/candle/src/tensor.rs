@@ -2,9 +2,13 @@
 
 use std::ops::Deref;
 
+use candle_core::DType;
 use retort_engine::error::Result;
 
-/// A tensor of candle: f32, or indices.
+use crate::failed;
+use crate::half::Tiles;
+
+/// A tensor of candle: f32, or indices; bf16 for weights that only products read.
 pub type Raw = candle_core::Tensor;
 
 /// A tensor on the host. Kernels, which never look at the precision, take it as candle's.
@@ -14,6 +18,8 @@ pub struct Tensor {
     pub(crate) raw: Raw,
     /// Whether products take their operands in bf16.
     pub(crate) half: bool,
+    /// What products take instead of the elements of a weight that never changes.
+    pub(crate) tiles: Option<Tiles>,
 }
 
 impl Tensor {
@@ -22,12 +28,21 @@ impl Tensor {
         Self {
             raw,
             half: self.half,
+            tiles: None,
         }
     }
 
     /// The same for a result.
     pub fn with(&self, raw: Result<Raw>) -> Result<Self> {
         Ok(self.like(raw?))
+    }
+
+    /// The elements in f32.
+    pub fn single(&self) -> Result<Raw> {
+        match self.raw.dtype() {
+            DType::BF16 => self.raw.to_dtype(DType::F32).map_err(failed),
+            _ => Ok(self.raw.clone()),
+        }
     }
 
     /// The same for two results.
@@ -54,7 +69,11 @@ impl Deref for Tensor {
 impl From<Raw> for Tensor {
     /// A tensor whose products are in f32.
     fn from(raw: Raw) -> Self {
-        Self { raw, half: false }
+        Self {
+            raw,
+            half: false,
+            tiles: None,
+        }
     }
 }
 
