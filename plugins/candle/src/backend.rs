@@ -6,6 +6,7 @@ use retort_engine::backend::{
 };
 use retort_engine::error::Result;
 use retort_kernels::half::Unit;
+use retort_kernels::half::windows::Rounding;
 
 use crate::activation::silu;
 use crate::layout::whole;
@@ -160,7 +161,7 @@ impl Tensors for Candle {
 
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         x.with(if fits(&[x, w]) {
-            convolution::conv2d(x, w, None, None, stride, padding)
+            convolution::conv2d(x, w, None, None, stride, padding, forward(x))
         } else {
             Plain::conv2d(x, w, stride, padding)
         })
@@ -175,7 +176,7 @@ impl Tensors for Candle {
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
         let (dx, dw) = if fits(&[x, w, grad]) {
-            convolution::conv2d_backward(x, w, grad, stride, padding, want)?
+            convolution::conv2d_backward(x, w, grad, stride, padding, backward(grad), want)?
         } else {
             Plain::conv2d_backward(x, w, grad, stride, padding, want)?
         };
@@ -204,7 +205,15 @@ impl Layers for Candle {
             && bias.elem_count() == w.dims()[0]
             && residual.is_none_or(|residual| fits(&[residual]));
         x.with(if fit {
-            convolution::conv2d(x, w, Some(bias), residual.map(raw), stride, padding)
+            convolution::conv2d(
+                x,
+                w,
+                Some(bias),
+                residual.map(raw),
+                stride,
+                padding,
+                forward(x),
+            )
         } else {
             Plain::conv2d_bias(x, w, bias, residual.map(raw), stride, padding)
         })
@@ -212,6 +221,8 @@ impl Layers for Candle {
 
     fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
         let fused = match fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
+            // Tiles are faster, though they need the enlarged image.
+            true if x.half && Unit::best() == Some(Unit::Tiles) => None,
             true => convolution::conv2d_upsampled(x, w, bias, padding)?,
             false => None,
         };
@@ -629,6 +640,15 @@ fn raw_mask(mask: &Mask<T>) -> Mask<Raw> {
         Mask::Causal => Mask::Causal,
         Mask::Bias(bias) => Mask::Bias(bias.raw.clone()),
     }
+}
+
+/// How the operands of a convolution are rounded: images must be exact, their gradients need not be.
+fn forward(x: &T) -> Option<Rounding> {
+    x.half.then_some(Rounding::Twice)
+}
+
+fn backward(grad: &T) -> Option<Rounding> {
+    grad.half.then_some(Rounding::Once)
 }
 
 /// Whether tensors differ only in a dimension.

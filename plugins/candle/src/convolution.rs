@@ -1,10 +1,12 @@
-//! Convolutions, each by the fastest of four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by
+//! Convolutions, in bf16 by the processor's tiles where it has them and the precision is enough, else in f32 by the fastest of
+//! four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by
 //! Winograd's tiles ([`crate::winograd`]), others with stride 1 directly ([`crate::direct`]), a 1 x 1 kernel as a matrix
 //! product over the image, and the rest as matrix products over unfolded images, a tile of output rows at a time, so that
 //! the unfolded tile stays in the cache. Gradients of kernels never use Winograd's tiles.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
+use retort_kernels::half::windows::Rounding;
 
 use crate::direct::Direct;
 use crate::layout::whole;
@@ -27,8 +29,9 @@ pub fn conv2d(
     residual: Option<&T>,
     stride: usize,
     padding: [usize; 2],
+    rounding: Option<Rounding>,
 ) -> Result<T> {
-    let shape = Shape::new(x, w, stride, padding)?;
+    let shape = Shape::new(x, w, stride, padding, rounding)?;
     let none = vec![0.0; shape.o];
     let bias = match bias {
         Some(bias) => &whole(bias)?,
@@ -60,7 +63,7 @@ pub fn conv2d(
 /// Stride 1 over images enlarged twofold, if that is possible without materialising the enlarged image.
 pub fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<Option<T>> {
     let (b, c, h, wide) = x.dims4().map_err(failed)?;
-    let shape = Shape::of([b, c, 2 * h, 2 * wide], w, 1, padding)?;
+    let shape = Shape::of([b, c, 2 * h, 2 * wide], w, 1, padding, None)?;
     let Some(tiles) = shape.winograd() else {
         return Ok(None);
     };
@@ -78,9 +81,10 @@ pub fn conv2d_backward(
     grad: &T,
     stride: usize,
     padding: [usize; 2],
+    rounding: Option<Rounding>,
     want: (bool, bool),
 ) -> Result<(Option<T>, Option<T>)> {
-    let shape = Shape::new(x, w, stride, padding)?;
+    let shape = Shape::new(x, w, stride, padding, rounding)?;
     if grad.dims() != [shape.b, shape.o, shape.out_h, shape.out_w] {
         return Err(Error::Backend(format!(
             "conv2d: a gradient {:?} for {} images",
@@ -115,15 +119,29 @@ struct Shape {
     stride: usize,
     /// Zeros above and below, left and right.
     padding: [usize; 2],
+    /// How numbers are rounded to bf16 where that is faster.
+    rounding: Option<Rounding>,
 }
 
 impl Shape {
-    fn new(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
+    fn new(
+        x: &T,
+        w: &T,
+        stride: usize,
+        padding: [usize; 2],
+        rounding: Option<Rounding>,
+    ) -> Result<Self> {
         let (b, c, h, wide) = x.dims4().map_err(failed)?;
-        Self::of([b, c, h, wide], w, stride, padding)
+        Self::of([b, c, h, wide], w, stride, padding, rounding)
     }
 
-    fn of(x: [usize; 4], w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
+    fn of(
+        x: [usize; 4],
+        w: &T,
+        stride: usize,
+        padding: [usize; 2],
+        rounding: Option<Rounding>,
+    ) -> Result<Self> {
         let [b, c, h, wide] = x;
         let (o, c2, kh, kw) = w.dims4().map_err(failed)?;
         let [high, broad] = [h + 2 * padding[0], wide + 2 * padding[1]];
@@ -145,6 +163,7 @@ impl Shape {
             out_w: (broad - kw) / stride + 1,
             stride,
             padding,
+            rounding,
         })
     }
 
@@ -183,6 +202,16 @@ impl Shape {
 
     /// The same without unfolding.
     fn direct(&self) -> Option<Direct> {
+        (!self.flat()).then(|| self.turnable()).flatten()
+    }
+
+    /// The same by tiles of bf16, if that is wanted and faster.
+    fn half(&self) -> Option<(Direct, Rounding)> {
+        let direct = self.turnable().filter(Direct::has_tiles)?;
+        Some((direct, self.rounding?))
+    }
+
+    fn turnable(&self) -> Option<Direct> {
         let direct = Direct {
             c: self.c,
             image: [self.h, self.w],
@@ -191,7 +220,7 @@ impl Shape {
             kernel: [self.kh, self.kw],
             padding: self.padding,
         };
-        (self.turns() && !self.flat()).then_some(direct)
+        self.turns().then_some(direct)
     }
 
     /// Whether the gradient of the input is a convolution with the turned kernel.
@@ -200,6 +229,9 @@ impl Shape {
     }
 
     fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
+        if let Some((direct, rounding)) = self.half() {
+            return direct.forward_half(rounding, x, w, bias, residual, self.b);
+        }
         if let Some(tiles) = self.winograd() {
             return tiles.forward(x, w, bias, residual, self.b);
         }
@@ -307,6 +339,9 @@ impl Shape {
 
     /// dw = sum over images of g times the unfolded image transposed.
     fn kernel_gradient(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
+        if let Some((direct, _)) = self.half() {
+            return direct.kernel_gradient_half(x, grad, self.b);
+        }
         if let Some(direct) = self.direct() {
             return direct.kernel_gradient(x, grad, self.b);
         }

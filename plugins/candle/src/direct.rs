@@ -4,6 +4,8 @@
 //! A line begins with as many zeros as there are to the left of the image; the next line's are those to the right of it.
 //! Results are computed for whole lines, so a few between the lines are not used.
 
+mod half;
+
 use rayon::prelude::*;
 use retort_kernels::tiles::{self, GRADIENTS, ROWS, STEP, Slots};
 
@@ -97,33 +99,56 @@ impl Direct {
         residual: Option<&[f32]>,
         b: usize,
     ) -> Vec<f32> {
-        let [high, broad] = self.result;
-        let image = self.c * self.image[0] * self.image[1];
-        let share = high.div_ceil(rayon::current_num_threads().div_ceil(b));
-        let rows = (BAND / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
-        let rows = rows.clamp(1, share);
+        let rows = self.rows_of_a_band(b);
         let offsets = self.offsets(rows);
         // A kernel may be the beginning of a larger tensor.
         let kernel = tiles::packed(&w[..self.o * offsets.len()], self.o);
+        let sums = self.o.next_multiple_of(ROWS) * self.positions(rows);
+        self.by_bands(
+            [b, rows, sums],
+            bias,
+            residual,
+            || vec![0.0; self.copy(rows)],
+            |copy, piece, sums| {
+                self.copy_image(self.of_image(x, piece), piece, self.plane(rows), copy);
+                let n = self.positions(piece.rows);
+                tiles::correlate(copy, &offsets, &kernel, n, sums);
+                n
+            },
+        )
+    }
+
+    /// Rows of the result that a task computes.
+    fn rows_of_a_band(&self, b: usize) -> usize {
+        let share = self.result[0].div_ceil(rayon::current_num_threads().div_ceil(b));
+        let rows = (BAND / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
+        rows.clamp(1, share)
+    }
+
+    /// The result (b, o, h', w'), bands of rows at a time: `sum` writes a piece without bias and residual to the last slice,
+    /// `sums` elements at most, and returns how many positions it computed for each channel.
+    fn by_bands<S>(
+        &self,
+        [b, rows, sums]: [usize; 3],
+        bias: &[f32],
+        residual: Option<&[f32]>,
+        scratch: impl Fn() -> S + Sync + Send,
+        sum: impl Fn(&mut S, Piece, &mut [f32]) -> usize + Sync + Send,
+    ) -> Vec<f32> {
+        let [high, broad] = self.result;
         let mut y = fresh(&[b, self.o, high * broad]);
         let bands = high.div_ceil(rows);
         let parts = in_bands(&mut y, self.o, high * broad, rows * broad);
         parts.into_par_iter().enumerate().for_each_init(
-            || {
-                let sums = self.o.next_multiple_of(ROWS) * self.positions(rows);
-                (vec![0.0; self.copy(rows)], fresh(&[sums]))
-            },
-            |(copy, sums), (i, parts)| {
+            || (scratch(), fresh(&[sums])),
+            |(scratch, sums), (i, parts)| {
                 let first = i % bands * rows;
                 let piece = Piece {
                     image: i / bands,
                     first,
                     rows: rows.min(high - first),
                 };
-                let x = &x[piece.image * image..][..image];
-                self.copy_image(x, piece, self.plane(rows), copy);
-                let n = self.positions(piece.rows);
-                tiles::correlate(copy, &offsets, &kernel, n, sums);
+                let n = sum(scratch, piece, sums);
                 for (o, (part, &bias)) in parts.into_iter().zip(bias).enumerate() {
                     let residual = residual.map(|residual| {
                         &residual[((piece.image * self.o + o) * high + first) * broad..]
@@ -151,21 +176,9 @@ impl Direct {
     /// dw (o, c, kh, kw) of images x and gradients of the result: some images at a time, one after the other, and their sums
     /// in parallel.
     pub fn kernel_gradient(&self, x: &[f32], grad: &[f32], b: usize) -> Vec<f32> {
-        let [high, broad] = self.result;
-        let image = self.c * self.image[0] * self.image[1];
-        let of_result = self.o * high * broad;
-        // Bands of equal heights.
-        let bands = high.div_ceil((POSITIONS / self.line()).max(1));
-        let rows = high.div_ceil(bands);
+        let rows = self.rows_of_a_sum();
         let (n, offsets) = (self.positions(rows), self.offsets(rows));
-        let pieces = |image: usize| {
-            (0..high).step_by(rows).map(move |first| Piece {
-                image,
-                first,
-                rows: rows.min(high - first),
-            })
-        };
-        let pieces: Vec<Piece> = (0..b).flat_map(pieces).collect();
+        let pieces = self.pieces(b, rows);
         let (of_x, of_g) = (self.copy(rows), self.o * n);
         let slots = (POSITIONS / n).clamp(1, pieces.len());
         let (mut xs, mut gs) = (vec![0.0; slots * of_x], vec![0.0; slots * of_g + STEP]);
@@ -176,18 +189,8 @@ impl Direct {
         for pieces in pieces.chunks(slots) {
             let copies = xs.par_chunks_mut(of_x).zip(gs.par_chunks_mut(of_g));
             copies.zip(pieces).for_each(|((to, g), &piece)| {
-                let x = &x[piece.image * image..][..image];
-                self.copy_image(x, piece, self.plane(rows), to);
-                let grad = &grad[piece.image * of_result..][..of_result];
-                for (grad, g) in grad.chunks_exact(high * broad).zip(g.chunks_exact_mut(n)) {
-                    let (lines, rest) = g.split_at_mut(piece.rows * self.line());
-                    let grad = &grad[piece.first * broad..];
-                    let pairs = lines
-                        .chunks_exact_mut(self.line())
-                        .zip(grad.chunks_exact(broad));
-                    pairs.for_each(|(line, grad)| line[..broad].copy_from_slice(grad));
-                    rest.fill(0.0);
-                }
+                self.copy_image(self.of_image(x, piece), piece, self.plane(rows), to);
+                self.copy_gradient(grad, piece, n, g);
             });
             let slots = Slots {
                 count: pieces.len(),
@@ -203,11 +206,56 @@ impl Direct {
         }
         dw
     }
+
+    /// Rows of the result whose positions a kernel's gradient is summed over at a time: bands of equal heights.
+    fn rows_of_a_sum(&self) -> usize {
+        let high = self.result[0];
+        let bands = high.div_ceil((POSITIONS / self.line()).max(1));
+        high.div_ceil(bands)
+    }
+
+    /// The results of all images in pieces of some rows.
+    fn pieces(&self, b: usize, rows: usize) -> Vec<Piece> {
+        let high = self.result[0];
+        let of_image = |image: usize| {
+            (0..high).step_by(rows).map(move |first| Piece {
+                image,
+                first,
+                rows: rows.min(high - first),
+            })
+        };
+        (0..b).flat_map(of_image).collect()
+    }
+
+    /// The image of a piece, of all images.
+    fn of_image<'a>(&self, x: &'a [f32], piece: Piece) -> &'a [f32] {
+        let image = self.c * self.image[0] * self.image[1];
+        &x[piece.image * image..][..image]
+    }
+
+    /// Copies a piece of the gradients of the results into lines as those of an image's copy: (o, n), zeros after them. What is
+    /// between the lines is left as it is.
+    fn copy_gradient(&self, grad: &[f32], piece: Piece, n: usize, to: &mut [f32]) {
+        let [high, broad] = self.result;
+        let of_result = self.o * high * broad;
+        let grad = &grad[piece.image * of_result..][..of_result];
+        for (grad, g) in grad.chunks_exact(high * broad).zip(to.chunks_exact_mut(n)) {
+            let (lines, rest) = g.split_at_mut(piece.rows * self.line());
+            let grad = &grad[piece.first * broad..];
+            let pairs = lines
+                .chunks_exact_mut(self.line())
+                .zip(grad.chunks_exact(broad));
+            pairs.for_each(|(line, grad)| line[..broad].copy_from_slice(grad));
+            rest.fill(0.0);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use retort_engine::random::noise;
+    use retort_kernels::half::Unit;
+    use retort_kernels::half::windows::Rounding;
 
     use super::*;
 
@@ -236,6 +284,7 @@ mod tests {
             (2, 3, 17, [6, 6], [3, 3], [0, 0]),
             (2, 2, 1, [7, 5], [2, 3], [1, 2]),
             (1, 40, 4, [130, 120], [3, 3], [1, 1]),
+            (19, 33, 34, [8, 8], [1, 1], [0, 0]),
         ] {
             let side = |i: usize| image[i] + 2 * padding[i] - kernel[i] + 1;
             let d = Direct {
@@ -251,38 +300,56 @@ mod tests {
             let (x, w) = (noise(1, 0, b * c, places), noise(2, 0, o * c, taps));
             let (bias, grad) = (noise(3, 0, 1, o), noise(4, 0, b * o, results));
             let residual = noise(5, 0, b * o, results);
-            let mut y: Vec<f64> = residual.iter().map(|&r| f64::from(r)).collect();
-            let mut dw = vec![0.0; o * c * taps];
-            for i in 0..b * o * c {
-                let (image, row, channel) = (i / (o * c), i / c % o, i % c);
-                if channel == 0 {
-                    let line = &mut y[(image * o + row) * results..][..results];
-                    line.iter_mut().for_each(|y| *y += f64::from(bias[row]));
+            let expected = |convert: fn(&f32) -> f64| {
+                let (x, w): (Vec<f64>, Vec<f64>) = (
+                    x.iter().map(convert).collect(),
+                    w.iter().map(convert).collect(),
+                );
+                let grad: Vec<f64> = grad.iter().map(convert).collect();
+                let mut y: Vec<f64> = residual.iter().map(|&r| f64::from(r)).collect();
+                let mut dw = vec![0.0; o * c * taps];
+                for i in 0..b * o * c {
+                    let (image, row, channel) = (i / (o * c), i / c % o, i % c);
+                    if channel == 0 {
+                        let line = &mut y[(image * o + row) * results..][..results];
+                        line.iter_mut().for_each(|y| *y += f64::from(bias[row]));
+                    }
+                    products(&d, |at, tap, place| {
+                        let x = x[(image * c + channel) * places + place];
+                        let at = (image * o + row) * results + at;
+                        let tap = (row * c + channel) * taps + tap;
+                        y[at] += x * w[tap];
+                        dw[tap] += x * grad[at];
+                    });
                 }
-                products(&d, |at, tap, place| {
-                    let x = f64::from(x[(image * c + channel) * places + place]);
-                    let at = (image * o + row) * results + at;
-                    let tap = (row * c + channel) * taps + tap;
-                    y[at] += x * f64::from(w[tap]);
-                    dw[tap] += x * f64::from(grad[at]);
-                });
-            }
-            for (name, want, found) in [
-                ("results", y, d.forward(&x, &w, &bias, Some(&residual), b)),
-                ("gradients", dw, d.kernel_gradient(&x, &grad, b)),
-            ] {
+                (y, dw)
+            };
+            let check = |name, want: &[f64], found: Vec<f32>, bound: f64| {
                 assert_eq!(want.len(), found.len());
                 let most = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-                let errors = want
-                    .iter()
-                    .zip(&found)
-                    .map(|(a, &b)| (a - f64::from(b)).abs());
-                let error = errors.fold(0.0, f64::max);
+                let pairs = want.iter().zip(&found);
+                let error = pairs
+                    .map(|(a, &b)| (a - f64::from(b)).abs())
+                    .fold(0.0, f64::max);
                 assert!(
-                    error < 2e-6 * most,
+                    error < bound * most,
                     "{name}: {error:.1e} of {most:.1} at {c} to {o}, {image:?}, {kernel:?}, {padding:?}"
                 );
+            };
+            let (y, dw) = expected(|&x| f64::from(x));
+            let residual = Some(&residual[..]);
+            check("results", &y, d.forward(&x, &w, &bias, residual, b), 2e-6);
+            check("gradients", &dw, d.kernel_gradient(&x, &grad, b), 2e-6);
+            if Unit::best() != Some(Unit::Tiles) {
+                eprintln!("skipped: this processor has no tiles");
+                continue;
             }
+            let half = |rounding| d.forward_half(rounding, &x, &w, &bias, residual, b);
+            check("results of twice rounded", &y, half(Rounding::Twice), 1e-5);
+            let (y, dw) = expected(|&x| ::half::bf16::from_f32(x).to_f64());
+            check("results of rounded", &y, half(Rounding::Once), 2e-6);
+            let found = d.kernel_gradient_half(&x, &grad, b);
+            check("gradients of rounded", &dw, found, 2e-6);
         }
     }
 

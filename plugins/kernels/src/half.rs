@@ -10,6 +10,7 @@ mod packed;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod product;
+pub mod windows;
 
 pub use packed::{Element, Operand, Packed, Side};
 pub use product::{Start, product};
@@ -56,7 +57,7 @@ impl Unit {
 const SIDE: usize = 16;
 
 /// Rows and columns of a block of the result: two tiles each way.
-const BLOCK: usize = 2 * SIDE;
+pub const BLOCK: usize = 2 * SIDE;
 
 /// Inner elements of a tile.
 const DEPTH: usize = 32;

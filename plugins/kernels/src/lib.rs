@@ -11,4 +11,4 @@ pub mod skinny;
 pub mod tiles;
 pub mod wide;
 
-pub use pool::{Pool, Rayon};
+pub use pool::{Alone, Pool, Rayon};

@@ -27,6 +27,20 @@ impl Pool for Rayon {
     }
 }
 
+/// The calling thread alone.
+#[derive(Debug, Clone, Copy)]
+pub struct Alone;
+
+impl Pool for Alone {
+    fn threads(&self) -> usize {
+        1
+    }
+
+    fn each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(task);
+    }
+}
+
 /// Runs a task with each `size` elements of `out`, the last ones perhaps fewer, and their number.
 pub(crate) fn chunks<T: Send>(
     pool: &impl Pool,

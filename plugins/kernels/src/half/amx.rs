@@ -4,7 +4,7 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::{Line, Rows};
+use super::{Line, Rows, SIDE};
 
 /// Whether the processor has them and Linux lets this process use them.
 pub fn permitted() -> bool {
@@ -67,29 +67,23 @@ impl Drop for Tiles {
     }
 }
 
-/// A block of the result in four tiles.
+/// A block of the result in four tiles: a sum of products of `steps` tiles of both operands, one after the other in memory.
 ///
 /// # Safety
-/// As of `pairs`, and tiles are configured.
+/// As of the pairs' block, and tiles are configured.
 pub unsafe fn block(
     a: [*const Line; 2],
     b: [*const Line; 2],
     steps: usize,
     from: Option<Rows<*const f32>>,
-    (to, row): Rows<*mut f32>,
+    to: Rows<*mut f32>,
 ) {
-    // SAFETY: rows and columns are those of a block.
+    // SAFETY: rows and columns are those of a block, and the tiles are there.
     unsafe {
         match from {
-            None => asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                options(nostack, preserves_flags)
-            ),
+            None => zero(),
             Some((from, row)) => {
-                let below = from.add(16 * row);
+                let below = from.add(SIDE * row);
                 asm!(
                     "tileloadd tmm0, [{above} + {row}]",
                     "tileloadd tmm1, [{above} + {row} + 64]",
@@ -100,25 +94,67 @@ pub unsafe fn block(
                 );
             }
         }
+        for step in 0..steps {
+            let tile = |x: *const Line| x.add(step * SIDE);
+            multiply((a.map(tile), 1), (b.map(tile), 1));
+        }
+        store(to);
+    }
+}
+
+/// Clears the tiles of a block.
+///
+/// # Safety
+/// Tiles are configured.
+#[inline(always)]
+pub unsafe fn zero() {
+    // SAFETY: no memory is touched.
+    unsafe {
         asm!(
-            "2:",
-            "tileloadd tmm4, [{a0} + {line}]",
-            "tileloadd tmm6, [{b0} + {line}]",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+}
+
+/// Adds the product of two tiles of each operand to the tiles of a block; an operand's rows are as many lines apart.
+///
+/// # Safety
+/// The 16 rows of each can be read; tiles are configured.
+#[inline(always)]
+pub unsafe fn multiply<A, B>(a: Rows<[*const A; 2]>, b: Rows<[*const B; 2]>) {
+    let (a, a_row) = (a.0, a.1 * size_of::<A>());
+    let (b, b_row) = (b.0, b.1 * size_of::<B>());
+    // SAFETY: the caller has made sure.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{a0} + {a_row}]",
+            "tileloadd tmm6, [{b0} + {b_row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b1} + {line}]",
+            "tileloadd tmm7, [{b1} + {b_row}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a1} + {line}]",
+            "tileloadd tmm5, [{a1} + {a_row}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
-            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
-            steps = inout(reg) steps => _, line = in(reg) 64usize,
-            options(nostack)
+            a0 = in(reg) a[0], a1 = in(reg) a[1], a_row = in(reg) a_row,
+            b0 = in(reg) b[0], b1 = in(reg) b[1], b_row = in(reg) b_row,
+            options(readonly, nostack, preserves_flags)
         );
-        let below = to.add(16 * row);
+    }
+}
+
+/// Writes a block.
+///
+/// # Safety
+/// Its rows and columns can be written; tiles are configured.
+#[inline(always)]
+pub unsafe fn store((to, row): Rows<*mut f32>) {
+    // SAFETY: the caller has made sure.
+    unsafe {
+        let below = to.add(SIDE * row);
         asm!(
             "tilestored [{above} + {row}], tmm0",
             "tilestored [{above} + {row} + 64], tmm1",
