@@ -6,13 +6,14 @@
 //! The libtorch plugin's bench of the same name compares candle, libtorch and PyTorch.
 
 use retort_candle::Candle;
-use retort_tests::speed::{BackendRun, report};
+use retort_tests::speed::{BackendRun, Timed, report};
 
 fn main() {
-    let backend = Candle::open("cpu", "f32", 0).expect("a CPU");
-    let candle = BackendRun {
-        name: "candle".into(),
-        backend,
+    let candle = |name: &str, dtype| BackendRun {
+        name: name.into(),
+        backend: Candle::open("cpu", dtype, 0).expect("a CPU"),
     };
-    report(vec![Box::new(candle)]).expect("a table");
+    let columns = [("candle", "f32"), ("candle bf16", "bf16")];
+    let columns = columns.map(|(name, dtype)| Box::new(candle(name, dtype)) as Box<dyn Timed>);
+    report(columns.into()).expect("a table");
 }

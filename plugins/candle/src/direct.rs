@@ -140,8 +140,11 @@ impl Direct {
         let bands = high.div_ceil(rows);
         let parts = in_bands(&mut y, self.o, high * broad, rows * broad);
         parts.into_par_iter().enumerate().for_each_init(
-            || (scratch(), fresh(&[sums])),
+            || (scratch(), fresh(&[sums + STEP])),
             |(scratch, sums), (i, parts)| {
+                // Whole vectors at the beginning of each of the processor's lines.
+                let start = sums.as_ptr().align_offset(64).min(STEP);
+                let sums = &mut sums[start..];
                 let first = i % bands * rows;
                 let piece = Piece {
                     image: i / bands,

@@ -2,7 +2,7 @@
 //!
 //!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]
 //!
-//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, eager and compiled; without
+//! Both compute in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, eager and compiled; without
 //! it they are left out. Compiling takes minutes. `-- "tokenizer 32" candle,PyTorch` measures one row in two columns.
 
 use retort_candle::Candle;
@@ -11,12 +11,16 @@ use retort_tests::speed::{BackendRun, Peer, Timed, report};
 
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let candle = Candle::open("cpu", "f32", threads).expect("a CPU");
+    let candle = |dtype| Candle::open("cpu", dtype, threads).expect("a CPU");
     let libtorch = |dtype| Libtorch::open("cpu", dtype, threads).expect("a CPU");
     let mut all: Vec<Box<dyn Timed>> = vec![
         Box::new(BackendRun {
             name: "candle".into(),
-            backend: candle,
+            backend: candle("f32"),
+        }),
+        Box::new(BackendRun {
+            name: "candle bf16".into(),
+            backend: candle("bf16"),
         }),
         Box::new(BackendRun {
             name: "libtorch".into(),

@@ -35,17 +35,13 @@ impl Direct {
         let (rows, line) = (self.rows_of_a_band(b), self.line());
         let offsets = (0..taps).map(|i| i / self.kernel[1] * line + i % self.kernel[1]);
         let (offsets, plane): (Vec<usize>, _) = (offsets.collect(), self.plane(rows));
-        let parts = match rounding {
-            Rounding::Once => 1,
-            Rounding::Twice => 2,
-        };
         let planes = self.c.next_multiple_of(CHANNELS) / 2 * plane;
         let positions = |rows: usize| (rows * line).next_multiple_of(POSITIONS);
         self.by_bands(
             [b, rows, filters.rows() * positions(rows)],
             bias,
             residual,
-            || vec![0; parts * planes + self.kernel[1] + POSITIONS],
+            || vec![0; rounding.parts() * planes + self.kernel[1] + POSITIONS],
             |copy: &mut Vec<u32>, piece, sums| {
                 self.copy_pairs(self.of_image(x, piece), piece, plane, (copy, planes));
                 let n = positions(piece.rows);

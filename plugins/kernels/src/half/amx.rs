@@ -146,6 +146,45 @@ pub unsafe fn multiply<A, B>(a: Rows<[*const A; 2]>, b: Rows<[*const B; 2]>) {
     }
 }
 
+/// The same for operands in two parts each, first and remainder, without the product of both remainders.
+///
+/// # Safety
+/// As of [`multiply`], for both parts.
+#[inline(always)]
+pub unsafe fn multiply_twice<A, B>(a: Rows<[[*const A; 2]; 2]>, b: Rows<[[*const B; 2]; 2]>) {
+    let (a, a_row) = (a.0, a.1 * size_of::<A>());
+    let (b, b_row) = (b.0, b.1 * size_of::<B>());
+    // SAFETY: the caller has made sure.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{a0} + {a_row}]",
+            "tileloadd tmm6, [{r0} + {b_row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{r1} + {b_row}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {a_row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm6, [{b0} + {b_row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {b_row}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm4, [{s0} + {a_row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{s1} + {a_row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            a0 = in(reg) a[0][0], a1 = in(reg) a[0][1], s0 = in(reg) a[1][0], s1 = in(reg) a[1][1],
+            b0 = in(reg) b[0][0], b1 = in(reg) b[0][1], r0 = in(reg) b[1][0], r1 = in(reg) b[1][1],
+            a_row = in(reg) a_row, b_row = in(reg) b_row,
+            options(readonly, nostack, preserves_flags)
+        );
+    }
+}
+
 /// Writes a block.
 ///
 /// # Safety

@@ -2,7 +2,6 @@
 //! lines, so that any place of the kernel reads the image as it is. Gradients of kernels are products along the positions.
 
 use super::{BLOCK, DEPTH, Line, Packed, SIDE, Side, Unit};
-use crate::lanes::widest;
 
 /// Positions are computed in multiples of this.
 pub const POSITIONS: usize = BLOCK;
@@ -25,23 +24,17 @@ pub struct Filters {
 pub enum Rounding {
     /// To bf16: errors of 2^-9.
     Once,
-    /// To the sum of two numbers in bf16: errors of 2^-17, for three times the products.
+    /// To the sum of two numbers in bf16: errors of 2^-17, for three times the products. That of both remainders is too small to
+    /// count.
     Twice,
 }
 
 impl Rounding {
-    fn parts(self) -> usize {
+    /// Numbers that stand for one.
+    pub fn parts(self) -> usize {
         match self {
             Self::Once => 1,
             Self::Twice => 2,
-        }
-    }
-
-    /// The parts of the image and of the kernel that are multiplied; the product of both remainders is too small to count.
-    fn products(self) -> &'static [[usize; 2]] {
-        match self {
-            Self::Once => &[[0, 0]],
-            Self::Twice => &[[0, 0], [1, 0], [0, 1]],
         }
     }
 }
@@ -50,28 +43,20 @@ impl Filters {
     /// Packs kernels.
     pub fn new(w: &[f32], [o, c, taps]: [usize; 3], rounding: Rounding) -> Self {
         let (strips, blocks) = (2 * o.div_ceil(BLOCK), c.div_ceil(CHANNELS));
-        let mut lines = Vec::with_capacity(rounding.parts() * strips * taps * blocks * SIDE);
-        for part in 0..rounding.parts() {
-            let number = |row: usize, channel: usize, tap: usize| {
-                if row >= o || channel >= c {
-                    return 0;
-                }
-                let x = w[(row * c + channel) * taps + tap];
-                let first = rounded(x);
-                match part {
-                    0 => first,
-                    _ => rounded(x - f32::from_bits(first << 16)),
-                }
-            };
-            for strip in 0..strips {
-                for tap in 0..taps {
-                    for block in 0..blocks {
-                        lines.extend((strip * SIDE..(strip + 1) * SIDE).map(|row| {
-                            Line(std::array::from_fn(|pair| {
-                                let channel = block * CHANNELS + 2 * pair;
-                                number(row, channel, tap) | number(row, channel + 1, tap) << 16
-                            }))
-                        }));
+        let of_part = strips * taps * blocks * SIDE;
+        let mut lines = vec![Line([0; SIDE]); rounding.parts() * of_part];
+        for (row, w) in w.chunks_exact(c * taps).take(o).enumerate() {
+            for (channel, w) in w.chunks_exact(taps).enumerate() {
+                let (block, pair) = (channel / CHANNELS, channel % CHANNELS / 2);
+                let place = 16 * (channel % 2);
+                for (tap, &x) in w.iter().enumerate() {
+                    let tile = (row / SIDE * taps + tap) * blocks + block;
+                    let line = tile * SIDE + row % SIDE;
+                    let first = rounded(x);
+                    lines[line].0[pair] |= first << place;
+                    if rounding == Rounding::Twice {
+                        let rest = rounded(x - f32::from_bits(first << 16));
+                        lines[of_part + line].0[pair] |= rest << place;
                     }
                 }
             }
@@ -105,41 +90,71 @@ fn rounded(x: f32) -> u32 {
 }
 
 /// Two channels side by side in pairs, `low` below `high`; with a second part what rounding leaves.
-#[inline]
+///
+/// # Panics
+/// A slice is shorter than `to`, or the processor has no [`Unit`].
 pub fn interleave(low: &[f32], high: Option<&[f32]>, to: &mut [u32], rest: Option<&mut [u32]>) {
     let n = to.len();
-    let low = &low[..n];
-    widest(
-        #[inline(always)]
-        || match high {
-            Some(high) => {
-                let high = &high[..n];
-                for i in 0..n {
-                    to[i] = rounded(low[i]) | rounded(high[i]) << 16;
-                }
+    let enough = low.len() >= n
+        && high.is_none_or(|high| high.len() >= n)
+        && rest.as_ref().is_none_or(|rest| rest.len() >= n);
+    assert!(enough && Unit::Pairs.exists(), "pairs of other channels");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the slices have as many elements, and the processor has the instructions.
+    unsafe {
+        let high = high.map(<[f32]>::as_ptr);
+        let rest = rest.map(<[u32]>::as_mut_ptr);
+        x86::interleave(low.as_ptr(), high, to, rest);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// All have as many elements as `to`; the processor has AVX-512 BF16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub unsafe fn interleave(
+        low: *const f32,
+        high: Option<*const f32>,
+        to: &mut [u32],
+        rest: Option<*mut u32>,
+    ) {
+        let n = to.len();
+        for i in (0..n).step_by(16) {
+            let mask = ((1u32 << (n - i).min(16)) - 1) as u16;
+            // SAFETY: elements beyond the last are masked; vectors of pairs and of words have the same bits.
+            unsafe {
+                let low = _mm512_maskz_loadu_ps(mask, low.add(i));
+                let high = match high {
+                    Some(high) => _mm512_maskz_loadu_ps(mask, high.add(i)),
+                    None => _mm512_setzero_ps(),
+                };
+                let pairs = paired(low, high);
+                _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i).cast(), mask, pairs);
                 if let Some(rest) = rest {
-                    let rest = &mut rest[..n];
-                    for i in 0..n {
-                        let first = to[i];
-                        let below = low[i] - f32::from_bits(first << 16);
-                        let above = high[i] - f32::from_bits(first & 0xffff_0000);
-                        rest[i] = rounded(below) | rounded(above) << 16;
-                    }
+                    let below = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
+                    let above = _mm512_set1_epi32(0xffff_0000u32 as i32);
+                    let above = _mm512_castsi512_ps(_mm512_and_si512(pairs, above));
+                    let pairs = paired(_mm512_sub_ps(low, below), _mm512_sub_ps(high, above));
+                    _mm512_mask_storeu_epi32(rest.add(i).cast(), mask, pairs);
                 }
             }
-            None => {
-                for i in 0..n {
-                    to[i] = rounded(low[i]);
-                }
-                if let Some(rest) = rest {
-                    let rest = &mut rest[..n];
-                    for i in 0..n {
-                        rest[i] = rounded(low[i] - f32::from_bits(to[i] << 16));
-                    }
-                }
-            }
-        },
-    );
+        }
+    }
+
+    /// Rounded pairs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn paired(low: __m512, high: __m512) -> __m512i {
+        // SAFETY: both types have 256 bits.
+        let word = |x: __m512| unsafe {
+            let x: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
+            _mm512_cvtepu16_epi32(x)
+        };
+        _mm512_or_si512(word(low), _mm512_slli_epi32::<16>(word(high)))
+    }
 }
 
 /// y (rows, n), for all rows of `w`: y[r][q] = sum over channels c and taps of w[r][c][tap] x[c][offsets[tap] + q]. `x` holds the
@@ -179,14 +194,24 @@ pub fn correlate(
                 // SAFETY: the assertion keeps all that is read and written inside the slices; tiles are configured.
                 unsafe {
                     amx::zero();
-                    for &[image, kernel] in rounding.products() {
-                        for (tap, offset) in offsets.iter().enumerate() {
-                            for block in 0..w.blocks {
-                                let a = [strip, strip + 1]
-                                    .map(|strip| w.tile(kernel, strip, tap, block).as_ptr());
-                                let from = image * of_part + block * SIDE * plane + offset + q;
-                                let b = x.as_ptr().add(from);
-                                amx::multiply((a, 1), ([b, b.add(SIDE)], plane));
+                    for (tap, offset) in offsets.iter().enumerate() {
+                        for block in 0..w.blocks {
+                            let kernel = |part: usize| {
+                                [strip, strip + 1].map(|s| w.tile(part, s, tap, block).as_ptr())
+                            };
+                            let image = |part: usize| {
+                                let at = part * of_part + block * SIDE * plane + offset + q;
+                                let at = x.as_ptr().add(at);
+                                [at, at.add(SIDE)]
+                            };
+                            match rounding {
+                                Rounding::Once => {
+                                    amx::multiply((kernel(0), 1), (image(0), plane));
+                                }
+                                Rounding::Twice => amx::multiply_twice(
+                                    ([kernel(0), kernel(1)], 1),
+                                    ([image(0), image(1)], plane),
+                                ),
                             }
                         }
                     }
