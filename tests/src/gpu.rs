@@ -12,7 +12,6 @@ use crate::{agreement, ranks, throughput};
 
 /// Largest errors of tensors, relative to their largest magnitude.
 const SINGLE: f64 = 1e-3;
-const HALF: f64 = 2e-2;
 /// The share of tokens that may differ from the CPU's.
 const TOKENS: f64 = 0.01;
 
@@ -86,11 +85,11 @@ fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
     examine("operations in bf16", &|| {
         Ok(conformance::check_rounded(half, rounding))
     });
-    examine("published results in f32", &|| published(single, SINGLE));
+    examine("published results in f32", &|| {
+        golden::published(single, SINGLE)
+    });
     examine("published results in bf16", &|| {
-        let mut cases = published(half, HALF)?;
-        cases.retain(|case| !case.chosen);
-        Ok(cases)
+        golden::published_rounded(half)
     });
     examine("measuring networks", &|| {
         conformance::golden::measures(single, &golden::folder())
@@ -110,17 +109,6 @@ fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
         ));
     }
     Ok(passed)
-}
-
-/// The networks with results of the published code; tensors must be within `tolerance`.
-fn published<B: Backend>(gpu: &B, tolerance: f64) -> Result<Vec<Case>> {
-    let mut cases = conformance::golden::models(gpu, &golden::folder())?;
-    for case in &mut cases {
-        if case.tolerance == TOLERANCE {
-            (case.tolerance, case.passed) = (tolerance, case.error <= tolerance);
-        }
-    }
-    Ok(cases)
 }
 
 /// Allocating more memory than available gives a clear error, after which the GPU works as before. The backend knew how much

@@ -9,6 +9,7 @@ pub mod gpu;
 pub mod memory;
 pub mod patience;
 pub mod port;
+pub mod precision;
 pub mod process;
 pub mod program;
 pub mod ranks;

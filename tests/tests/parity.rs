@@ -9,3 +9,10 @@ fn candle_agrees_with_the_published_code() {
     let cases = golden::check(&backend).expect("a comparison");
     assert!(golden::report("candle", &cases), "see the table above");
 }
+
+#[test]
+fn candle_agrees_with_the_published_code_in_bf16() {
+    let backend = Candle::open("cpu", "bf16", 2).expect("a CPU");
+    let cases = golden::published_rounded(&backend).expect("a comparison");
+    assert!(golden::report("candle bf16", &cases), "see the table above");
+}

@@ -1,95 +1,24 @@
 //! `dtype: bf16`: close to f32 where it rounds, equal to f32 where it must not.
 
 use retort_engine::Result;
-use retort_engine::backend::{self, FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
-use retort_engine::model::{BatchConditioning, ConditioningShape, Student, llamagen};
+use retort_engine::backend::{self, FlowSolver, Layers, Norms, Sampling, Tensors};
 use retort_engine::random::noise;
-use retort_engine::size::Sides;
-use retort_engine::tape::{Variable, backward};
-use retort_engine::weights::{Loader, ParameterSource};
+use retort_engine::tape::Variable;
 use retort_libtorch::{Libtorch, ProductPrecision};
-use retort_tests::agreement::drawn;
+use retort_tests::precision;
 use tch::Device;
-
-const BATCH: usize = 4;
-
-fn config() -> llamagen::Config {
-    llamagen::Config {
-        width: 64,
-        depth: 4,
-        heads: 4,
-        vocabulary: 100,
-        codebook_dim: 8,
-        map: Sides::square(6),
-        condition: ConditioningShape::Classes(10),
-    }
-}
 
 fn on(precision: ProductPrecision) -> Libtorch {
     Libtorch::with(Device::Cpu, precision, 2)
 }
 
-/// Logits of a student with constant weights, and the gradients of a step with trainable ones.
-fn student(precision: ProductPrecision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
-    let (backend, c) = (on(precision), config());
-    let build = |loader: &mut Loader<'_, Libtorch>| llamagen::GptStudent::load(loader, &c);
-    let weights = drawn(&on(ProductPrecision::Full), build)?;
-    let (l, d) = (c.map.area(), c.codebook_dim);
-    let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
-    let eps = backend.floats(&eps, &[BATCH, l, d])?;
-    let labels = BatchConditioning::Classes(backend.indices(&[1, 2, 3, 4], &[BATCH])?);
-    let kinds = backend.indices(&vec![0; BATCH * l], &[BATCH, l])?;
-    let ids: Vec<u32> = (0..BATCH * l).map(|i| i as u32 * 7 % 100).collect();
-    let ids = backend.indices(&ids, &[BATCH * l])?;
-
-    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), false, "drawn");
-    let network = llamagen::GptStudent::load(&mut loader, &c)?;
-    let logits = network.predict(&eps, &labels, &kinds)?.logits;
-    let logits = Libtorch::to_floats(logits.value())?;
-
-    let mut loader = Loader::new(&backend, ParameterSource::Host(&weights), true, "drawn");
-    let network = llamagen::GptStudent::load(&mut loader, &c)?;
-    let params = loader.into_params();
-    let prediction = network.predict(&eps, &labels, &kinds)?;
-    let far = network
-        .continuous(&prediction)?
-        .unary(Unary::Square)?
-        .mean_all()?;
-    let loss = prediction
-        .logits
-        .reshape(&[BATCH * l, c.vocabulary])?
-        .cross_entropy(&ids)?
-        .add(&far)?;
-    drop((prediction, far, network));
-    let gradients = backward(loss, &params)?;
-    let gradients = gradients.iter().map(Libtorch::to_floats);
-    Ok((logits, gradients.collect::<Result<_>>()?))
-}
-
-fn distance(x: &[f32], y: &[f32]) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let between: f64 = x.iter().zip(y).map(|(x, y)| square(x - y)).sum();
-    let own: f64 = x.iter().map(|&x| square(x)).sum();
-    (between / own).sqrt()
-}
-
-/// bf16 has 8 bits: single products are off by 2^-9, a network of this depth by a few of them.
 #[test]
 fn networks_stay_close() {
-    let (logits, gradients) = student(ProductPrecision::Full).expect("f32");
     for precision in [ProductPrecision::Half, ProductPrecision::Weights] {
-        let (rounded, rounded_gradients) = student(precision).expect("bf16");
-        let error = distance(&logits, &rounded);
-        println!("{precision:?}: logits {error:.2e}");
-        assert!(error > 1e-4, "{precision:?}: nothing was rounded");
-        assert!(error < 1e-2, "{precision:?}: logits differ by {error}");
-        let worst = gradients
-            .iter()
-            .zip(&rounded_gradients)
-            .map(|(x, y)| distance(x, y))
-            .fold(0.0, f64::max);
-        println!("{precision:?}: worst gradient {worst:.2e}");
-        assert!(worst < 5e-2, "{precision:?}: gradients differ by {worst}");
+        let apart = precision::student(&on(ProductPrecision::Full), &on(precision));
+        let apart = apart.expect("both precisions");
+        println!("{precision:?}: {apart:?}");
+        apart.check();
     }
 }
 

@@ -108,9 +108,15 @@ const TEACHER: &str = "seed: 6, width: 32, depth: 2, heads: 2, accumulate: 2, re
 
 #[test]
 fn tokenizers_and_teachers_train_in_bf16_as_in_f32() {
+    for backend in ["libtorch", "candle"] {
+        trains_in_bf16_as_in_f32(backend);
+    }
+}
+
+fn trains_in_bf16_as_in_f32(backend: &'static str) {
     let dir = tempfile::tempdir().expect("a directory");
     let in_f32 = Digits {
-        backend: "libtorch",
+        backend,
         top: "seed: 4\ndevice: cpu\nthreads: 1",
         codes: TOKENIZER,
         teacher: TEACHER,
