@@ -246,7 +246,7 @@ impl Layers for Candle {
             && w.rank() == 2
             && ends_with(x, &w.dims()[1..]);
         let bias = bias.map(raw);
-        x.with(match Unit::best().filter(|_| x.half && fit) {
+        x.with(match (x.half && fit).then(Unit::best).flatten() {
             Some(unit) => half::linear(unit, x, w, bias),
             None if fit => product::linear(x, &w.single()?, bias),
             None => Plain::linear(x, &w.single()?, bias),
@@ -255,7 +255,7 @@ impl Layers for Candle {
 
     fn linear_backward(x: Option<&T>, w: Option<&T>, grad: &T) -> Result<(Option<T>, Option<T>)> {
         let fit = fits(&[grad]) && [x, w].into_iter().flatten().all(|x| fits(&[x]));
-        if let Some(unit) = Unit::best().filter(|_| grad.half && fit) {
+        if let Some(unit) = (grad.half && fit).then(Unit::best).flatten() {
             let (dx, dw) = half::linear_backward(unit, x.map(raw), w.map(raw), grad)?;
             return Ok((dx.map(|dx| grad.like(dx)), dw.map(|dw| grad.like(dw))));
         }

@@ -207,8 +207,9 @@ impl Shape {
 
     /// The same by tiles of bf16, if that is wanted and faster.
     fn half(&self) -> Option<(Direct, Rounding)> {
+        let rounding = self.rounding?;
         let direct = self.turnable().filter(Direct::has_tiles)?;
-        Some((direct, self.rounding?))
+        Some((direct, rounding))
     }
 
     fn turnable(&self) -> Option<Direct> {
