@@ -22,11 +22,7 @@ type T = Tensor;
 
 impl Candle {
     fn put(&self, raw: Result<Raw>) -> Result<T> {
-        Ok(Tensor {
-            raw: raw?,
-            half: self.half,
-            tiles: None,
-        })
+        Ok(Tensor::new(raw?, self.half))
     }
 }
 

@@ -99,7 +99,7 @@ impl Direct {
         residual: Option<&[f32]>,
         b: usize,
     ) -> Vec<f32> {
-        let rows = self.rows_of_a_band(b);
+        let rows = self.rows_of_a_band(BAND, b);
         let offsets = self.offsets(rows);
         // A kernel may be the beginning of a larger tensor.
         let kernel = tiles::packed(&w[..self.o * offsets.len()], self.o);
@@ -118,10 +118,10 @@ impl Direct {
         )
     }
 
-    /// Rows of the result that a task computes.
-    fn rows_of_a_band(&self, b: usize) -> usize {
+    /// Rows of the result that a task computes from so many elements.
+    fn rows_of_a_band(&self, elements: usize, b: usize) -> usize {
         let share = self.result[0].div_ceil(rayon::current_num_threads().div_ceil(b));
-        let rows = (BAND / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
+        let rows = (elements / (self.c * self.line())).saturating_sub(self.kernel[0] - 1);
         rows.clamp(1, share)
     }
 

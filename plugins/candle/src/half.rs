@@ -21,11 +21,8 @@ pub fn factor(x: &Tensor) -> Result<Tensor> {
     if !x.half || x.rank() != 2 || Unit::best().is_none() {
         return Ok(x.clone());
     }
-    Ok(Tensor {
-        raw: x.raw.to_dtype(DType::BF16).map_err(failed)?,
-        half: true,
-        tiles: Some(Tiles::default()),
-    })
+    let raw = x.raw.to_dtype(DType::BF16).map_err(failed)?;
+    Ok(Tensor::new(raw, true))
 }
 
 /// x (.., i) times w (o, i) transposed, plus bias (o).

@@ -25,11 +25,13 @@ pub struct Tensor {
 impl Tensor {
     /// A new tensor with the same product precision as this one.
     pub fn like(&self, raw: Raw) -> Self {
-        Self {
-            raw,
-            half: self.half,
-            tiles: None,
-        }
+        Self::new(raw, self.half)
+    }
+
+    /// A tensor with this precision of products. Elements in bf16 are weights that only products read: they get tiles.
+    pub fn new(raw: Raw, half: bool) -> Self {
+        let tiles = (half && raw.dtype() == DType::BF16).then(Tiles::default);
+        Self { raw, half, tiles }
     }
 
     /// The same for a result.
@@ -69,11 +71,7 @@ impl Deref for Tensor {
 impl From<Raw> for Tensor {
     /// A tensor whose products are in f32.
     fn from(raw: Raw) -> Self {
-        Self {
-            raw,
-            half: false,
-            tiles: None,
-        }
+        Self::new(raw, false)
     }
 }
 

@@ -5,7 +5,7 @@ use retort_kernels::Alone;
 use retort_kernels::half::windows::{self, CHANNELS, Filters, POSITIONS, Rounding, interleave};
 use retort_kernels::half::{BLOCK, Operand, Packed, Side, Unit};
 
-use super::{Direct, Piece};
+use super::{BAND, Direct, Piece};
 
 /// Channels from which on tiles, which have 32 of them, are faster than f32.
 const MANY: usize = 12;
@@ -32,7 +32,8 @@ impl Direct {
         let taps = self.kernel[0] * self.kernel[1];
         let kernel = &w[..self.o * self.c * taps];
         let filters = Filters::new(kernel, [self.o, self.c, taps], rounding);
-        let (rows, line) = (self.rows_of_a_band(b), self.line());
+        // Beside the copy, the results and the kernels of two strips are in the cache.
+        let (rows, line) = (self.rows_of_a_band(BAND / 2, b), self.line());
         let offsets = (0..taps).map(|i| i / self.kernel[1] * line + i % self.kernel[1]);
         let (offsets, plane): (Vec<usize>, _) = (offsets.collect(), self.plane(rows));
         let planes = self.c.next_multiple_of(CHANNELS) / 2 * plane;

@@ -189,8 +189,9 @@ pub fn correlate(
     {
         use super::amx;
         let _tiles = amx::Tiles::new();
-        for q in (0..n).step_by(POSITIONS) {
-            for strip in (0..w.strips).step_by(2) {
+        // The kernels of two strips stay in the cache, and so does the image.
+        for strip in (0..w.strips).step_by(2) {
+            for q in (0..n).step_by(POSITIONS) {
                 // SAFETY: the assertion keeps all that is read and written inside the slices; tiles are configured.
                 unsafe {
                     amx::zero();
