@@ -7,7 +7,7 @@ use retort_engine::backend::Backend;
 use retort_engine::conformance::{self, Case};
 use retort_engine::error::{Error, Result};
 
-use crate::golden::{self, TOLERANCE};
+use crate::golden;
 use crate::{agreement, ranks, throughput};
 
 /// Largest errors of tensors, relative to their largest magnitude.

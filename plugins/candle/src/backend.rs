@@ -217,8 +217,6 @@ impl Layers for Candle {
 
     fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
         let fused = match fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
-            // Tiles are faster, though they need the enlarged image.
-            true if x.half && Unit::best() == Some(Unit::Tiles) => None,
             true => convolution::conv2d_upsampled(x, w, bias, padding)?,
             false => None,
         };

@@ -208,6 +208,10 @@ impl Shape {
     /// The same by tiles of bf16, if that is wanted and faster.
     fn half(&self) -> Option<(Direct, Rounding)> {
         let rounding = self.rounding?;
+        // Exact numbers by Winograd's tiles take no longer than numbers in two parts.
+        if rounding == Rounding::Twice && self.winograd().is_some() {
+            return None;
+        }
         let direct = self.turnable().filter(Direct::has_tiles)?;
         Some((direct, rounding))
     }
