@@ -397,15 +397,16 @@ impl Shape {
     fn turn(&self, w: &[f32]) -> Vec<f32> {
         let area = self.kh * self.kw;
         let mut turned = vec![0.0; w.len().min(self.o * self.c * area)];
-        for o in 0..self.o {
-            for c in 0..self.c {
+        let fill = |(c, turned): (usize, &mut [f32])| {
+            for (o, to) in turned.chunks_exact_mut(area).enumerate() {
                 let from = &w[(o * self.c + c) * area..][..area];
-                let to = &mut turned[(c * self.o + o) * area..][..area];
                 to.iter_mut()
                     .zip(from.iter().rev())
                     .for_each(|(t, &f)| *t = f);
             }
-        }
+        };
+        let planes = turned.par_chunks_exact_mut(self.o * area);
+        planes.enumerate().for_each(fill);
         turned
     }
 

@@ -129,11 +129,17 @@ impl Direct {
             });
         }
         let mut dw = vec![0.0; self.o * self.c * taps];
-        for (at, dw) in dw.iter_mut().enumerate() {
-            let (o, c, tap) = (at / (self.c * taps), at / taps % self.c, at % taps);
-            let block = o / BLOCK * blocks[1] + c / BLOCK;
-            *dw = sums[block * taps + tap][o % BLOCK * BLOCK + c % BLOCK];
-        }
+        let of_row = self.c * taps;
+        let fill = |(o, dw): (usize, &mut [f32])| {
+            for (c, dw) in dw.chunks_exact_mut(taps).enumerate() {
+                let block = (o / BLOCK * blocks[1] + c / BLOCK) * taps;
+                let place = o % BLOCK * BLOCK + c % BLOCK;
+                for (dw, sums) in dw.iter_mut().zip(&sums[block..]) {
+                    *dw = sums[place];
+                }
+            }
+        };
+        dw.par_chunks_exact_mut(of_row).enumerate().for_each(fill);
         dw
     }
 }

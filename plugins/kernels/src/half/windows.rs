@@ -1,6 +1,8 @@
 //! Convolutions with stride 1 by tiles: an image's channels stand in pairs, each pair's plane with room for the padding in its
 //! lines, so that any place of the kernel reads the image as it is. Gradients of kernels are products along the positions.
 
+use rayon::prelude::*;
+
 use super::{BLOCK, DEPTH, Line, Packed, SIDE, Side, Unit};
 
 /// Positions are computed in multiples of this.
@@ -43,24 +45,27 @@ impl Filters {
     /// Packs kernels.
     pub fn new(w: &[f32], [o, c, taps]: [usize; 3], rounding: Rounding) -> Self {
         let (strips, blocks) = (2 * o.div_ceil(BLOCK), c.div_ceil(CHANNELS));
-        let of_part = strips * taps * blocks * SIDE;
-        let mut lines = vec![Line([0; SIDE]); rounding.parts() * of_part];
-        for (row, w) in w.chunks_exact(c * taps).take(o).enumerate() {
-            for (channel, w) in w.chunks_exact(taps).enumerate() {
-                let (block, pair) = (channel / CHANNELS, channel % CHANNELS / 2);
-                let place = 16 * (channel % 2);
-                for (tap, &x) in w.iter().enumerate() {
-                    let tile = (row / SIDE * taps + tap) * blocks + block;
-                    let line = tile * SIDE + row % SIDE;
-                    let first = rounded(x);
-                    lines[line].0[pair] |= first << place;
-                    if rounding == Rounding::Twice {
-                        let rest = rounded(x - f32::from_bits(first << 16));
-                        lines[of_part + line].0[pair] |= rest << place;
+        let of_strip = taps * blocks * SIDE;
+        let mut lines = vec![Line([0; SIDE]); rounding.parts() * strips * of_strip];
+        let fill = |(at, lines): (usize, &mut [Line])| {
+            let (part, strip) = (at / strips, at % strips);
+            let rows = w.chunks_exact(c * taps).take(o);
+            for (row, w) in rows.skip(strip * SIDE).take(SIDE).enumerate() {
+                for (channel, w) in w.chunks_exact(taps).enumerate() {
+                    let (block, pair) = (channel / CHANNELS, channel % CHANNELS / 2);
+                    let place = 16 * (channel % 2);
+                    for (tap, &x) in w.iter().enumerate() {
+                        let first = rounded(x);
+                        let number = match part {
+                            0 => first,
+                            _ => rounded(x - f32::from_bits(first << 16)),
+                        };
+                        lines[(tap * blocks + block) * SIDE + row].0[pair] |= number << place;
                     }
                 }
             }
-        }
+        };
+        lines.par_chunks_mut(of_strip).enumerate().for_each(fill);
         Self {
             lines,
             strips,
