@@ -124,7 +124,11 @@ impl Direct {
                 let (block, tap) = (at / taps, at % taps);
                 let (i, j) = (block / blocks[1], block % blocks[1]);
                 let offset = tap / self.kernel[1] * line + tap % self.kernel[1];
-                let xs = if offset % 2 == 0 { &even } else { &odd };
+                let xs = if offset.is_multiple_of(2) {
+                    &even
+                } else {
+                    &odd
+                };
                 windows::grow(sums, (&gs, i), (xs, j), offset / 2);
             });
         }
