@@ -248,6 +248,8 @@ impl Layers for Candle {
     }
 
     fn linear_backward(x: Option<&T>, w: Option<&T>, grad: &T) -> Result<(Option<T>, Option<T>)> {
+        let w = w.map(|w| w.with(w.single())).transpose()?;
+        let w = w.as_ref();
         let fit = fits(&[grad]) && [x, w].into_iter().flatten().all(|x| fits(&[x]));
         if let Some(unit) = (grad.half && fit).then(Unit::best).flatten() {
             let (dx, dw) = half::linear_backward(unit, x.map(raw), w.map(raw), grad)?;
@@ -261,8 +263,7 @@ impl Layers for Candle {
         let dx = |w: &T| {
             let mut shape = Self::shape(grad);
             *shape.last_mut().expect("linear: rank >= 1") = w.dims()[1];
-            let w = w.with(w.single())?;
-            Self::reshape(&Self::matmul(&g, &w, false, false)?, &shape)
+            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
         };
         let dw = |x: &T| Self::matmul(&g, &flat(x)?, true, false);
         Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))

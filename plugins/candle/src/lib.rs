@@ -2,7 +2,8 @@
 //!
 //! [`Candle`] is what the engine runs on. [`plain::Plain`] implements every operation with candle's own. `Candle` uses a fused
 //! CPU kernel where one applies and otherwise falls back to `Plain`, that is to the engine's composed definitions. Both hold
-//! f32 in host memory; a tensor of `Candle` also knows the precision of its products. candle's own differentiation is never
+//! f32 in host memory; a tensor of `Candle` also knows the precision of its products, and if that is bf16, weights that never
+//! change are held in it. candle's own differentiation is never
 //! used: the engine's tape asks only for values.
 //! With the feature `cuda` this is another plugin of the same name, the variant for NVIDIA GPUs.
 

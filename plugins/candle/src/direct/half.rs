@@ -10,7 +10,7 @@ use super::{BAND, Direct, Piece};
 /// Channels from which on tiles, which have 32 of them, are faster than f32.
 const MANY: usize = 12;
 
-/// Images whose copies a kernel's gradient is summed over at a time.
+/// Pieces of images that a kernel's gradient is summed over at a time.
 const SLOTS: usize = 16;
 
 impl Direct {

@@ -252,6 +252,8 @@ struct Block<B: Backend> {
     heads: usize,
     adaln: AdaLn<B>,
     qkv: Variable<B>,
+    /// The weights of queries, keys and values apart, if they never change.
+    parts: Option<[Variable<B>; 3]>,
     /// Of queries and values; keys have none.
     bias: [Variable<B>; 2],
     /// Logarithm of the queries' length per head, with L2-normalised attention.
@@ -271,6 +273,11 @@ impl<B: Backend> Block<B> {
         let adaln = AdaLn::load(loader, c, i)?;
         let qkv = format!("blocks.{i}.attn.mat_qkv.weight");
         let qkv = loader.factor(&qkv, &[3 * w, w], Init::Normal(std))?;
+        let part = |i: usize| qkv.narrow(0, i * w, w);
+        let parts = match loader.frozen() {
+            true => Some([part(0)?, part(1)?, part(2)?]),
+            false => None,
+        };
         let mut get = |name: &str, shape: &[usize], init| {
             loader.get(&format!("blocks.{i}.attn.{name}"), shape, init)
         };
@@ -289,6 +296,7 @@ impl<B: Backend> Block<B> {
             heads: c.heads,
             adaln,
             qkv,
+            parts,
             bias,
             length,
             proj: linear("attn.proj", [w, w], c.residual_deviation())?,
@@ -326,8 +334,11 @@ impl<B: Backend> Block<B> {
         let (w, h) = (s[2], self.heads);
         // Three products instead of one: slicing the weights copies less than slicing the activations.
         let project = |i: usize, bias: Option<&Variable<B>>| {
-            x.linear(&self.qkv.narrow(0, i * w, w)?, bias)?
-                .reshape(&[s[0], s[1], h, w / h])
+            let y = match &self.parts {
+                Some(parts) => x.linear(&parts[i], bias)?,
+                None => x.linear(&self.qkv.narrow(0, i * w, w)?, bias)?,
+            };
+            y.reshape(&[s[0], s[1], h, w / h])
         };
         let (mut q, mut k) = (project(0, Some(&self.bias[0]))?, project(1, None)?);
         let v = project(2, Some(&self.bias[1]))?;

@@ -10,15 +10,25 @@ use super::{Line, Rows, SIDE};
 pub fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
-        const REQUEST: libc::c_long = 0x1023;
-        const TILES: libc::c_long = 18;
         let leaf = std::arch::x86_64::__cpuid_count(7, 0);
         // Tiles, and products of bf16 in them.
         let has = leaf.edx & (1 << 24) != 0 && leaf.edx & (1 << 22) != 0;
-        // SAFETY: the call only asks for a permission.
-        has && cfg!(target_os = "linux")
-            && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) } == 0
+        has && granted()
     })
+}
+
+/// Asks Linux for the permission.
+#[cfg(target_os = "linux")]
+fn granted() -> bool {
+    const REQUEST: libc::c_long = 0x1023;
+    const TILES: libc::c_long = 18;
+    // SAFETY: the call only asks for a permission.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn granted() -> bool {
+    false
 }
 
 /// Tiles of 16 lines on this thread, for as long as this value lives.

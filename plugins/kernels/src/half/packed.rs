@@ -76,6 +76,7 @@ impl Packed {
         let mut lines: Vec<Line> = Vec::with_capacity(count);
         let to = Target(lines.as_mut_ptr());
         let to = &to;
+        #[cfg(target_arch = "x86_64")]
         pool.each(strips, &|strip: usize| {
             let here = outer.saturating_sub(SIDE * strip).min(SIDE);
             for s in 0..steps {
@@ -83,7 +84,6 @@ impl Packed {
                 let at = (SIDE * strip * step).wrapping_add(s * DEPTH * inner_step);
                 // SAFETY: the first `here` rows or columns and `deep` inner elements from there on are inside the slice; the
                 // tile is inside the vector's memory and nobody else's; the processor has the instructions.
-                #[cfg(target_arch = "x86_64")]
                 unsafe {
                     let tile = to.0.add((strip * steps + s) * SIDE);
                     let from = from.data.as_ptr().wrapping_add(at);
@@ -198,7 +198,7 @@ mod tiles {
                 _ => {
                     let mask = bits(outer);
                     for (p, pair) in lines.iter_mut().enumerate().take(inner.div_ceil(2)) {
-                        let low = E::sixteen(from.add(2 * p * inner_step), mask);
+                        let low = E::sixteen(from.wrapping_add(2 * p * inner_step), mask);
                         let there = if 2 * p + 1 < inner { mask } else { 0 };
                         let high = from.wrapping_add((2 * p + 1) * inner_step);
                         let high = _mm512_cvtepu16_epi32(E::sixteen(high, there));

@@ -175,9 +175,9 @@ pub fn correlate(
     n: usize,
     y: &mut [f32],
 ) {
-    let of_part = w.blocks * SIDE * plane;
+    let of_part = (w.blocks * SIDE).saturating_mul(plane);
     let furthest = offsets.iter().max().copied().unwrap_or(0);
-    let last = (rounding.parts() * of_part)
+    let last = (of_part.saturating_mul(rounding.parts()))
         .saturating_sub(plane)
         .saturating_add(furthest)
         .saturating_add(n);
