@@ -1,20 +1,14 @@
 //! Products in bf16, by the processor's units for them ([`retort_kernels::half`]).
 
-use std::sync::{Arc, OnceLock};
-
 use candle_core::DType;
 use retort_engine::error::Result;
 use retort_kernels::Rayon;
 use retort_kernels::half::{Operand, Packed, Side, Start, Unit, product};
 
 use crate::layout::{rows, whole};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, Tiles};
 use crate::view::{floats, fresh, tensor};
 use crate::{T, failed};
-
-/// The tiles of a weight that never changes, made when the first product needs them.
-#[derive(Debug, Clone, Default)]
-pub struct Tiles(Arc<OnceLock<Packed>>);
 
 /// A weight matrix (o, i) that never changes, in bf16, if products with it are in bf16 too.
 pub fn factor(x: &Tensor) -> Result<Tensor> {

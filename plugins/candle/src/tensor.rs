@@ -1,15 +1,20 @@
 //! Tensors on the host: candle's, with the precision of the products that they take part in.
 
 use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::DType;
 use retort_engine::error::Result;
+use retort_kernels::half::Packed;
 
 use crate::failed;
-use crate::half::Tiles;
 
 /// A tensor of candle: f32, or indices; bf16 for weights that only products read.
 pub type Raw = candle_core::Tensor;
+
+/// The tiles of a weight that never changes, made when the first product needs them.
+#[derive(Debug, Clone, Default)]
+pub struct Tiles(pub(crate) Arc<OnceLock<Packed>>);
 
 /// A tensor on the host. Kernels, which never look at the precision, take it as candle's.
 #[derive(Debug, Clone)]

@@ -152,8 +152,9 @@ fn trains_in_bf16_as_in_f32(backend: &'static str) {
                 "{stage} {series}: {full:?}, in bf16 {rounded:?}"
             );
         }
-        // Where the processor has no such products, only weights that do not change are rounded.
-        if multiplies_bf16 {
+        // Where the processor has no such products, only weights that do not change are rounded. candle computes convolutions
+        // of so few channels in f32.
+        if multiplies_bf16 && (backend == "libtorch" || stage == "teacher") {
             assert_ne!(full, rounded, "{stage} {series}");
         }
     }
