@@ -2,7 +2,7 @@
 
 use retort_engine::backend::{
     AdamwStep, Attention, Binary, Exchange, FlowSolver, Layers, Mask, Norms, Optimiser, Precision,
-    Sampling, Tensors, Unary, Window, unpack, upsample2,
+    Sampling, Tensors, Unary, Window, composed_linear_backward, unpack, upsample2,
 };
 use retort_engine::error::Result;
 use retort_kernels::half::Unit;
@@ -255,18 +255,7 @@ impl Layers for Candle {
             let (dx, dw) = half::linear_backward(unit, x.map(raw), w.map(raw), grad)?;
             return Ok((dx.map(|dx| grad.like(dx)), dw.map(|dw| grad.like(dw))));
         }
-        let flat = |x: &T| {
-            let last = x.dims()[x.rank() - 1];
-            Self::reshape(x, &[x.elem_count() / last.max(1), last])
-        };
-        let g = flat(grad)?;
-        let dx = |w: &T| {
-            let mut shape = Self::shape(grad);
-            *shape.last_mut().expect("linear: rank >= 1") = w.dims()[1];
-            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
-        };
-        let dw = |x: &T| Self::matmul(&g, &flat(x)?, true, false);
-        Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))
+        composed_linear_backward::<Self>(x, w, grad)
     }
 
     fn softmax(x: &T) -> Result<T> {

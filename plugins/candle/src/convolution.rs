@@ -1,16 +1,17 @@
 //! Convolutions, in bf16 by the processor's tiles where it has them and the precision is enough, else in f32 by the fastest of
-//! four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by
-//! Winograd's tiles ([`crate::winograd`]), others with stride 1 directly ([`crate::direct`]), a 1 x 1 kernel as a matrix
-//! product over the image, and the rest as matrix products over unfolded images, a tile of output rows at a time, so that
-//! the unfolded tile stays in the cache. Gradients of kernels never use Winograd's tiles.
+//! four ways, which depends only on the sizes of one image: large 3 x 3 convolutions by Winograd's tiles ([`crate::winograd`]),
+//! others with stride 1 directly ([`crate::direct`]), a 1 x 1 kernel as a matrix product over the image, and the rest as matrix
+//! products over unfolded images, a tile of output rows at a time, so that the unfolded tile stays in the cache. Gradients of
+//! kernels never use Winograd's tiles.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
+use retort_kernels::Matrix;
 use retort_kernels::half::windows::Rounding;
 
 use crate::direct::Direct;
 use crate::layout::whole;
-use crate::product::{Matrix, Product};
+use crate::product::Product;
 use crate::view::{floats, fresh, tensor, zeros};
 use crate::winograd::Convolution;
 use crate::{T, failed};
@@ -202,7 +203,7 @@ impl Shape {
 
     /// The same without unfolding.
     fn direct(&self) -> Option<Direct> {
-        (!self.flat()).then(|| self.turnable()).flatten()
+        self.windows().filter(|_| !self.flat())
     }
 
     /// The same by tiles of bf16, if that is wanted and faster.
@@ -212,11 +213,12 @@ impl Shape {
         if rounding == Rounding::Twice && self.winograd().is_some() {
             return None;
         }
-        let direct = self.turnable().filter(Direct::has_tiles)?;
+        let direct = self.windows().filter(Direct::has_tiles)?;
         Some((direct, rounding))
     }
 
-    fn turnable(&self) -> Option<Direct> {
+    /// The same over windows of the image itself, if it has stride 1.
+    fn windows(&self) -> Option<Direct> {
         let direct = Direct {
             c: self.c,
             image: [self.h, self.w],

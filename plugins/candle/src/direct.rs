@@ -65,12 +65,16 @@ impl Direct {
         (rows * self.line()).next_multiple_of(STEP)
     }
 
+    /// Where a place of the kernel begins to read a channel of a copy.
+    fn place(&self, tap: usize) -> usize {
+        tap / self.kernel[1] * self.line() + tap % self.kernel[1]
+    }
+
     /// Where each place of each channel's kernel begins to read a copy.
     fn offsets(&self, rows: usize) -> Vec<usize> {
         let [high, broad] = self.kernel;
-        let place = |i: usize| i / broad % high * self.line() + i % broad;
         let taps = 0..self.c * high * broad;
-        taps.map(|i| i / (high * broad) * self.plane(rows) + place(i))
+        taps.map(|i| i / (high * broad) * self.plane(rows) + self.place(i % (high * broad)))
             .collect()
     }
 
@@ -142,9 +146,7 @@ impl Direct {
         parts.into_par_iter().enumerate().for_each_init(
             || (scratch(), fresh(&[sums + STEP])),
             |(scratch, sums), (i, parts)| {
-                // Whole vectors at the beginning of each of the processor's lines.
-                let start = sums.as_ptr().align_offset(64).min(STEP);
-                let sums = &mut sums[start..];
+                let sums = aligned(sums);
                 let first = i % bands * rows;
                 let piece = Piece {
                     image: i / bands,
@@ -185,9 +187,7 @@ impl Direct {
         let (of_x, of_g) = (self.copy(rows), self.o * n);
         let slots = (POSITIONS / n).clamp(1, pieces.len());
         let (mut xs, mut gs) = (vec![0.0; slots * of_x], vec![0.0; slots * of_g + STEP]);
-        // Whole vectors at the beginning of each of the processor's lines.
-        let start = gs.as_ptr().align_offset(64).min(STEP);
-        let gs = &mut gs[start..];
+        let gs = aligned(&mut gs);
         let mut dw = vec![0.0; self.o * offsets.len()];
         for pieces in pieces.chunks(slots) {
             let copies = xs.par_chunks_mut(of_x).zip(gs.par_chunks_mut(of_g));
@@ -252,6 +252,13 @@ impl Direct {
             rest.fill(0.0);
         }
     }
+}
+
+/// The elements from the beginning of one of the processor's lines on, so that vectors are whole lines; at most [`STEP`] are
+/// left out.
+fn aligned(x: &mut [f32]) -> &mut [f32] {
+    let start = x.as_ptr().align_offset(64).min(STEP);
+    &mut x[start..]
 }
 
 #[cfg(test)]

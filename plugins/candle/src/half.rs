@@ -2,12 +2,12 @@
 
 use candle_core::DType;
 use retort_engine::error::Result;
-use retort_kernels::Rayon;
-use retort_kernels::half::{Operand, Packed, Side, Start, Unit, product};
+use retort_kernels::half::{Element, Packed, Side, Start, Unit, product};
+use retort_kernels::{Matrix, Rayon};
 
 use crate::layout::{rows, whole};
 use crate::tensor::{Tensor, Tiles};
-use crate::view::{floats, fresh, tensor};
+use crate::view::{floats, fresh, halves, tensor};
 use crate::{T, failed};
 
 /// A weight matrix (o, i) that never changes, in bf16, if products with it are in bf16 too.
@@ -26,7 +26,7 @@ pub fn linear(unit: Unit, x: &Tensor, w: &Tensor, bias: Option<&T>) -> Result<T>
         Some(Tiles(tiles)) => {
             if tiles.get().is_none() {
                 // Whoever is first sets it; the tiles are the same.
-                let _ = tiles.set(turned(&w.single()?)?);
+                let _ = tiles.set(turned(&w.raw)?);
             }
             let packed = tiles.get().expect("set above");
             linear_by(unit, x, packed, bias)
@@ -36,16 +36,17 @@ pub fn linear(unit: Unit, x: &Tensor, w: &Tensor, bias: Option<&T>) -> Result<T>
 
 /// The tiles of a weight (o, i), transposed.
 fn turned(w: &T) -> Result<Packed> {
+    fn packed<E: Element>(w: &[E], w_row: usize, shape: [usize; 2]) -> Packed {
+        Packed::new(&Rayon, Side::Right, Matrix::rows(w, w_row).turned(), shape)
+    }
     let w = &rows(w)?;
-    let (o, i) = w.dims2().map_err(failed)?;
-    let column = w.stride()[0];
+    let (shape, w_row) = (w.dims2().map_err(failed)?.into(), w.stride()[0]);
+    if w.dtype() == DType::BF16 {
+        let (guard, layout) = w.storage_and_layout();
+        return Ok(packed(halves(&guard, layout)?, w_row, shape));
+    }
     floats!(w);
-    let from = Operand {
-        data: w,
-        row: 1,
-        column,
-    };
-    Ok(Packed::new(&Rayon, Side::Right, from, [o, i]))
+    Ok(packed(w, w_row, shape))
 }
 
 fn linear_by(unit: Unit, x: &T, w: &Packed, bias: Option<&T>) -> Result<T> {
@@ -56,7 +57,7 @@ fn linear_by(unit: Unit, x: &T, w: &Packed, bias: Option<&T>) -> Result<T> {
     *shape.last_mut().expect("rank >= 1") = o;
     let bias = bias.map(whole).transpose()?;
     floats!(x);
-    let x = Packed::new(&Rayon, Side::Left, by_rows(x, i), [n, i]);
+    let x = Packed::new(&Rayon, Side::Left, Matrix::rows(x, i), [n, i]);
     let mut y = fresh(&[n, o]);
     match &bias {
         None => product(unit, &Rayon, (&mut y, o), &x, w, Start::Zero),
@@ -85,8 +86,8 @@ pub fn linear_backward(
         let i = w.dims2().map_err(failed)?.1;
         *shape.last_mut().expect("rank >= 1") = i;
         floats!(w);
-        let g = Packed::new(&Rayon, Side::Left, by_rows(grad, o), [n, o]);
-        let w = Packed::new(&Rayon, Side::Right, by_rows(w, i), [i, o]);
+        let g = Packed::new(&Rayon, Side::Left, Matrix::rows(grad, o), [n, o]);
+        let w = Packed::new(&Rayon, Side::Right, Matrix::rows(w, i), [i, o]);
         let mut dx = fresh(&[n, i]);
         product(unit, &Rayon, (&mut dx, i), &g, &w, Start::Zero);
         tensor(dx, &shape)
@@ -96,25 +97,12 @@ pub fn linear_backward(
         let x = &whole(x)?;
         let i = x.elem_count() / n;
         floats!(x);
-        let turned = Operand {
-            data: grad,
-            row: 1,
-            column: o,
-        };
-        let g = Packed::new(&Rayon, Side::Left, turned, [o, n]);
-        let x = Packed::new(&Rayon, Side::Right, by_rows(x, i), [i, n]);
+        let g = Matrix::rows(grad, o).turned();
+        let g = Packed::new(&Rayon, Side::Left, g, [o, n]);
+        let x = Packed::new(&Rayon, Side::Right, Matrix::rows(x, i), [i, n]);
         let mut dw = fresh(&[o, i]);
         product(unit, &Rayon, (&mut dw, i), &g, &x, Start::Zero);
         tensor(dw, &[o, i])
     };
     Ok((dx, x.map(dw).transpose()?))
-}
-
-/// A matrix with `width` columns, stored by rows.
-fn by_rows(data: &[f32], width: usize) -> Operand<'_, f32> {
-    Operand {
-        data,
-        row: width,
-        column: 1,
-    }
 }

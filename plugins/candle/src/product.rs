@@ -4,47 +4,12 @@
 use gemm::Parallelism;
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
-use retort_kernels::Rayon;
 use retort_kernels::skinny::{self, FEW, STRETCH};
+use retort_kernels::{Matrix, Rayon};
 
 use crate::T;
 use crate::layout::{rows, whole};
 use crate::view::{floats, fresh, tensor};
-
-/// A matrix in memory: its elements from the first on, and the steps to the next row and column.
-#[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    /// Elements.
-    pub data: &'a [f32],
-    /// Step to the next row, in elements.
-    pub row: usize,
-    /// Step to the next column, in elements.
-    pub column: usize,
-}
-
-impl<'a> Matrix<'a> {
-    /// A row-major matrix with `width` columns.
-    pub fn rows(data: &'a [f32], width: usize) -> Self {
-        Self {
-            data,
-            row: width,
-            column: 1,
-        }
-    }
-
-    /// The transposed matrix, in the same memory.
-    pub fn turned(self) -> Self {
-        Self {
-            row: self.column,
-            column: self.row,
-            ..self
-        }
-    }
-
-    fn holds(&self, rows: usize, columns: usize) -> bool {
-        (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
-    }
-}
 
 /// c (m, n), its rows `c_row` apart, becomes a (m, k) times b (k, n), or grows by it.
 #[derive(Clone, Copy)]

@@ -28,7 +28,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A new tensor with the same product precision as this one.
+    /// A result of an operation on this tensor: its products have the same precision.
     pub fn like(&self, raw: Raw) -> Self {
         Self::new(raw, self.half)
     }
@@ -39,17 +39,9 @@ impl Tensor {
         Self { raw, half, tiles }
     }
 
-    /// The same for a result.
+    /// The same for a result that may have failed.
     pub fn with(&self, raw: Result<Raw>) -> Result<Self> {
         Ok(self.like(raw?))
-    }
-
-    /// The elements in f32.
-    pub fn single(&self) -> Result<Raw> {
-        match self.raw.dtype() {
-            DType::BF16 => self.raw.to_dtype(DType::F32).map_err(failed),
-            _ => Ok(self.raw.clone()),
-        }
     }
 
     /// The same for two results.
@@ -62,6 +54,14 @@ impl Tensor {
     pub fn with_three(&self, raw: Result<(Raw, Raw, Raw)>) -> Result<(Self, Self, Self)> {
         let (a, b, c) = raw?;
         Ok((self.like(a), self.like(b), self.like(c)))
+    }
+
+    /// The elements in f32.
+    pub fn single(&self) -> Result<Raw> {
+        match self.raw.dtype() {
+            DType::BF16 => self.raw.to_dtype(DType::F32).map_err(failed),
+            _ => Ok(self.raw.clone()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! From candle's tensors to slices and back: the only file that knows candle's storage on the host.
 
+use ::half::bf16;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor};
 use retort_engine::error::{Error, Result};
 use std::sync::Mutex;
@@ -55,10 +56,20 @@ pub fn tensor(data: Vec<f32>, shape: &[usize]) -> Result<T> {
 pub fn elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     match storage {
         Storage::Cpu(CpuStorage::F32(data)) => Ok(&data[layout.start_offset()..]),
-        _ => Err(Error::Internal(
-            "a kernel of the host got another tensor".into(),
-        )),
+        _ => Err(another()),
     }
+}
+
+/// The same of a tensor in bf16.
+pub fn halves<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [bf16]> {
+    match storage {
+        Storage::Cpu(CpuStorage::BF16(data)) => Ok(&data[layout.start_offset()..]),
+        _ => Err(another()),
+    }
+}
+
+fn another() -> Error {
+    Error::Internal("a kernel of the host got another tensor".into())
 }
 
 /// A host tensor of indices, row-major.

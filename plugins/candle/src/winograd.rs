@@ -11,9 +11,10 @@
 
 use rayon::prelude::*;
 
-use crate::product::{Matrix, Product};
+use crate::product::Product;
 use crate::rows::in_bands;
 use crate::view::fresh;
+use retort_kernels::Matrix;
 use retort_kernels::wide::{self, Wide};
 
 /// Places of a transformed tile.

@@ -17,7 +17,7 @@ pub mod tensor;
 
 pub use attention::{Attention, Mask, unpack};
 pub use exchange::Exchange;
-pub use layers::{Layers, Window, upsample2};
+pub use layers::{Layers, Window, composed_linear_backward, upsample2};
 pub use norms::Norms;
 pub(crate) use norms::root_mean_square;
 pub use optimiser::{AdamwStep, Optimiser};

@@ -10,9 +10,11 @@ mod packed;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
 pub mod windows;
 
-pub use packed::{Element, Operand, Packed, Side};
+pub use packed::{Element, Packed, Side};
 pub use product::{Start, product};
 
 /// How a processor multiplies numbers in bf16.
@@ -38,11 +40,8 @@ impl Unit {
     /// Whether this processor has it, and the system lets the process use it. Operands are packed by AVX-512 either way.
     #[cfg(target_arch = "x86_64")]
     pub fn exists(self) -> bool {
-        let has_pairs = std::arch::is_x86_feature_detected!("avx512f")
-            && std::arch::is_x86_feature_detected!("avx512bw")
-            && std::arch::is_x86_feature_detected!("avx512dq")
-            && std::arch::is_x86_feature_detected!("avx512vl")
-            && std::arch::is_x86_feature_detected!("avx512bf16");
+        let has_pairs =
+            crate::lanes::has_512_bits() && std::arch::is_x86_feature_detected!("avx512bf16");
         has_pairs && (self == Self::Pairs || amx::permitted())
     }
 

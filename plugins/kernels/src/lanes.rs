@@ -18,16 +18,22 @@ pub fn widest<R>(f: impl FnOnce() -> R) -> R {
         fn in_512_bits<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        let has = std::arch::is_x86_feature_detected!("avx512f")
-            && std::arch::is_x86_feature_detected!("avx512bw")
-            && std::arch::is_x86_feature_detected!("avx512dq")
-            && std::arch::is_x86_feature_detected!("avx512vl");
-        if has {
+        if has_512_bits() {
             // SAFETY: the processor has these instructions.
             return unsafe { in_512_bits(f) };
         }
     }
     f()
+}
+
+/// Whether the processor has the instructions of [`widest`] for 512 bits.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn has_512_bits() -> bool {
+    std::arch::is_x86_feature_detected!("avx512f")
+        && std::arch::is_x86_feature_detected!("avx512bw")
+        && std::arch::is_x86_feature_detected!("avx512dq")
+        && std::arch::is_x86_feature_detected!("avx512vl")
 }
 
 /// The sum of `f(x)`.

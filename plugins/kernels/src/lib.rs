@@ -6,9 +6,11 @@
 pub mod flow;
 pub mod half;
 pub mod lanes;
+mod matrix;
 mod pool;
 pub mod skinny;
 pub mod tiles;
 pub mod wide;
 
+pub use matrix::Matrix;
 pub use pool::{Alone, Pool, Rayon};

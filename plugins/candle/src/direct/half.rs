@@ -1,9 +1,9 @@
 //! The same in bf16, by the processor's tiles ([`retort_kernels::half::windows`]).
 
 use rayon::prelude::*;
-use retort_kernels::Alone;
 use retort_kernels::half::windows::{self, CHANNELS, Filters, POSITIONS, Rounding, interleave};
-use retort_kernels::half::{BLOCK, Operand, Packed, Side, Unit};
+use retort_kernels::half::{BLOCK, Packed, Side, Unit};
+use retort_kernels::{Alone, Matrix};
 
 use super::{BAND, Direct, Piece};
 
@@ -34,8 +34,8 @@ impl Direct {
         let filters = Filters::new(kernel, [self.o, self.c, taps], rounding);
         // Beside the copy, the results and the kernels of two strips are in the cache.
         let (rows, line) = (self.rows_of_a_band(BAND / 2, b), self.line());
-        let offsets = (0..taps).map(|i| i / self.kernel[1] * line + i % self.kernel[1]);
-        let (offsets, plane): (Vec<usize>, _) = (offsets.collect(), self.plane(rows));
+        let offsets: Vec<usize> = (0..taps).map(|tap| self.place(tap)).collect();
+        let plane = self.plane(rows);
         let planes = self.c.next_multiple_of(CHANNELS) / 2 * plane;
         let positions = |rows: usize| (rows * line).next_multiple_of(POSITIONS);
         self.by_bands(
@@ -44,25 +44,32 @@ impl Direct {
             residual,
             || vec![0; rounding.parts() * planes + self.kernel[1] + POSITIONS],
             |copy: &mut Vec<u32>, piece, sums| {
-                self.copy_pairs(self.of_image(x, piece), piece, plane, (copy, planes));
+                let (first, rest) = copy.split_at_mut(planes);
+                let rest = (rounding == Rounding::Twice).then_some(rest);
+                self.copy_pairs(self.of_image(x, piece), piece, plane, first, rest);
                 let n = positions(piece.rows);
-                windows::correlate(rounding, (copy, plane), &offsets, &filters, n, sums);
+                windows::correlate((copy, plane), &offsets, &filters, n, sums);
                 n
             },
         )
     }
 
-    /// Copies an image (c, h, w), as far as a piece needs it, in pairs of channels; from `planes` on, if there is room, what
-    /// rounding leaves. All else in `to` is zero and stays so.
-    fn copy_pairs(&self, x: &[f32], piece: Piece, plane: usize, (to, planes): (&mut [u32], usize)) {
+    /// Copies an image (c, h, w), as far as a piece needs it, in pairs of channels, and what rounding leaves to `rest`. All else in
+    /// both is zero and stays so.
+    fn copy_pairs(
+        &self,
+        x: &[f32],
+        piece: Piece,
+        plane: usize,
+        to: &mut [u32],
+        mut rest: Option<&mut [u32]>,
+    ) {
         let ([h, w], [above, left]) = (self.image, self.padding);
-        let (first, second) = to.split_at_mut(planes);
-        let has_second = second.len() >= planes;
         for (pair, x) in x.chunks(2 * h * w).enumerate() {
             for i in 0..piece.rows + self.kernel[0] - 1 {
                 let at = pair * plane + i * self.line() + left;
-                let to = &mut first[at..][..w];
-                let rest = has_second.then(|| &mut second[at..][..w]);
+                let to = &mut to[at..][..w];
+                let rest = rest.as_mut().map(|rest| &mut rest[at..][..w]);
                 match (piece.first + i).checked_sub(above).filter(|&y| y < h) {
                     Some(y) => {
                         let high = x.get(h * w + y * w..).filter(|high| !high.is_empty());
@@ -85,8 +92,7 @@ impl Direct {
         let n = (rows * line).next_multiple_of(POSITIONS);
         let (plane, taps) = (self.plane(rows), self.kernel[0] * self.kernel[1]);
         // Both ways of pairing positions, for places at even and at odd distances.
-        let furthest = (self.kernel[0] - 1) * line + self.kernel[1] - 1;
-        let there = n + furthest;
+        let there = n + self.place(taps - 1);
         let of_x = self.c * plane + there.saturating_sub(plane) + 1;
         let pieces = self.pieces(b, rows);
         let blocks = [self.o, self.c].map(|size| size.div_ceil(BLOCK));
@@ -102,20 +108,11 @@ impl Direct {
                         &mut copy[..self.c * plane],
                     );
                     self.copy_gradient(grad, piece, n, g);
-                    let g = Operand {
-                        data: &g[..],
-                        row: n,
-                        column: 1,
-                    };
+                    let g = Packed::new(&Alone, Side::Left, Matrix::rows(g, n), [self.o, n]);
                     let of_pairs = |first: usize| {
-                        let x = Operand {
-                            data: &copy[first..],
-                            row: 1,
-                            column: plane,
-                        };
+                        let x = Matrix::rows(&copy[first..], plane).turned();
                         Packed::new(&Alone, Side::Right, x, [self.c, there])
                     };
-                    let g = Packed::new(&Alone, Side::Left, g, [self.o, n]);
                     (g, (of_pairs(0), of_pairs(1)))
                 },
             );
@@ -123,7 +120,7 @@ impl Direct {
             sums.par_iter_mut().enumerate().for_each(|(at, sums)| {
                 let (block, tap) = (at / taps, at % taps);
                 let (i, j) = (block / blocks[1], block % blocks[1]);
-                let offset = tap / self.kernel[1] * line + tap % self.kernel[1];
+                let offset = self.place(tap);
                 let xs = if offset.is_multiple_of(2) {
                     &even
                 } else {

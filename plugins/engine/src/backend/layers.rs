@@ -160,19 +160,7 @@ pub trait Layers: Tensors {
         w: Option<&Self::Tensor>,
         grad: &Self::Tensor,
     ) -> Result<(Option<Self::Tensor>, Option<Self::Tensor>)> {
-        let flat = |x: &Self::Tensor| {
-            let shape = Self::shape(x);
-            let last = shape[shape.len() - 1];
-            Self::reshape(x, &[shape.iter().product::<usize>() / last, last])
-        };
-        let g = flat(grad)?;
-        let dx = |w: &Self::Tensor| {
-            let mut shape = Self::shape(grad);
-            *shape.last_mut().expect("linear: rank >= 1") = Self::shape(w)[1];
-            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
-        };
-        let dw = |x: &Self::Tensor| Self::matmul(&g, &flat(x)?, true, false);
-        Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))
+        composed_linear_backward::<Self>(x, w, grad)
     }
 
     /// Softmax over the last dimension.
@@ -279,6 +267,27 @@ pub trait Layers: Tensors {
         )?;
         Self::binary(&spread, &Self::pick_adjoint(grad, ids, s[1])?, Binary::Sub)
     }
+}
+
+/// [`Layers::linear_backward`] by two matrix products.
+pub fn composed_linear_backward<B: Tensors>(
+    x: Option<&B::Tensor>,
+    w: Option<&B::Tensor>,
+    grad: &B::Tensor,
+) -> Result<(Option<B::Tensor>, Option<B::Tensor>)> {
+    let flat = |x: &B::Tensor| {
+        let shape = B::shape(x);
+        let last = shape[shape.len() - 1];
+        B::reshape(x, &[shape.iter().product::<usize>() / last, last])
+    };
+    let g = flat(grad)?;
+    let dx = |w: &B::Tensor| {
+        let mut shape = B::shape(grad);
+        *shape.last_mut().expect("linear: rank >= 1") = B::shape(w)[1];
+        B::reshape(&B::matmul(&g, w, false, false)?, &shape)
+    };
+    let dw = |x: &B::Tensor| B::matmul(&g, &flat(x)?, true, false);
+    Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))
 }
 
 /// Each pixel of (b, c, h, w) becomes a block of 2 x 2 (nearest neighbour): (b, c, 2 h, 2 w).

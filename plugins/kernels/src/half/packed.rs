@@ -2,8 +2,10 @@
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::vectors;
 use super::{DEPTH, Line, SIDE, Unit};
-use crate::Pool;
+use crate::{Matrix, Pool};
 
 /// A type of operands.
 pub trait Element: Copy + Sync {
@@ -13,17 +15,6 @@ pub trait Element: Copy + Sync {
     /// Elements whose bit is set can be read; the processor has AVX-512 BF16.
     #[cfg(target_arch = "x86_64")]
     unsafe fn sixteen(from: *const Self, mask: u16) -> std::arch::x86_64::__m256i;
-}
-
-/// A matrix in memory.
-#[derive(Debug, Clone, Copy)]
-pub struct Operand<'a, E> {
-    /// Elements from the first on.
-    pub data: &'a [E],
-    /// Step to the next row, in elements.
-    pub row: usize,
-    /// Step to the next column, in elements. This or the step to the next row is 1.
-    pub column: usize,
 }
 
 /// The side of a product on which an operand stands.
@@ -50,23 +41,21 @@ impl Packed {
     /// Packs a matrix of `outer` rows (on the left) or columns (on the right) and `inner` columns or rows.
     ///
     /// # Panics
-    /// The slice is shorter than that, neither step is 1, a size is 0, or the processor has no [`Unit`].
+    /// The matrix is smaller than that, neither of its steps is 1, a size is 0, or the processor has no [`Unit`].
     pub fn new<E: Element>(
         pool: &impl Pool,
         side: Side,
-        from: Operand<'_, E>,
+        from: Matrix<'_, E>,
         [outer, inner]: [usize; 2],
     ) -> Self {
-        let (step, inner_step) = match side {
-            Side::Left => (from.row, from.column),
-            Side::Right => (from.column, from.row),
+        let from = match side {
+            Side::Left => from,
+            Side::Right => from.turned(),
         };
+        let (step, inner_step) = (from.row, from.column);
         assert!(outer > 0 && inner > 0, "an operand without elements");
-        let last = (outer - 1)
-            .saturating_mul(step)
-            .saturating_add((inner - 1).saturating_mul(inner_step));
         assert!(
-            (step == 1 || inner_step == 1) && last < from.data.len() && Unit::Pairs.exists(),
+            (step == 1 || inner_step == 1) && from.holds(outer, inner) && Unit::Pairs.exists(),
             "an operand beyond its memory"
         );
         // Whole blocks of two tiles.
@@ -140,9 +129,8 @@ impl Element for f32 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn sixteen(from: *const Self, mask: u16) -> std::arch::x86_64::__m256i {
-        use std::arch::x86_64::*;
-        // SAFETY: masked elements are not read; both types have 256 bits.
-        unsafe { std::mem::transmute(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from))) }
+        // SAFETY: masked elements are not read.
+        vectors::round(unsafe { std::arch::x86_64::_mm512_maskz_loadu_ps(mask, from) })
     }
 }
 
@@ -167,7 +155,8 @@ impl Element for bf16 {}
 mod tiles {
     use std::arch::x86_64::*;
 
-    use super::{DEPTH, Element, Line, SIDE, Side};
+    use super::super::vectors::{self, lowest};
+    use super::{Element, Line, SIDE, Side};
 
     /// Copies up to 16 rows (or columns) of up to 32 inner elements into a tile, and zeros for the rest.
     ///
@@ -186,7 +175,7 @@ mod tiles {
         let by_pair = unsafe {
             match inner_step {
                 1 => {
-                    let masks = [bits(inner), bits(inner.saturating_sub(SIDE))];
+                    let masks = [lowest(inner), lowest(inner.saturating_sub(SIDE))];
                     for (i, line) in lines.iter_mut().enumerate().take(outer) {
                         let from = from.add(i * step);
                         let low = E::sixteen(from, masks[0]);
@@ -196,14 +185,12 @@ mod tiles {
                     false
                 }
                 _ => {
-                    let mask = bits(outer);
+                    let mask = lowest(outer);
                     for (p, pair) in lines.iter_mut().enumerate().take(inner.div_ceil(2)) {
                         let low = E::sixteen(from.wrapping_add(2 * p * inner_step), mask);
                         let there = if 2 * p + 1 < inner { mask } else { 0 };
                         let high = from.wrapping_add((2 * p + 1) * inner_step);
-                        let high = _mm512_cvtepu16_epi32(E::sixteen(high, there));
-                        let low = _mm512_cvtepu16_epi32(low);
-                        *pair = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                        *pair = vectors::pair(low, E::sixteen(high, there));
                     }
                     true
                 }
@@ -216,12 +203,6 @@ mod tiles {
             // SAFETY: the tile has as many lines, which are aligned.
             unsafe { _mm512_store_si512(to.add(i).cast(), line) };
         }
-    }
-
-    /// The lowest bits, as many as there are elements.
-    fn bits(count: usize) -> u16 {
-        const { assert!(DEPTH == 2 * SIDE) };
-        ((1u32 << count.min(SIDE)) - 1) as u16
     }
 
     /// Transposes 16 by 16 words.

@@ -149,14 +149,16 @@ mod tests {
     use half::bf16;
     use retort_engine::random::noise;
 
-    use super::super::{Element, Operand};
+    use super::super::Element;
     use super::*;
-    use crate::Rayon;
+    use crate::{Matrix, Rayon};
 
     /// A matrix, stored by rows or by columns.
-    fn operand<E>(data: &[E], [rows, columns]: [usize; 2], turned: bool) -> Operand<'_, E> {
-        let (row, column) = if turned { (1, rows) } else { (columns, 1) };
-        Operand { data, row, column }
+    fn operand<E>(data: &[E], [rows, columns]: [usize; 2], turned: bool) -> Matrix<'_, E> {
+        match turned {
+            true => Matrix::rows(data, rows).turned(),
+            false => Matrix::rows(data, columns),
+        }
     }
 
     fn rounded(x: f32) -> f64 {
@@ -269,11 +271,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "an operand beyond its memory")]
     fn nothing_is_read_beyond_an_operand() {
-        let from = Operand {
-            data: &[1.0f32; 5],
-            row: 3,
-            column: 1,
-        };
+        let from = Matrix::rows(&[1.0f32; 5], 3);
         Packed::new(&Rayon, Side::Left, from, [2, 3]);
     }
 }

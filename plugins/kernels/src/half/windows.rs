@@ -1,6 +1,7 @@
 //! Convolutions with stride 1 by tiles: an image's channels stand in pairs, each pair's plane with room for the padding in its
 //! lines, so that any place of the kernel reads the image as it is. Gradients of kernels are products along the positions.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{BLOCK, DEPTH, Line, Packed, SIDE, Side, Unit};
@@ -16,6 +17,7 @@ pub const CHANNELS: usize = DEPTH;
 pub struct Filters {
     /// For each part, 16 results, tap and 32 channels a tile.
     lines: Vec<Line>,
+    rounding: Rounding,
     strips: usize,
     taps: usize,
     blocks: usize,
@@ -68,6 +70,7 @@ impl Filters {
         lines.par_chunks_mut(of_strip).enumerate().for_each(fill);
         Self {
             lines,
+            rounding,
             strips,
             taps,
             blocks,
@@ -85,13 +88,9 @@ impl Filters {
     }
 }
 
-/// The bits of a number in bf16, rounded to the nearest and ties to even.
-#[inline(always)]
+/// The bits of a number in bf16.
 fn rounded(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
-    if is_nan { bits >> 16 | 0x40 } else { up }
+    bf16::from_f32(x).to_bits().into()
 }
 
 /// Two channels side by side in pairs, `low` below `high`; with a second part what rounding leaves.
@@ -117,6 +116,8 @@ pub fn interleave(low: &[f32], high: Option<&[f32]>, to: &mut [u32], rest: Optio
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::vectors::{lowest, pair, round};
+
     /// # Safety
     /// All have as many elements as `to`; the processor has AVX-512 BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
@@ -128,7 +129,7 @@ mod x86 {
     ) {
         let n = to.len();
         for i in (0..n).step_by(16) {
-            let mask = ((1u32 << (n - i).min(16)) - 1) as u16;
+            let mask = lowest(n - i);
             // SAFETY: elements beyond the last are masked; vectors of pairs and of words have the same bits.
             unsafe {
                 let low = _mm512_maskz_loadu_ps(mask, low.add(i));
@@ -136,39 +137,29 @@ mod x86 {
                     Some(high) => _mm512_maskz_loadu_ps(mask, high.add(i)),
                     None => _mm512_setzero_ps(),
                 };
-                let pairs = paired(low, high);
+                let pairs = pair(round(low), round(high));
                 _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i).cast(), mask, pairs);
                 if let Some(rest) = rest {
                     let below = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
                     let above = _mm512_set1_epi32(0xffff_0000u32 as i32);
                     let above = _mm512_castsi512_ps(_mm512_and_si512(pairs, above));
-                    let pairs = paired(_mm512_sub_ps(low, below), _mm512_sub_ps(high, above));
+                    let rests = [_mm512_sub_ps(low, below), _mm512_sub_ps(high, above)];
+                    let [low, high] = rests.map(|x| round(x));
+                    let pairs = pair(low, high);
                     _mm512_mask_storeu_epi32(rest.add(i).cast(), mask, pairs);
                 }
             }
         }
     }
-
-    /// Rounded pairs.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn paired(low: __m512, high: __m512) -> __m512i {
-        // SAFETY: both types have 256 bits.
-        let word = |x: __m512| unsafe {
-            let x: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
-            _mm512_cvtepu16_epi32(x)
-        };
-        _mm512_or_si512(word(low), _mm512_slli_epi32::<16>(word(high)))
-    }
 }
 
 /// y (rows, n), for all rows of `w`: y[r][q] = sum over channels c and taps of w[r][c][tap] x[c][offsets[tap] + q]. `x` holds the
-/// parts of an image, one after the other: planes of `plane` pairs ([`interleave`]), zeros in those beyond its channels.
+/// parts of an image, as many as those of `w`, one after the other: planes of `plane` pairs ([`interleave`]), zeros in those beyond
+/// its channels.
 ///
 /// # Panics
 /// n is no multiple of [`POSITIONS`], a slice is too short, or the processor has no [`Unit::Tiles`].
 pub fn correlate(
-    rounding: Rounding,
     (x, plane): (&[u32], usize),
     offsets: &[usize],
     w: &Filters,
@@ -177,14 +168,14 @@ pub fn correlate(
 ) {
     let of_part = (w.blocks * SIDE).saturating_mul(plane);
     let furthest = offsets.iter().max().copied().unwrap_or(0);
-    let last = (of_part.saturating_mul(rounding.parts()))
+    let last = of_part
+        .saturating_mul(w.rounding.parts())
         .saturating_sub(plane)
         .saturating_add(furthest)
         .saturating_add(n);
     assert!(
         n.is_multiple_of(POSITIONS)
             && offsets.len() == w.taps
-            && w.lines.len() == rounding.parts() * w.strips * w.taps * w.blocks * SIDE
             && last <= x.len()
             && w.rows().saturating_mul(n) <= y.len()
             && Unit::Tiles.exists(),
@@ -210,7 +201,7 @@ pub fn correlate(
                                 let at = x.as_ptr().add(at);
                                 [at, at.add(SIDE)]
                             };
-                            match rounding {
+                            match w.rounding {
                                 Rounding::Once => {
                                     amx::multiply((kernel(0), 1), (image(0), plane));
                                 }
